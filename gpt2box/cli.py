@@ -1,0 +1,236 @@
+"""The command `gpt2box`: options, help, and errors turned into exit codes.
+
+Only click and errors are imported at the top, so that --help answers at once; each command imports
+what it needs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gpt2box import __version__
+from gpt2box.errors import BadInput, Gpt2boxError
+
+
+def plain_names(name: str) -> str:
+    """Option names with underscores are the same as with dashes, as nanoGPT's users type them."""
+    return name.replace("_", "-")
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "token_normalize_func": plain_names, "max_content_width": 110}
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="gpt2box")
+def cli() -> None:
+    """Train and fine-tune GPT-2 on one consumer GPU, or, small, on a CPU.
+
+    \b
+    gpt2box prepare shakespeare     text to tokens
+    gpt2box train shakespeare       train; the same command again resumes
+    gpt2box sample                  read what it writes
+
+    Everything is kept in ./volumes ($GPT2BOX_VOLUMES moves it). Exit codes: 0 done, 2 bad input, 3 the
+    machine cannot do it, 4 data or checkpoint damaged, 75 no network, 78 volume not writable.
+    """
+
+
+@cli.command()
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("--name", help="The dataset's name [default: the input's, with -char for characters].")
+@click.option(
+    "--tokenizer",
+    type=click.Choice(["gpt2", "char"]),
+    default="gpt2",
+    show_default=True,
+    help="GPT-2's 50,257 tokens, or one token a character.",
+)
+@click.option(
+    "--val-fraction",
+    type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True),
+    default=0.1,
+    show_default=True,
+    help="Share of the text kept for validation.",
+)
+def prepare(inputs: tuple[str, ...], name: str | None, tokenizer: str, val_fraction: float) -> None:
+    """Turn text into a dataset, volumes/data/NAME.
+
+    INPUT is shakespeare (the complete works), tinyshakespeare, or your own: text files (UTF-8), or folders
+    of .txt and .md files. Doing it again with the same text does nothing.
+    """
+    from gpt2box.data.corpora import CORPORA, own_text
+    from gpt2box.data.prepare import Request
+    from gpt2box.data.prepare import prepare as prepare_dataset
+    from gpt2box.paths import checked_name, dataset_dir
+    from gpt2box.progress import say
+
+    if name is not None:
+        checked_name(name, "dataset")  # better said before a download
+    known = [item for item in inputs if item in CORPORA]
+    if known and len(inputs) > 1:
+        raise BadInput(f"{known[0]} together with other inputs", "one known corpus, or files and folders of your own")
+    corpus = CORPORA[known[0]]() if known else own_text([Path(item) for item in inputs])
+    default_name = corpus.name.replace(" ", "-") + ("-char" if tokenizer == "char" else "")
+    folder = dataset_dir(checked_name(name or default_name, "dataset"))
+    manifest, written = prepare_dataset(corpus, Request(tokenizer, val_fraction), folder)
+    counts = ", ".join(f"{split} {part['tokens']:,} tokens" for split, part in manifest["splits"].items())
+    vocabulary = manifest["tokenizer"]["vocab_size"]
+    if not written:
+        say("nothing to do: it is there already, made from the same text")
+    say(f"{folder}: {counts}; vocabulary {vocabulary:,}")
+
+
+class SettingsCommand(click.Command):
+    """A command with one option for each setting of config.py, and nanoGPT's names for them, hidden."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        from gpt2box.config import Config
+        from gpt2box.nanogpt import FLAGS
+
+        options: list[click.Parameter] = []
+        for key, field in Config.model_fields.items():
+            default = "" if field.default in (None, "") else f" [{field.default}]"
+            metavar = "VALUE" if field.annotation is not bool else "[true|false]"
+            options.append(
+                click.Option(
+                    [f"--{plain_names(key)}", key],
+                    help=f"{field.description}{default}",
+                    metavar=metavar,
+                    is_flag=False,
+                    flag_value="true" if field.annotation is bool else None,
+                )
+            )
+        options += [
+            click.Option([f"--{plain_names(key)}", key], hidden=True) for key in FLAGS if key not in Config.model_fields
+        ]
+        arguments = super().get_params(ctx)
+        return arguments[:-1] + options + arguments[-1:]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from gpt2box.config import Config
+
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            field = Config.model_fields.get(parameter.name or "")
+            extra = field.json_schema_extra if field else None
+            group = str(extra["group"]) if isinstance(extra, dict) else "Help"
+            if record:
+                groups.setdefault(group, []).append(record)
+        for group, records in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(records)
+
+
+@cli.command(cls=SettingsCommand)
+@click.argument("config", required=False)
+def train(config: str | None, **flags: str | None) -> None:
+    """Train as CONFIG says; the same command again resumes.
+
+    CONFIG is a YAML file, the name of a shipped one, or a nanoGPT config file. Any setting can be given as an
+    option, which wins over the file; nanoGPT's names are understood (--batch_size=2).
+
+    \b
+    gpt2box train demo
+    gpt2box train shakespeare --micro-batch-size 2
+    gpt2box train my_nanogpt_config.py --batch_size=2
+    """
+    from gpt2box.stop import StopRequest
+
+    stop = StopRequest().install()
+    given = {key: value for key, value in flags.items() if value is not None}
+    if config is None and not given:
+        from gpt2box.config import shipped
+
+        raise BadInput(
+            "no config", f"a YAML file, a nanoGPT config, or one of: {', '.join(shipped())}", "gpt2box train demo"
+        )
+    from gpt2box.job import run_job
+
+    run_job(config, given, stop)
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("-p", "--prompt", "--start", default="", help="What the text begins with.")
+@click.option(
+    "--prompt-file", type=click.File("r", encoding="utf-8"), help="A file with the prompt; - is standard input."
+)
+@click.option("-n", "--num-samples", type=click.IntRange(min=1), default=1, show_default=True, help="How many texts.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=300, show_default=True, help="Longest text, in tokens."
+)
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: always the likeliest token."
+)
+@click.option(
+    "--top-k", type=click.IntRange(min=0), default=200, show_default=True, help="Only the k likeliest; 0: all."
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0.0, 1.0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Only the likeliest that make up this probability.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**62), default=1337, show_default=True, help="The same seed gives the same text."
+)
+@click.option("--checkpoint", default="best", show_default=True, help="Of a run: best, last or step-NNNNNNNN.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+def sample(
+    model: str | None,
+    prompt: str,
+    prompt_file: Any,
+    num_samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    checkpoint: str,
+    device: str,
+) -> None:
+    """Write text with MODEL: a run, a folder in the Hugging Face layout, or a published size (gpt2-medium).
+
+    Without MODEL, the newest run's best checkpoint.
+    """
+    if prompt and prompt_file:
+        raise BadInput("--prompt and --prompt-file are both given", "one of the two")
+    if prompt_file:
+        try:
+            prompt = prompt_file.read()
+        except UnicodeDecodeError as error:
+            raise BadInput(
+                f"{prompt_file.name} is not UTF-8: {error.reason} at byte {error.start:,}", "plain text"
+            ) from error
+    from gpt2box.model.generate import Choice
+    from gpt2box.output.sample import find_model, load_model
+    from gpt2box.output.sample import sample as write_samples
+    from gpt2box.progress import say
+
+    folder = find_model(model, checkpoint)
+    say(f"from {folder}")
+    network, words = load_model(folder, device)
+    write_samples(network, words, prompt, num_samples, max_new_tokens, Choice(temperature, top_k, top_p), seed)
+
+
+def main() -> None:
+    """Run a command; an expected failure is a few lines and its exit code, a bug a traceback."""
+    try:
+        cli.main(standalone_mode=False)
+    except Gpt2boxError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)

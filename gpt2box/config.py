@@ -1,0 +1,322 @@
+"""The settings of a training run: one definition for YAML files, flags, help and checks.
+
+`load` merges defaults, a file and flags (later wins), checks the whole and returns a frozen
+`Config`. What follows from the settings (accumulation, warm-up, shape) is derived once, in
+planning/plan.py; nothing further down has a default of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from gpt2box import nanogpt, paths
+from gpt2box.errors import BadInput
+
+# Radford et al. 2019, table 2, with the head counts of the published checkpoints.
+MODEL_SHAPES = {
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}
+SHIPPED = Path(__file__).parent / "configs"
+
+
+def _whole(value: object) -> object:
+    """Accept 1e5 and 100_000 for a whole number, as people write them in YAML and on a command line."""
+    if isinstance(value, str):
+        value = float(value) if re.fullmatch(r"[\d_]+(\.\d*)?[eE]\+?\d+", value.strip()) else value.replace("_", "")
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool):
+        raise ValueError("a whole number is expected")
+    return value
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number is expected")
+    return value
+
+
+def _auto_or_bool(value: object) -> object:
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+AutoBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
+
+
+def setting(default: Any, description: str, *, group: str, may_change: bool = False, **limits: Any) -> Any:
+    """A field of `Config`. `may_change`: a run may be resumed with another value of it."""
+    extra: Any = {"group": group, "may_change": may_change}
+    return Field(default, description=description, json_schema_extra=extra, **limits)
+
+
+class Config(BaseModel):
+    """All settings of a run. `None` means: derived from the others (see the description)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    name: str = setting("", "the run's name, volumes/runs/NAME (default: the config's file name)", group="Run")
+    dataset: str = setting("", "a prepared dataset, by name or by folder (a path with a slash)", group="Run")
+    init_from: str = setting(
+        "scratch", "scratch, a published size (gpt2-medium, …), or a folder in the Hugging Face layout", group="Run"
+    )
+    seed: Whole = setting(1337, "of the initial weights, the batches' order and dropout", group="Run", ge=0, lt=2**63)
+
+    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = setting(
+        "gpt2-medium", "the shape by name; the three below override it", group="Model"
+    )
+    n_layer: Whole | None = setting(None, "layers", group="Model", ge=1, le=1000)
+    n_head: Whole | None = setting(None, "attention heads in a layer", group="Model", ge=1, le=1000)
+    n_embd: Whole | None = setting(None, "width, a multiple of n_head", group="Model", ge=1, le=100_000)
+    block_size: Whole = setting(1024, "context length in tokens", group="Model", ge=1, le=1_048_576)
+    dropout: Number = setting(
+        0.0, "share of activations dropped; 0.1 to 0.2 helps on small texts", group="Model", ge=0, lt=1
+    )
+    bias: bool = setting(True, "biases in linear layers and layer norms, as in the published GPT-2", group="Model")
+
+    micro_batch_size: Whole = setting(
+        4, "sequences in one forward and backward pass: what memory allows", group="Batch", may_change=True, ge=1
+    )
+    tokens_per_step: Whole = setting(
+        65_536, "tokens in one optimizer step; accumulation follows from it", group="Batch", ge=1
+    )
+
+    max_steps: Whole = setting(100_000, "optimizer steps", group="Optimizer", may_change=True, ge=0)
+    learning_rate: Number = setting(3e-4, "highest learning rate", group="Optimizer", gt=0, le=1)
+    min_lr: Number | None = setting(None, "learning rate at the end (default: a tenth)", group="Optimizer", ge=0, le=1)
+    warmup_steps: Whole | None = setting(
+        None, "steps of linear rise (default: 2% of max_steps, at most 2000)", group="Optimizer", ge=0
+    )
+    lr_schedule: Literal["cosine", "linear", "constant-linear", "constant"] = setting(
+        "cosine", "from the highest to min_lr; constant-linear stays, then falls", group="Optimizer"
+    )
+    decay_steps: Whole | None = setting(
+        None, "step at which min_lr is reached (default: max_steps)", group="Optimizer", ge=1
+    )
+    decay_fraction: Number = setting(
+        0.2, "constant-linear: the last share of decay_steps in which it falls", group="Optimizer", gt=0, le=1
+    )
+    weight_decay: Number = setting(0.1, "on matrices only", group="Optimizer", ge=0)
+    beta1: Number = setting(0.9, "AdamW's average of gradients", group="Optimizer", ge=0, lt=1)
+    beta2: Number = setting(0.95, "AdamW's average of their squares", group="Optimizer", ge=0, lt=1)
+    grad_clip: Number = setting(
+        1.0, "highest global norm of a step's gradient; 0: no clipping", group="Optimizer", ge=0
+    )
+
+    device: str = setting(
+        "auto", "auto, cpu, cuda or cuda:N", group="Machine", may_change=True, pattern=r"^(auto|cpu|cuda(:\d+)?)$"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "of activations; weights stay float32. auto: bfloat16 where the GPU has it", group="Machine"
+    )
+    compile: AutoBool = setting("auto", "torch.compile. auto: on a GPU", group="Machine", may_change=True)
+    activation_checkpointing: Literal["none", "selective", "full"] = setting(
+        "none", "recompute in the backward pass: less memory, more time", group="Machine", may_change=True
+    )
+    loss_chunk_tokens: Whole = setting(
+        1024, "tokens whose logits exist at a time", group="Machine", may_change=True, ge=1
+    )
+
+    eval_interval: Whole = setting(500, "steps between evaluations", group="Evaluation", may_change=True, ge=1)
+    eval_windows: Whole = setting(
+        400, "validation windows of block_size tokens, the same each time; 0: all", group="Evaluation", ge=0
+    )
+    patience: Whole = setting(
+        0,
+        "stop after this many evaluations without a better val_loss; 0: never",
+        group="Evaluation",
+        may_change=True,
+        ge=0,
+    )
+    eval_only: bool = setting(False, "evaluate and stop", group="Evaluation", may_change=True)
+    sample_tokens: Whole = setting(
+        0, "tokens of a sample written at each evaluation; 0: none", group="Evaluation", may_change=True, ge=0
+    )
+    sample_prompt: str = setting("", "what the sample begins with", group="Evaluation", may_change=True)
+    expected_val_loss: Number | None = setting(
+        None, "a published best val_loss, printed beside this run's", group="Evaluation", may_change=True
+    )
+
+    save_interval: Whole | None = setting(
+        None, "steps between checkpoints (default: eval_interval)", group="Checkpoints", may_change=True, ge=1
+    )
+    keep_last: Whole = setting(
+        2, "newest checkpoints kept, besides the best", group="Checkpoints", may_change=True, ge=1
+    )
+    log_interval: Whole = setting(
+        10, "steps between lines of metrics.jsonl and the log", group="Checkpoints", may_change=True, ge=1
+    )
+
+    def shape(self) -> dict[str, int]:
+        """n_layer, n_head and n_embd with the overrides applied."""
+        own = {key: getattr(self, key) for key in ("n_layer", "n_head", "n_embd")}
+        return {key: own[key] or size for key, size in MODEL_SHAPES[self.model].items()}
+
+
+def validate(values: dict[str, Any], source: str) -> Config:
+    """Check all values at once.
+
+    Raises:
+        BadInput: a list of every fault, each with what was found and what is expected.
+    """
+    faults = []
+    for key in values.keys() - Config.model_fields.keys():
+        near = difflib.get_close_matches(str(key), Config.model_fields, 1)
+        faults.append(f"{key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+    known = {key: value for key, value in values.items() if key in Config.model_fields}
+    config = None
+    try:
+        config = Config.model_validate(known)
+    except ValidationError as error:
+        for fault in error.errors():
+            if not any(f.startswith(f"{fault['loc'][0]}: ") for f in faults):
+                faults.append(f"{fault['loc'][0]}: found {fault['input']!r}; {_expected(fault)}")
+    if config is not None:
+        faults += _contradictions(config)
+    if config is None or faults:
+        one = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise BadInput(
+            f"{source}: {one}\n    " + "\n    ".join(sorted(faults)),
+            next_step="gpt2box train --help lists all settings",
+        )
+    return config
+
+
+def _expected(fault: Any) -> str:
+    field = Config.model_fields[fault["loc"][0]]
+    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected:")
+    return f"{message} ({field.description})"
+
+
+def _contradictions(config: Config) -> list[str]:
+    """Faults that no single value shows."""
+    faults = []
+    shape = config.shape()
+    if shape["n_embd"] % shape["n_head"]:
+        faults.append(f"n_embd: found {shape['n_embd']}; expected a multiple of n_head, {shape['n_head']}")
+    per_micro_step = config.micro_batch_size * config.block_size
+    if config.tokens_per_step % per_micro_step:
+        below = config.tokens_per_step // per_micro_step * per_micro_step
+        choices = f"{below} or {below + per_micro_step}" if below else str(per_micro_step)
+        faults.append(
+            f"tokens_per_step: found {config.tokens_per_step}; expected a multiple of micro_batch_size × block_size "
+            f"({config.micro_batch_size} × {config.block_size} = {per_micro_step} tokens), such as {choices}"
+        )
+    if config.lr_schedule != "constant" and config.min_lr is not None and config.min_lr > config.learning_rate:
+        faults.append(f"min_lr: found {config.min_lr}; expected at most learning_rate, {config.learning_rate}")
+    if config.warmup_steps and config.warmup_steps > (config.decay_steps or config.max_steps) > 0:
+        faults.append(f"warmup_steps: found {config.warmup_steps}; expected at most decay_steps or max_steps")
+    if not config.dataset:
+        faults.append("dataset: missing; expected the name of a prepared dataset (gpt2box prepare --help)")
+    return faults
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, which plain YAML silently overwrites."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.MarkedYAMLError(problem=f"given twice: {', '.join(sorted(twice))}", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file, unchecked.
+
+    Raises:
+        BadInput: not readable, not YAML or not a mapping.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {path}: {error}", "a YAML file of settings") from error
+    except yaml.YAMLError as error:
+        raise BadInput(
+            f"{path} is not YAML: {' '.join(str(error).split())}", "lines such as `block_size: 512`"
+        ) from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise BadInput(f"{path} holds a {type(values).__name__}", "lines such as `block_size: 512`")
+    return values
+
+
+def shipped() -> list[str]:
+    """Names of the configs that come with gpt2box."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def load(argument: str | None, flags: dict[str, Any]) -> tuple[Config, list[str]]:
+    """The settings of a CONFIG argument (see `find`) with flags over them, and notes for the user.
+
+    Raises:
+        BadInput: the file or any value is wrong.
+    """
+    base: dict[str, Any] = {}
+    notes: list[str] = []
+    path = find(argument) if argument else None
+    if path and path.suffix == ".py":
+        base, notes = nanogpt.parse(path)
+    elif path:
+        base = read_yaml(path)
+    values, translated = nanogpt.merge(base, flags, foreign=bool(path and path.suffix == ".py"))
+    config = validate(values, str(path or "flags"))
+    name = config.name or (path.stem if path else default_name(config))
+    return config.model_copy(update={"name": paths.checked_name(name, "run")}), notes + translated
+
+
+def default_name(config: Config) -> str:
+    """A run's name where neither a file nor a flag gives one."""
+    start = Path(config.init_from).name if config.init_from != "scratch" else config.model
+    return f"{start}-{Path(config.dataset).name}"
+
+
+def find(config: str) -> Path:
+    """The file that a CONFIG argument means: a path, or the name of a shipped one.
+
+    Raises:
+        BadInput: neither.
+    """
+    path = Path(config)
+    if path.suffix in (".yaml", ".yml", ".py") or "/" in config:
+        if path.is_file():
+            return path
+        raise BadInput(f"no file {config}", f"a YAML file, a nanoGPT config, or one of: {', '.join(shipped())}")
+    if config in shipped():
+        return SHIPPED / f"{config}.yaml"
+    near = difflib.get_close_matches(config, shipped(), 1)
+    raise BadInput(
+        f"no config {config!r}" + (f"; did you mean {near[0]}?" if near else ""),
+        f"a YAML file, a nanoGPT config, or one of: {', '.join(shipped())}",
+    )
+
+
+def to_yaml(config: Config) -> str:
+    """All settings as resolved, grouped, for the run's own config.yaml."""
+    lines: list[str] = []
+    group = ""
+    for key, field in Config.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra["group"] != group:
+            group = str(extra["group"])
+            lines.append(f"{'' if not lines else chr(10)}# {group}")
+        lines.append(yaml.safe_dump({key: getattr(config, key)}, allow_unicode=True, width=1000).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def may_change(key: str) -> bool:
+    """Whether a run may be resumed with another value of this setting."""
+    extra = Config.model_fields[key].json_schema_extra
+    return isinstance(extra, dict) and bool(extra["may_change"])

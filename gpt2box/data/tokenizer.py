@@ -1,0 +1,200 @@
+"""Text to token ids and back: GPT-2's byte-level BPE (tiktoken) and a character vocabulary.
+
+A tokenizer is kept as a folder of Hugging Face files, so that `AutoTokenizer` reads the very
+folder that `load` reads. GPT-2's files are derived from the pinned ranks; no network is used.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt2box.errors import BadInput, Damaged
+
+END_OF_TEXT = "<|endoftext|>"
+Tokens = npt.NDArray[np.uint16]
+
+
+class Tokenizer(Protocol):
+    """What the rest of the program asks of a tokenizer."""
+
+    kind: str
+    vocab_size: int
+    end_of_text: int | None  # its id, where the vocabulary has one
+
+    def encode(self, text: str) -> Tokens:
+        """Token ids of the text; a special token's name in it is ordinary text."""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """UTF-8 of the tokens; a single token may be part of a character."""
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files into an existing folder."""
+
+
+class Gpt2Tokenizer:
+    """GPT-2's byte-level BPE: 50,256 ranks and the end-of-text token."""
+
+    kind = "gpt2"
+
+    def __init__(self, ranks: dict[bytes, int]) -> None:
+        import tiktoken
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        self.ranks = ranks
+        self.end_of_text: int | None = len(ranks)
+        self.vocab_size = len(ranks) + 1
+        self._encoding = tiktoken.Encoding(
+            "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+        )
+
+    def encode(self, text: str) -> Tokens:
+        return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self._encoding.decode_bytes(list(ids))
+
+    def save(self, folder: Path) -> None:
+        vocabulary = {_printable(token): rank for token, rank in self.ranks.items()} | {END_OF_TEXT: len(self.ranks)}
+        (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        merges = "".join(f"{_printable(a)} {_printable(b)}\n" for a, b in merges_of(self.ranks))
+        (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        _write_tokenizer_config(folder, {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, **special})
+
+
+class CharTokenizer:
+    """One id a character, in code-point order, as nanoGPT's shakespeare_char; optionally an end-of-text id last."""
+
+    kind = "char"
+
+    def __init__(self, characters: str, end_of_text: bool) -> None:
+        self.characters = characters
+        self.end_of_text = len(characters) if end_of_text else None
+        self.vocab_size = len(characters) + end_of_text
+        self._ids = {character: index for index, character in enumerate(characters)}
+
+    def encode(self, text: str) -> Tokens:
+        try:
+            return np.fromiter((self._ids[c] for c in text), dtype=np.uint16, count=len(text))
+        except KeyError:
+            missing = sorted(set(text) - self._ids.keys())
+            shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in missing[:10]) + (", …" if len(missing) > 10 else "")
+            raise BadInput(
+                f"not in this model's {len(self.characters)} characters: {shown}",
+                f"a text of these: {self.characters!r}",
+            ) from None
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return "".join(END_OF_TEXT if i == self.end_of_text else self.characters[i] for i in ids).encode()
+
+    def save(self, folder: Path) -> None:
+        added = []
+        if self.end_of_text is not None:
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            added = [{"id": self.end_of_text, "content": END_OF_TEXT, "special": True, **flags}]
+        split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+        content = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": added,
+            "normalizer": None,
+            "pre_tokenizer": split,
+            "post_processor": None,
+            "decoder": {"type": "Fuse"},
+            "model": {"type": "WordLevel", "vocab": self._ids, "unk_token": ""},
+        }
+        (folder / "tokenizer.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        special = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT) if added else {}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        _write_tokenizer_config(folder, {**config, **special})
+
+
+def _write_tokenizer_config(folder: Path, content: dict[str, object]) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def from_ranks(path: Path) -> Gpt2Tokenizer:
+    """The GPT-2 tokenizer from a (verified) tiktoken ranks file: lines of base64 and rank."""
+    lines = path.read_bytes().splitlines()
+    return Gpt2Tokenizer(
+        {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
+    )
+
+
+def from_texts(texts: Iterable[str], end_of_text: bool) -> CharTokenizer:
+    """The character vocabulary of these texts."""
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    if len(characters) >= 65_535:
+        raise BadInput(f"{len(characters):,} different characters", "at most 65,534", "use --tokenizer gpt2")
+    return CharTokenizer("".join(sorted(characters)), end_of_text)
+
+
+def load(folder: Path) -> Tokenizer:
+    """The tokenizer whose files lie in `folder`.
+
+    Raises:
+        BadInput: there is none, or one of another kind.
+        Damaged: its files are not what this program or Hugging Face writes.
+    """
+    try:
+        if (folder / "vocab.json").exists():
+            vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            if vocabulary.pop(END_OF_TEXT) != len(vocabulary):
+                raise BadInput(f"{folder}/vocab.json: end of text is not the last token", "GPT-2's own vocabulary")
+            alphabet = {character: byte for byte, character in enumerate(byte_alphabet())}
+            return Gpt2Tokenizer({bytes(alphabet[c] for c in t): rank for t, rank in vocabulary.items()})
+        if (folder / "tokenizer.json").exists():
+            content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            model = content["model"]
+            if model["type"] != "WordLevel" or any(len(character) != 1 for character in model["vocab"]):
+                raise BadInput(f"{folder}/tokenizer.json: a {model['type']} tokenizer", "vocab.json and merges.txt")
+            ordered = sorted(model["vocab"], key=model["vocab"].__getitem__)
+            return CharTokenizer("".join(ordered), bool(content["added_tokens"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(
+            f"{folder}: the tokenizer's files are damaged ({error!r})", "files as they were written"
+        ) from error
+    raise BadInput(f"{folder}: no tokenizer", "vocab.json and merges.txt, or tokenizer.json")
+
+
+@cache
+def byte_alphabet() -> tuple[str, ...]:
+    """The printable character that stands for each byte in GPT-2's vocabulary files.
+
+    Printable Latin-1 stands for itself, the rest for U+0100 onwards in order (Radford et al. 2019,
+    the released encoder.py).
+    """
+    itself = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    shifted = iter(range(256, 512))
+    return tuple(chr(byte) if byte in itself else chr(next(shifted)) for byte in range(256))
+
+
+def _printable(token: bytes) -> str:
+    return "".join(byte_alphabet()[byte] for byte in token)
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pair each multi-byte token was merged from, in order of rank.
+
+    Merging a token's bytes by all lower ranks leaves exactly its two parts.
+    """
+    pairs = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
+            parts[best : best + 2] = [parts[best] + parts[best + 1]]
+        if len(parts) == 2:
+            pairs.append((parts[0], parts[1]))
+    return pairs

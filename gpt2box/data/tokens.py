@@ -1,0 +1,124 @@
+"""A prepared dataset: train.bin and val.bin (raw little-endian uint16 ids, nanoGPT's format),
+dataset.json and the tokenizer's files."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2box.data import assets, tokenizer
+from gpt2box.data.tokenizer import Tokenizer, Tokens
+from gpt2box.errors import BadInput, Damaged
+from gpt2box.paths import raw_dir
+
+FORMAT = 1
+SPLITS = ("train", "val")
+ID_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened dataset folder."""
+
+    folder: Path
+    manifest: dict[str, Any]  # empty for a folder that nanoGPT wrote
+
+    def tokens(self, split: str) -> int:
+        """Tokens in a split."""
+        return (self.folder / f"{split}.bin").stat().st_size // ID_BYTES
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer its ids came from; a folder without one is nanoGPT's and has GPT-2's."""
+        if self.manifest:
+            return tokenizer.load(self.folder / "tokenizer")
+        return tokenizer.from_ranks(assets.fetch(assets.GPT2_RANKS, raw_dir()))
+
+    def digest(self) -> str:
+        """Short identity of the content, for naming the validation set and refusing a changed dataset."""
+        if self.manifest:
+            return str(self.manifest["splits"]["val"]["sha256"][:12])
+        return assets.sha256_of(self.folder / "val.bin")[:12]
+
+
+class TokenFile:
+    """Random access to a .bin file. Thread-safe.
+
+    Read with pread and not through a memory map: a map's pages count as the process's memory as it
+    walks through the file (nanoGPT's issue 287); the page cache serves both alike.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self._path = path
+        self.tokens = os.fstat(self._descriptor).st_size // ID_BYTES
+
+    def read(self, start: int, count: int) -> Tokens:
+        """`count` ids from position `start`."""
+        content = os.pread(self._descriptor, count * ID_BYTES, start * ID_BYTES)
+        if len(content) != count * ID_BYTES:
+            raise Damaged(f"{self._path} ends at token {self.tokens:,}", f"{start + count:,} tokens or more")
+        return np.frombuffer(content, dtype="<u2")
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def open_dataset(folder: Path) -> Dataset:
+    """The dataset in `folder`, checked for size and vocabulary.
+
+    Raises:
+        BadInput: no dataset there, or nanoGPT's with a pickled vocabulary.
+        Damaged: it is not what its manifest says.
+    """
+    missing = [f"{split}.bin" for split in SPLITS if not (folder / f"{split}.bin").is_file()]
+    if missing:
+        raise BadInput(
+            f"no dataset in {folder}: {' and '.join(missing)} missing",
+            "a folder written by `gpt2box prepare`",
+            f"gpt2box prepare {folder.name.removesuffix('-char')}"
+            + (" --tokenizer char" if folder.name.endswith("-char") else ""),
+        )
+    path = folder / "dataset.json"
+    if not path.exists():
+        if (folder / "meta.pkl").exists():
+            raise BadInput(
+                f"{folder} has its vocabulary in meta.pkl, a pickle, which can run any code and is not read",
+                "a folder written by `gpt2box prepare`",
+                "gpt2box prepare INPUT.txt --tokenizer char, with the text it was made from",
+            )
+        return Dataset(folder, {})
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        expected = {split: manifest["splits"][split]["tokens"] for split in SPLITS}
+        vocab_size = manifest["tokenizer"]["vocab_size"]
+        version = manifest["format"]
+        str(manifest["splits"]["val"]["sha256"][:12])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(
+            f"{path} is damaged ({error!r})", "a manifest as `prepare` writes it", "prepare it again"
+        ) from error
+    if version != FORMAT:
+        raise BadInput(f"{path} has format {version}", f"format {FORMAT}", "prepare it again with this version")
+    dataset = Dataset(folder, manifest)
+    for split, tokens in expected.items():
+        found = (folder / f"{split}.bin").stat().st_size
+        if found != tokens * ID_BYTES:
+            raise Damaged(
+                f"{folder}/{split}.bin has {found:,} bytes",
+                f"{tokens * ID_BYTES:,} bytes",
+                f"remove {folder}, prepare again",
+            )
+    if dataset.tokenizer.vocab_size != vocab_size:
+        raise Damaged(
+            f"{folder}/tokenizer has {dataset.tokenizer.vocab_size} tokens",
+            f"{vocab_size}",
+            f"remove {folder}, prepare again",
+        )
+    return dataset

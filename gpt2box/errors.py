@@ -1,0 +1,57 @@
+"""Expected failures: what was found, what was expected, the next command; and the exit codes.
+
+Everything a user can run into on a healthy installation is raised as one of these and printed
+without a traceback (cli.py). Any other exception is a bug.
+"""
+
+from __future__ import annotations
+
+
+class Gpt2boxError(Exception):
+    """An expected failure. `found` is required; `expected` and `next_step` where they help."""
+
+    exit_code = 1
+
+    def __init__(self, found: str, expected: str = "", next_step: str = "") -> None:
+        super().__init__(found)
+        self.found = found
+        self.expected = expected
+        self.next_step = next_step
+
+    def __str__(self) -> str:
+        lines = [f"error: {self.found}"]
+        if self.expected:
+            lines.append(f"  expected: {self.expected}")
+        if self.next_step:
+            lines.append(f"  next: {self.next_step}")
+        return "\n".join(lines)
+
+
+class BadInput(Gpt2boxError):
+    """Bad usage, a bad setting or a bad input file."""
+
+    exit_code = 2
+
+
+class MachineCannot(Gpt2boxError):
+    """This machine cannot do it: no GPU, not enough memory, no compiler."""
+
+    exit_code = 3
+
+
+class Damaged(Gpt2boxError):
+    """A dataset, checkpoint or downloaded file is not what it was written as."""
+
+    exit_code = 4
+
+
+class TryAgain(Gpt2boxError):
+    """The network or another passing condition; the same command may work later (EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
+class VolumeUnwritable(Gpt2boxError):
+    """A volume is missing, read-only or full (EX_CONFIG)."""
+
+    exit_code = 78

@@ -1,0 +1,263 @@
+"""A training job from settings to report: what `gpt2box train` does, in order."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from gpt2box import config as settings
+from gpt2box.config import Config
+from gpt2box.data.tokens import Dataset, open_dataset
+from gpt2box.errors import BadInput
+from gpt2box.machine.device import choose_compile, choose_device, choose_dtype, describe
+from gpt2box.machine.provenance import provenance
+from gpt2box.model.generate import Choice, generate
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.model.weights import load_hub, pretrained_folder, shape_in
+from gpt2box.output.report import loss_png
+from gpt2box.paths import dataset_dir, make_writable, run_dir, write_atomically
+from gpt2box.planning.plan import RunPlan, make_plan
+from gpt2box.planning.shape import ModelShape
+from gpt2box.progress import duration, say, size
+from gpt2box.stop import StopRequest
+from gpt2box.training import checkpoint
+from gpt2box.training.checkpoint import TrainState
+from gpt2box.training.loop import Job, evaluate, train
+from gpt2box.training.metrics import Display
+from gpt2box.training.optim import make_optimizer
+
+
+def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> None:
+    """Train, or go on, or say that it is done.
+
+    Raises:
+        Gpt2boxError: see errors.py; nothing is written before settings, dataset and device are checked.
+    """
+    config, notes = settings.load(argument, flags)
+    dataset = open_dataset(dataset_dir(config.dataset))
+    device = choose_device(config.device)
+    compile_model, note = choose_compile(config.compile, device)
+    for line in [*notes, *([note] if note else [])]:
+        say(f"note: {line}")
+    weights, shape = model_shape(config, dataset)
+    dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
+    plan = make_plan(config, shape, dataset.tokens("train"), str(device), dtype, compile_model)
+    torch.set_float32_matmul_precision("high")
+    describe_plan(config, plan, describe(device))
+
+    if config.eval_only:
+        return evaluate_only(config, plan, dataset, weights)
+    run = make_writable(run_dir(config.name))
+    with Lock(run):
+        found = checkpoint.newest(run / "checkpoints")
+        if found:
+            check_unchanged(config, run)
+        model = GPT2(shape, config.dropout)
+        state = found[1] if found else TrainState()
+        if found is None:
+            initialise(model, config, weights)
+        model = model.to(device)
+        configure(model, plan)
+        optimizer = make_optimizer(model, plan)
+        if found:
+            announce_resume(config, *found)
+            checkpoint.restore(found[0], model, optimizer, state)
+        if state.stopped_early and state.evaluations_without_best < (config.patience or 10**9):
+            state.stopped_early = False  # the patience was raised
+        if state.step < plan.max_steps and not state.stopped_early:
+            write_records(run, config, plan, dataset, describe(device))
+            sampler = Sampler(config, model, dataset, run)
+            train(
+                Job(run, plan, model, optimizer, dataset, dataset.tokenizer, state, stop, sampler, weights is not None)
+            )
+        report(config, argument, run, state, stop, plan)
+
+
+def model_shape(config: Config, dataset: Dataset) -> tuple[Path | None, ModelShape]:
+    """The folder of the weights to begin from, if any, and the network's shape.
+
+    Raises:
+        BadInput: the settings and the weights, or the weights and the dataset, do not fit.
+    """
+    if config.init_from == "scratch":
+        shape = ModelShape(
+            **config.shape(), block_size=config.block_size, vocab_size=dataset.tokenizer.vocab_size, bias=config.bias
+        )
+        return None, shape
+    folder = pretrained_folder(config.init_from)
+    stored = shape_in(folder)
+    faults = [
+        f"{key}: found {value} in the settings, {getattr(stored, key)} in {folder}"
+        for key in ("n_layer", "n_head", "n_embd")
+        if (value := getattr(config, key)) not in (None, getattr(stored, key))
+    ]
+    if config.block_size > stored.block_size:
+        faults.append(f"block_size: found {config.block_size}; the weights allow at most {stored.block_size}")
+    if dataset.tokenizer.vocab_size != stored.vocab_size:
+        faults.append(
+            f"dataset {config.dataset} has a vocabulary of {dataset.tokenizer.vocab_size:,} tokens "
+            f"({dataset.tokenizer.kind}), the weights one of {stored.vocab_size:,}"
+        )
+    if faults:
+        raise BadInput("\n    ".join(faults), f"settings and data that fit {config.init_from}")
+    return folder, replace(stored, block_size=config.block_size)
+
+
+def initialise(model: GPT2, config: Config, weights: Path | None) -> None:
+    """First weights: random by the seed, or read from a folder."""
+    if weights:
+        load_hub(model, weights)
+    else:
+        model.initialise(config.seed)
+
+
+def configure(model: GPT2, plan: RunPlan) -> None:
+    """What trades memory for time."""
+    model.activation_checkpointing = plan.activation_checkpointing
+    model.loss_chunk_tokens = plan.loss_chunk_tokens
+
+
+def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
+    """What is about to happen, in a few lines."""
+    shape = plan.shape
+    say(
+        f"{config.name}: {shape.n_layer} layers × {shape.n_embd} wide, {shape.n_head} heads, "
+        f"{plan.parameters:,} parameters, from {config.init_from}, on {config.dataset}"
+    )
+    say(
+        f"  {plan.tokens_per_step:,} tokens a step = {plan.micro_batch_size} × {shape.block_size} × "
+        f"{plan.grad_accum_steps} micro-steps; {plan.max_steps:,} steps = {plan.epochs:.2g} passes over the text"
+    )
+    compiled = "compiled" if plan.compile else "not compiled"
+    say(f"  {device}; {plan.dtype}, {compiled}; a checkpoint is {size(plan.checkpoint_bytes)}")
+
+
+def evaluate_only(config: Config, plan: RunPlan, dataset: Dataset, weights: Path | None) -> None:
+    """val_loss of the run's best checkpoint, or of the weights it would begin from."""
+    best = run_dir(config.name) / "checkpoints" / "best"
+    model = GPT2(plan.shape)
+    if best.exists():
+        load_hub(model, best)
+    else:
+        initialise(model, config, weights)
+    model = model.to(plan.device)
+    configure(model, plan)
+    val_loss, val_set = evaluate(model, dataset, plan)
+    print(f"val_loss {val_loss:.4f} ({best if best.exists() else config.init_from}, windows {val_set})")
+
+
+def check_unchanged(config: Config, run: Path) -> None:
+    """A run goes on with the settings it began with, but for those that do not change what is learned.
+
+    Raises:
+        BadInput: lists what differs.
+    """
+    path = run / "config.yaml"
+    if not path.exists():
+        return
+    before = settings.validate(settings.read_yaml(path), str(path))
+    differing = [key for key in Config.model_fields if getattr(before, key) != getattr(config, key)]
+    if refused := [key for key in differing if not settings.may_change(key)]:
+        lines = [f"{key}: {getattr(before, key)} before, {getattr(config, key)} now" for key in refused]
+        raise BadInput(
+            f"the run {config.name} began with other settings:\n    " + "\n    ".join(lines),
+            "the same settings to go on",
+            f"undo the change, or begin another run with --name {config.name}-2",
+        )
+    for key in differing:
+        say(f"note: {key}: {getattr(before, key)} before, {getattr(config, key)} now")
+
+
+def announce_resume(config: Config, folder: Path, state: TrainState, passed_over: list[Any]) -> None:
+    """Say where the run goes on, and which checkpoints were damaged."""
+    for fault in passed_over:
+        say(f"note: passed over a damaged checkpoint: {fault.found}")
+    if state.step < config.max_steps:
+        say(f"resuming from {folder} at step {state.step:,}")
+
+
+def write_records(run: Path, config: Config, plan: RunPlan, dataset: Dataset, device: str) -> None:
+    """config.yaml, plan.json and manifest.json."""
+    write_atomically(run / "config.yaml", settings.to_yaml(config))
+    write_atomically(run / "plan.json", json.dumps(asdict(plan), indent=2) + "\n")
+    started = {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    summary = {key: dataset.manifest.get(key) for key in ("source", "tokenizer", "splits")}
+    manifest = provenance(device) | started | {"dataset": {"folder": str(dataset.folder), **summary}}
+    write_atomically(run / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+class Sampler:
+    """Writes samples/step-N.txt at each evaluation and shows the beginning."""
+
+    def __init__(self, config: Config, model: GPT2, dataset: Dataset, run: Path) -> None:
+        self.config, self.model, self.tokenizer, self.run = config, model, dataset.tokenizer, run
+
+    def __call__(self, display: Display, step: int) -> None:
+        if not self.config.sample_tokens:
+            return
+        text = self.config.sample_prompt or "\n"
+        prompt = [int(i) for i in self.tokenizer.encode(text)]
+        ids = list(generate(self.model, prompt, self.config.sample_tokens, Choice(), self.config.seed))
+        text += self.tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
+        folder = make_writable(self.run / "samples")
+        write_atomically(folder / f"step-{step:08d}.txt", text + "\n")
+        first_or_last = step == 0 or step >= self.config.max_steps
+        shown = text.strip().splitlines()[: None if first_or_last else 1]
+        display.line("\n".join(f"    | {line}" for line in shown))
+
+
+def report(
+    config: Config, argument: str | None, run: Path, state: TrainState, stop: StopRequest, plan: RunPlan
+) -> None:
+    """How it ended, where everything lies, and the next command."""
+    command = "gpt2box train" + (f" {argument}" if argument else "") + " …"
+    picture = loss_png(run)
+    if stop:
+        say(f"stopped by {stop.name} at step {state.step:,} of {plan.max_steps:,}, saved")
+        say(f"  to go on        the same command again: {command}")
+        return
+    ended = "stopped early, no better val_loss" if state.stopped_early else "finished"
+    say(f"{config.name}: {ended} at step {state.step:,} after {duration(state.seconds)} of training")
+    if state.best_val_loss is not None:
+        published = (
+            "" if config.expected_val_loss is None else f" (published for this config: {config.expected_val_loss:.4f})"
+        )
+        say(f"  best val_loss   {state.best_val_loss:.4f} at step {state.best_step:,}{published}")
+    say(f"  loss curve      {picture}")
+    say(f"  model           {run / 'checkpoints' / 'best'} (a Hugging Face folder)")
+    say(f"  everything      {run}")
+    say(f"  next            gpt2box sample {config.name}")
+
+
+class Lock(AbstractContextManager["Lock"]):
+    """One trainer a run. The system frees it with the process, however that ends."""
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / ".lock"
+
+    def __enter__(self) -> Lock:
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._descriptor)
+            raise BadInput(
+                f"the run {self._path.parent} is being trained by another process",
+                "one trainer a run",
+                "wait for it, stop it, or choose another --name",
+            ) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)

@@ -1,0 +1,68 @@
+"""Which device, number format and compiler this machine has, and how much memory was used."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import resource
+import shutil
+import sys
+
+import torch
+
+from gpt2box.errors import MachineCannot
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        MachineCannot: no such GPU.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MachineCannot(
+            f"device {wanted}: PyTorch sees {torch.cuda.device_count()} GPUs",
+            "an NVIDIA GPU with its driver (nvidia-smi lists it)",
+            "--device cpu, or in a container: --gpus all",
+        )
+    return device
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that computes in it, float32 elsewhere; or what is asked for."""
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[wanted]
+
+
+def choose_compile(wanted: bool | str, device: torch.device) -> tuple[bool, str]:
+    """Whether to use torch.compile, and a message where a compiler is missing."""
+    if wanted is False or (wanted == "auto" and device.type == "cpu"):
+        return False, ""
+    missing = [] if shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc") else ["a C compiler (gcc)"]
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        missing.append("Triton")
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        missing = ["a C++ compiler (g++)"]
+    if missing:
+        return False, f"torch.compile needs {' and '.join(missing)}, not found here: going on without it, slower"
+    return True, ""
+
+
+def describe(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory so far: reserved on the GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,170 @@
+"""GPT-2 as published: learned positions, pre-norm blocks, tanh GELU, tied embeddings.
+
+No I/O, no settings: what is not in the shape is an argument. Parameter names are those of Hugging
+Face's GPT-2, so that weights.py has little to do.
+
+    B  sequences     T  tokens of a sequence     C  n_embd     H  heads     D  C / H
+    M  B · T         V  vocab_size               P  V padded to a multiple of 64
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from gpt2box.model.loss import chunked_cross_entropy
+from gpt2box.planning.shape import ModelShape
+
+
+class KeyValueCache:
+    """Keys and values of all positions so far, in one tensor reserved for a whole context."""
+
+    def __init__(self, shape: ModelShape, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        size = (shape.n_layer, 2, batch, shape.n_head, shape.block_size, shape.n_embd // shape.n_head)
+        self.store = torch.empty(size, device=device, dtype=dtype)  # (n_layer, 2, B, H, T, D)
+        self.length = 0
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a layer's keys and values of the new positions, (B, H, t, D); returns those of all."""
+        end = self.length + key.size(2)
+        self.store[layer, 0, :, :, self.length : end] = key
+        self.store[layer, 1, :, :, self.length : end] = value
+        return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, shape: ModelShape, dropout: float, layer: int) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(shape.n_embd, 3 * shape.n_embd, bias=shape.bias)
+        self.c_proj = nn.Linear(shape.n_embd, shape.n_embd, bias=shape.bias)
+        self.n_head, self.dropout, self.layer = shape.n_head, dropout, layer
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if cache is not None:
+            key, value = cache.extend(self.layer, key, value)
+        # A single new position sees all; several at once start from an empty cache, or there is none.
+        y = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1
+        )
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """The feed-forward part, four times as wide inside."""
+
+    def __init__(self, shape: ModelShape, dropout: float) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(shape.n_embd, 4 * shape.n_embd, bias=shape.bias)
+        self.c_proj = nn.Linear(4 * shape.n_embd, shape.n_embd, bias=shape.bias)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with layer norm before and residual around."""
+
+    def __init__(self, shape: ModelShape, dropout: float, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(shape.n_embd, bias=shape.bias)
+        self.attn = Attention(shape, dropout, layer)
+        self.ln_2 = nn.LayerNorm(shape.n_embd, bias=shape.bias)
+        self.mlp = MLP(shape, dropout)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
+
+
+class GPT2(nn.Module):
+    """The network. Rows of `wte` beyond vocab_size are padding: zero, never in the loss, never sampled."""
+
+    def __init__(self, shape: ModelShape, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.shape, self.dropout = shape, dropout
+        self.activation_checkpointing = "none"
+        self.loss_chunk_tokens = 1024
+        self.wte = nn.Embedding(shape.padded_vocab_size, shape.n_embd)
+        self.wpe = nn.Embedding(shape.block_size, shape.n_embd)
+        self.h = nn.ModuleList(Block(shape, dropout, layer) for layer in range(shape.n_layer))
+        self.ln_f = nn.LayerNorm(shape.n_embd, bias=shape.bias)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Normal(0, 0.02), residual projections scaled down by √(2·n_layer) (Radford et al. 2019, 2.3)."""
+        generator = torch.Generator().manual_seed(seed)
+        scaled = 0.02 / math.sqrt(2 * self.shape.n_layer)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif ".ln_" in name or name.startswith("ln_f"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, scaled if name.endswith("c_proj.weight") else 0.02, generator=generator)
+        self.wte.weight[self.shape.vocab_size :].zero_()
+
+    def hidden(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Final hidden states (B, T, C) of token ids (B, T); with a cache, of the new positions."""
+        first = cache.length if cache is not None else 0
+        positions = torch.arange(first, first + ids.size(1), device=ids.device)
+        x = F.dropout(self.wte(ids) + self.wpe(positions), self.dropout, self.training)  # (B, T, C)
+        for block in self.h:
+            x = self._checkpointed(block, x) if self.training else block(x, cache)
+        if cache is not None:
+            cache.length += ids.size(1)
+        out: Tensor = self.ln_f(x)
+        return out
+
+    def _checkpointed(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.activation_checkpointing == "none":
+            out = block(x)
+        elif self.activation_checkpointing == "full":
+            out = checkpoint(block, x, use_reentrant=False)
+        else:
+            out = checkpoint(block, x, use_reentrant=False, context_fn=_selective)
+        assert isinstance(out, Tensor)
+        return out
+
+    def forward(self, ids: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
+        """Mean cross-entropy of targets (B, T), those of -1 left out, times `scale`; float32 scalar."""
+        hidden = self.hidden(ids).flatten(0, 1)  # (M, C)
+        return chunked_cross_entropy(
+            hidden, self.wte.weight, targets.flatten(), self.shape.vocab_size, self.loss_chunk_tokens, scale
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (…, V) of hidden states (…, C)."""
+        return F.linear(hidden, self.wte.weight)[..., : self.shape.vocab_size]
+
+
+# What is cheap to keep and dear to make again: the products and the attention. Norms, GELU and
+# additions are made again.
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _selective() -> Any:
+    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]

@@ -1,0 +1,91 @@
+"""Cross-entropy of a tied output layer without ever holding all logits.
+
+The logits of GPT-2 are by far its largest activation: a micro-batch of 4 × 1024 tokens has 824 MB
+of them in float32, and autograd keeps several copies. Here a chunk of tokens at a time goes to
+logits, loss and gradient, all in the forward pass, so a chunk's logits are the most that exists and
+no product is done twice. (The idea is public, e.g. in Liger Kernel's fused linear cross-entropy.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -1  # a target that counts for nothing
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk_tokens: int, scale: float = 1.0
+) -> Tensor:
+    """scale × mean cross-entropy of softmax(hidden · weightᵀ), a float32 (float64 for float64) scalar.
+
+    hidden (M, C), weight (P, C) of which rows from vocab_size on are padding, targets (M,) of ids
+    or -1. Under autocast the products run in its dtype, sums in float32. With nothing but ignored
+    targets the loss is 0.
+    """
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    arguments = (hidden, weight, targets, vocab_size, chunk_tokens, scale, dtype)
+    result: Tensor = _ChunkedCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Gradients are formed beside the loss; backward only hands them out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        chunk_tokens: int,
+        scale: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        sums = torch.promote_types(torch.float32, hidden.dtype)
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        counted = targets != IGNORE  # (M,)
+        factor = scale / counted.sum().clamp(min=1).to(sums)  # of each token's loss
+        weight_low = weight.to(dtype)
+        loss = torch.zeros((), device=hidden.device, dtype=sums)
+        grad_hidden = torch.empty_like(hidden) if wanted else None
+        grad_weight: Tensor | None = None
+        for begin in range(0, hidden.size(0), chunk_tokens):
+            rows = slice(begin, begin + chunk_tokens)
+            chunk = hidden[rows].to(dtype)  # (m, C)
+            target = targets[rows].clamp(min=0).long().unsqueeze(1)  # (m, 1)
+            share = torch.where(counted[rows], factor, 0.0).unsqueeze(1)  # (m, 1)
+            logits = (chunk @ weight_low.t()).to(sums)  # (m, P), the one large tensor
+            logits[:, vocab_size:] = -torch.inf
+            highest = logits.amax(1, keepdim=True)
+            at_target = logits.gather(1, target) - highest
+            exp = logits.sub_(highest).exp_()
+            total = exp.sum(1, keepdim=True)
+            loss += ((total.log() - at_target) * share).sum()
+            if grad_hidden is None:
+                continue
+            grad = exp.mul_(share / total)  # softmax, weighted
+            grad.scatter_add_(1, target, -share)
+            grad = grad.to(dtype)
+            grad_hidden[rows] = grad @ weight_low
+            if grad_weight is None:
+                grad_weight = (grad.t() @ chunk).to(weight.dtype)
+            elif dtype == weight.dtype:
+                grad_weight.addmm_(grad.t(), chunk)
+            else:
+                grad_weight += grad.t() @ chunk
+        if wanted:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        outer = grad_outputs[0]
+        # In place: these buffers are ours, and the loop calls backward with 1.
+        return grad_hidden.mul_(outer), grad_weight.mul_(outer), None, None, None, None, None

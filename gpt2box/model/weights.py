@@ -1,0 +1,218 @@
+"""Weights in and out in the Hugging Face layout.
+
+On disk: names begin with `transformer.` (the published files leave it out; both are read), the
+linear layers of a block are stored transposed (Hugging Face's Conv1D), the embedding has
+vocab_size rows, the output layer is the embedding. A model without biases is written with zero
+biases, which are the same function; config.json then says so for our own reading.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gpt2box.config import MODEL_SHAPES
+from gpt2box.data import assets
+from gpt2box.errors import BadInput, Damaged
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.paths import model_dir
+from gpt2box.planning.shape import ModelShape
+
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+PREFIX = "transformer."
+# The causal mask, which old versions of transformers stored with the weights, and the tied output layer.
+NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
+
+HUB_REVISIONS = {
+    "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+}
+HUB_PINS = {
+    "gpt2": (548_105_171, "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
+    "gpt2-medium": (1_519_984_962, "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd"),
+}
+
+
+def pretrained_folder(init_from: str) -> Path:
+    """The folder an `init_from` means; a published size is downloaded unless its folder is filled.
+
+    Raises:
+        BadInput: no such folder.
+        TryAgain, Damaged: see assets.fetch.
+    """
+    if init_from not in MODEL_SHAPES:
+        folder = Path(init_from) if "/" in init_from else model_dir(init_from)
+        if not (folder / "config.json").is_file():
+            raise BadInput(
+                f"init_from {init_from}: no config.json in {folder}",
+                f"scratch, one of {', '.join(MODEL_SHAPES)}, or a folder in the Hugging Face layout",
+            )
+        return folder
+    folder = model_dir(init_from)
+    if (folder / "config.json").is_file():
+        return folder  # put there by the user
+    if init_from not in HUB_PINS:
+        raise BadInput(
+            f"no weights of {init_from} in {folder}; this version has no pinned checksum to download them by",
+            "config.json and model.safetensors of openai-community/" + init_from,
+            f"put them into {folder}",
+        )
+    size_bytes, sha256 = HUB_PINS[init_from]
+    url = f"{assets.hub_endpoint()}/openai-community/{init_from}/resolve/{HUB_REVISIONS[init_from]}/model.safetensors"
+    assets.fetch(assets.Asset("model.safetensors", size_bytes, sha256, url), folder)
+    return folder
+
+
+def shape_in(folder: Path) -> ModelShape:
+    """The shape of the model in a Hugging Face folder (or one that pretrained_folder downloaded).
+
+    Raises:
+        BadInput: not GPT-2's architecture.
+        Damaged: config.json is unreadable.
+    """
+    path = folder / "config.json"
+    if not path.exists() and folder.name in MODEL_SHAPES:
+        sizes = MODEL_SHAPES[folder.name]
+        return ModelShape(**sizes, block_size=1024, vocab_size=50_257, bias=True)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("model_type") != "gpt2":
+            raise BadInput(f"{path}: model_type {config.get('model_type')!r}", "'gpt2'")
+        for key, expected in {"activation_function": "gelu_new", "n_inner": None, "layer_norm_epsilon": 1e-5}.items():
+            if config.get(key, expected) not in (expected, 4 * config["n_embd"] if key == "n_inner" else expected):
+                raise BadInput(f"{path}: {key} {config[key]!r}", f"{expected!r}, as in the published GPT-2")
+        sizes = {key: int(config[key]) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+        bias = bool(config.get("gpt2box", {}).get("bias", True))
+        return ModelShape(**sizes, block_size=int(config["n_positions"]), bias=bias)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path} is damaged ({error!r})", "a GPT-2 config as transformers writes it") from error
+
+
+def hub_config(shape: ModelShape, dropout: float, end_of_text: int | None) -> dict[str, Any]:
+    """config.json of a checkpoint."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "n_layer": shape.n_layer,
+        "n_head": shape.n_head,
+        "n_embd": shape.n_embd,
+        "n_positions": shape.block_size,
+        "n_ctx": shape.block_size,
+        "n_inner": None,
+        "vocab_size": shape.vocab_size,
+        "resid_pdrop": dropout,
+        "embd_pdrop": dropout,
+        "attn_pdrop": dropout,
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "torch_dtype": "float32",
+        "gpt2box": {"bias": shape.bias},
+    }
+
+
+def to_hub(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
+    """A parameter (or a tensor of its shape, as an optimizer's average) as it is stored."""
+    if name == "wte.weight":
+        tensor = tensor[:vocab_size]
+    if name.endswith(TRANSPOSED):
+        tensor = tensor.t()
+    return tensor.detach().cpu().contiguous()
+
+
+def copy_from_hub(name: str, target: Tensor, stored: Tensor) -> None:
+    """The reverse of `to_hub`, into an existing tensor; padding rows become zero."""
+    if name.endswith(TRANSPOSED):
+        stored = stored.t()
+    target[: stored.size(0)].copy_(stored)
+    target[stored.size(0) :].zero_()
+
+
+def hub_state(model: GPT2) -> dict[str, Tensor]:
+    """All tensors of model.safetensors."""
+    state = {PREFIX + name: to_hub(name, p, model.shape.vocab_size) for name, p in model.named_parameters()}
+    if not model.shape.bias:
+        for name, tensor in list(state.items()):
+            if name.endswith("weight") and not name.endswith(("wte.weight", "wpe.weight")):
+                width = tensor.size(-1)
+                state[name.removesuffix("weight") + "bias"] = torch.zeros(width)
+    return state
+
+
+@torch.no_grad()
+def load_hub(model: GPT2, folder: Path) -> None:
+    """Copy the weights in `folder` into the model, one tensor at a time. A shorter context takes the first positions.
+
+    Raises:
+        BadInput: pickled weights, or tensors that do not fit: which, expected, found.
+        Damaged: a file is not safetensors.
+    """
+    wanted = dict(model.named_parameters())
+    faults = []
+    seen = set()
+    for key, tensor in stored_tensors(folder):
+        name = key.removeprefix(PREFIX)
+        if name.endswith(NOT_WEIGHTS):
+            continue
+        if not model.shape.bias and name.endswith("bias"):
+            continue  # written as zeros, see above
+        target = wanted.get(name)
+        if target is None or name in seen:
+            faults.append(f"{key}: not in a GPT-2 of {model.shape.n_layer} layers")
+            continue
+        seen.add(name)
+        faults += copy_checked(model, name, target.data, tensor)
+    faults += [f"{name}: missing" for name in wanted.keys() - seen]
+    if faults:
+        shown = sorted(faults)[:8] + (["…"] if len(faults) > 8 else [])
+        raise BadInput(f"the weights in {folder} do not fit:\n    " + "\n    ".join(shown), f"{model.shape}")
+
+
+def copy_checked(model: GPT2, name: str, target: Tensor, stored: Tensor) -> list[str]:
+    """Copy one tensor if its shape is right; returns the fault if not."""
+    expected = list(target.t().shape if name.endswith(TRANSPOSED) else target.shape)
+    if name == "wte.weight":
+        expected[0] = model.shape.vocab_size
+    if name == "wpe.weight" and stored.dim() == 2 and stored.size(0) > expected[0]:
+        stored = stored[: expected[0]]
+    if list(stored.shape) != expected:
+        return [f"{name}: found {list(stored.shape)}, expected {expected}"]
+    copy_from_hub(name, target, stored)
+    return []
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of model.safetensors, or of its shards, memory-mapped."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        files = [folder / "model.safetensors"]
+    elif index.exists():
+        try:
+            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise Damaged(f"{index} is damaged ({error!r})") from error
+    elif any(folder.glob("*.bin")):
+        raise BadInput(
+            f"{folder} has pickled weights, which can run any code and are not read",
+            "model.safetensors",
+            'python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safe')\", if you trust their source",
+        )
+    else:
+        raise BadInput(f"no weights in {folder}", "model.safetensors")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118, not a dict
+                    yield key, tensors.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise Damaged(f"{file} cannot be read: {error}", "a whole safetensors file", f"replace {file}") from error

@@ -1,0 +1,94 @@
+"""Everything that follows from the settings, derived once. Importable without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpt2box.config import Config
+from gpt2box.planning.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What the loop reads. Steps are optimizer updates, micro-steps one forward and backward pass."""
+
+    shape: ModelShape
+    dropout: float
+    seed: int
+    device: str
+    dtype: str
+    compile: bool
+    activation_checkpointing: str
+    loss_chunk_tokens: int
+
+    micro_batch_size: int
+    grad_accum_steps: int
+    sequences_per_step: int
+    tokens_per_step: int
+    epochs: float
+
+    max_steps: int
+    learning_rate: float
+    min_lr: float
+    warmup_steps: int
+    lr_schedule: str
+    decay_steps: int
+    decay_fraction: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    grad_clip: float
+
+    eval_interval: int
+    eval_windows: int
+    patience: int
+    save_interval: int
+    keep_last: int
+    log_interval: int
+
+    parameters: int
+    checkpoint_bytes: int
+
+
+def make_plan(
+    config: Config, shape: ModelShape, train_tokens: int, device: str, dtype: str, compile_model: bool
+) -> RunPlan:
+    """The plan of a run on a device that has been looked at (see machine/device.py)."""
+    sequences = config.tokens_per_step // config.block_size
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = min(2000, config.max_steps // 50)
+    return RunPlan(
+        shape=shape,
+        dropout=config.dropout,
+        seed=config.seed,
+        device=device,
+        dtype=dtype,
+        compile=compile_model,
+        activation_checkpointing=config.activation_checkpointing,
+        loss_chunk_tokens=config.loss_chunk_tokens,
+        micro_batch_size=config.micro_batch_size,
+        grad_accum_steps=sequences // config.micro_batch_size,
+        sequences_per_step=sequences,
+        tokens_per_step=config.tokens_per_step,
+        epochs=config.max_steps * config.tokens_per_step / max(train_tokens, 1),
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        min_lr=config.learning_rate / 10 if config.min_lr is None else config.min_lr,
+        warmup_steps=warmup,
+        lr_schedule=config.lr_schedule,
+        decay_steps=config.decay_steps or config.max_steps,
+        decay_fraction=config.decay_fraction,
+        weight_decay=config.weight_decay,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        grad_clip=config.grad_clip,
+        eval_interval=config.eval_interval,
+        eval_windows=config.eval_windows,
+        patience=config.patience,
+        save_interval=config.save_interval or config.eval_interval,
+        keep_last=config.keep_last,
+        log_interval=config.log_interval,
+        parameters=shape.parameters,
+        checkpoint_bytes=12 * shape.parameters,  # float32 weights and AdamW's two averages
+    )

@@ -1,0 +1,37 @@
+"""The shape of a network and the counts that follow from it. Importable without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PAD_TO = 64  # vocabulary rows: matrix units want multiples of 64 (nanoGPT measured 50,304 against 50,257)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All that decides the size of each tensor."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    vocab_size: int
+    bias: bool = True
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding in memory; on disk there are vocab_size."""
+        return -(-self.vocab_size // PAD_TO) * PAD_TO
+
+    @property
+    def parameters(self) -> int:
+        """Parameters without padding; the embedding, which is also the output layer, counts once."""
+        C = self.n_embd
+        block = 12 * C * C + 2 * C + (11 * C if self.bias else 0)
+        final = 2 * C if self.bias else C
+        return (self.vocab_size + self.block_size) * C + self.n_layer * block + final
+
+    @property
+    def flops_per_token(self) -> int:
+        """Operations to train on one token: 6·N + 12·n_layer·n_embd·T (Chowdhery et al. 2022, appendix B)."""
+        return 6 * self.parameters + 12 * self.n_layer * self.n_embd * self.block_size

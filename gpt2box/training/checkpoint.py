@@ -1,0 +1,189 @@
+"""Checkpoints: a Hugging Face model folder plus optimizer.safetensors and state.json.
+
+Written beside, synced, renamed. state.json comes last and holds the size and sha256 of every other
+file, so a folder that a crash or a bad disk has damaged is recognised and passed over. No pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from gpt2box.data.assets import sha256_of
+from gpt2box.data.tokenizer import Tokenizer
+from gpt2box.errors import Damaged, VolumeUnwritable
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.model.weights import copy_from_hub, hub_config, hub_state, load_hub, to_hub
+from gpt2box.paths import fix_hint, fsync_dir
+
+FORMAT = 1
+AVERAGES = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class TrainState:
+    """What a run knows besides tensors. All else follows from the step."""
+
+    step: int = 0
+    optimizer_steps: int = 0  # less than step where non-finite steps were left out
+    evaluated_step: int = -1
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    best_step: int = -1
+    evaluations_without_best: int = 0
+    stopped_early: bool = False
+    seconds: float = 0.0  # of training, over all sessions
+
+
+def folder_name(step: int) -> str:
+    """step-00000500."""
+    return f"step-{step:08d}"
+
+
+def save(folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: TrainState, tokenizer: Tokenizer) -> Path:
+    """Write a checkpoint of `state.step` under `folder` and point `last` at it; `best` where it is the best.
+
+    Raises:
+        VolumeUnwritable: no space or no permission; earlier checkpoints are untouched.
+    """
+    final = folder / folder_name(state.step)
+    temporary = folder / f".{final.name}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".step-*.tmp"):
+            shutil.rmtree(stale)
+        temporary.mkdir()
+        write_files(temporary, model, optimizer, state, tokenizer)
+        retired = folder / f".{final.name}.old.tmp"
+        if final.exists():  # the same step once more, after its evaluation
+            os.rename(final, retired)
+        os.rename(temporary, final)
+        shutil.rmtree(retired, ignore_errors=True)
+        fsync_dir(folder)
+        point(folder, "last", state.step)
+        if state.best_step == state.step:
+            point(folder, "best", state.step)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise VolumeUnwritable(
+            f"cannot save {final}: {error.strerror or error}",
+            f"about {12 * model.shape.parameters / 2**30:.2f} GiB free",
+            fix_hint(folder),
+        ) from error
+    return final
+
+
+def write_files(
+    folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: TrainState, tokenizer: Tokenizer
+) -> None:
+    """All files of a checkpoint, synced, state.json last."""
+    config = hub_config(model.shape, model.dropout, tokenizer.end_of_text)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(folder)
+    save_file(hub_state(model), folder / "model.safetensors", metadata={"format": "pt"})
+    averages = {}
+    for name, parameter in model.named_parameters():
+        for key in AVERAGES:
+            if key in optimizer.state[parameter]:
+                averages[f"{key}.{name}"] = to_hub(name, optimizer.state[parameter][key], model.shape.vocab_size)
+    save_file(averages, folder / "optimizer.safetensors")
+    files = {}
+    for path in sorted(folder.iterdir()):
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    content = {"format": FORMAT, **asdict(state), "files": files}
+    with open(folder / "state.json", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    fsync_dir(folder)
+
+
+def point(folder: Path, name: str, step: int) -> None:
+    """Make `best` or `last` a link to a checkpoint, replaced at once."""
+    temporary = folder / f".{name}.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(folder_name(step))
+    os.replace(temporary, folder / name)
+    fsync_dir(folder)
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints and the best."""
+    best = (folder / "best").resolve()
+    for path in sorted(folder.glob("step-*"))[:-keep_last]:
+        if path.resolve() != best:
+            # Out of sight first, so that a crash half-way leaves no torn checkpoint by that name.
+            retired = path.with_name(f".{path.name}.tmp")
+            os.rename(path, retired)
+            shutil.rmtree(retired)
+
+
+def read_state(folder: Path) -> TrainState:
+    """state.json of a checkpoint, after checking every file it names.
+
+    Raises:
+        Damaged: which file, and how it differs.
+    """
+    try:
+        content: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = TrainState(**{field.name: content[field.name] for field in fields(TrainState)})
+        files = content["files"].items()
+        if content["format"] != FORMAT:
+            raise Damaged(f"{folder} has format {content['format']}", f"format {FORMAT}")
+        for name, expected in files:
+            path = folder / name
+            if path.stat().st_size != expected["bytes"]:
+                raise Damaged(f"{path} has {path.stat().st_size:,} bytes", f"{expected['bytes']:,} bytes")
+            if sha256_of(path) != expected["sha256"]:
+                raise Damaged(f"{path} has other content than was written", f"sha256 {expected['sha256']}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{folder}: {error!r}", "a checkpoint as it was written") from error
+    return state
+
+
+def newest(folder: Path) -> tuple[Path, TrainState, list[Damaged]] | None:
+    """The newest whole checkpoint, its state, and what was wrong with newer ones; None where there is none at all.
+
+    Raises:
+        Damaged: there are checkpoints, and not one is whole.
+    """
+    passed_over: list[Damaged] = []
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            return path, read_state(path), passed_over
+        except Damaged as fault:
+            passed_over.append(fault)
+    if passed_over:
+        raise Damaged(
+            f"no whole checkpoint in {folder}:\n    " + "\n    ".join(fault.found for fault in passed_over),
+            next_step=f"restore one from a backup, or remove {folder} to begin anew",
+        )
+    return None
+
+
+@torch.no_grad()
+def restore(folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+    """Read weights and averages of a whole checkpoint into the existing tensors."""
+    load_hub(model, folder)
+    parameters = dict(model.named_parameters())
+    with safe_open(folder / "optimizer.safetensors", framework="pt") as tensors:
+        stored = set(tensors.keys())
+        for name, parameter in parameters.items():
+            if f"{AVERAGES[0]}.{name}" not in stored:
+                continue
+            steps = torch.tensor(float(state.optimizer_steps), device=parameter.device)
+            entry: dict[str, torch.Tensor] = {"step": steps}
+            for key in AVERAGES:
+                entry[key] = torch.zeros_like(parameter)
+                copy_from_hub(name, entry[key], tensors.get_tensor(f"{key}.{name}"))
+            optimizer.state[parameter] = entry

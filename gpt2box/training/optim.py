@@ -1,0 +1,66 @@
+"""AdamW, the clipped step, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.planning.plan import RunPlan
+
+
+def make_optimizer(model: GPT2, plan: RunPlan) -> torch.optim.AdamW:
+    """Fused AdamW; weight decay on matrices only, not on biases and norms."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(plan.beta1, plan.beta2), fused=True)
+
+
+def learning_rate(step: int, plan: RunPlan) -> float:
+    """Of the given step, counted from 0: linear rise, then the schedule down to min_lr."""
+    high, low = plan.learning_rate, plan.min_lr
+    if step < plan.warmup_steps:
+        return high * (step + 1) / plan.warmup_steps
+    if plan.lr_schedule == "constant":
+        return high
+    begin = plan.warmup_steps
+    if plan.lr_schedule == "constant-linear":
+        begin = max(begin, plan.decay_steps - round(plan.decay_steps * plan.decay_fraction))
+    progress = min(max((step - begin) / max(plan.decay_steps - begin, 1), 0.0), 1.0)
+    share = (1 + math.cos(math.pi * progress)) / 2 if plan.lr_schedule == "cosine" else 1 - progress
+    return low + share * (high - low)
+
+
+class GuardedStep:
+    """An optimizer step that clips, and that a non-finite gradient never gets through.
+
+    Both happen inside the fused kernel, through the two tensors by which PyTorch's own GradScaler
+    speaks to it (`grad_scale`, `found_inf`): no pass over the gradients to scale them, and no waiting
+    for the device. How many steps in a row were left out is read when the loop looks anyway.
+    """
+
+    def __init__(self, optimizer: torch.optim.AdamW, grad_clip: float, device: torch.device) -> None:
+        self.optimizer, self.grad_clip = optimizer, grad_clip
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.skipped_in_a_row = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)
+
+    def __call__(self, lr: float, loss: Tensor) -> Tensor:
+        """Step with the gradients present, then free them; returns their global norm (a device scalar)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        bad = 1.0 - (norm.isfinite() & loss.isfinite()).float()
+        self.optimizer.grad_scale = (  # type: ignore[attr-defined]  # gradients are divided by it
+            (norm / self.grad_clip).clamp(min=1.0) if self.grad_clip else torch.ones_like(norm)
+        )
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
+        self.skipped = self.skipped + bad
+        return norm

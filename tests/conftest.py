@@ -1,0 +1,125 @@
+"""Small real things to test with: datasets, models, the command itself. No mocks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2box.data import assets
+from gpt2box.data.corpora import own_text, tinyshakespeare
+from gpt2box.data.prepare import Request, prepare
+from gpt2box.data.tokenizer import Gpt2Tokenizer, from_ranks
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.planning.shape import ModelShape
+
+ROOT = Path(__file__).parents[1]
+TINYSHAKESPEARE = Path(__file__).parent / "data_files" / "tinyshakespeare.txt"
+
+# Seconds-long runs; settings that a test changes are given as further options.
+TINY = {
+    "dataset": "text",
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "block_size": 32,
+    "micro_batch_size": 4,
+    "tokens_per_step": 256,
+    "max_steps": 20,
+    "learning_rate": 1e-3,
+    "eval_interval": 10,
+    "eval_windows": 8,
+    "log_interval": 5,
+    "device": "cpu",
+    "keep_last": 100,
+}
+
+
+@pytest.fixture(scope="session")
+def ranks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GPT-2's ranks: a copy in the checkout's volumes, else fetched once (which tests that path)."""
+    folder = ROOT / "volumes" / "data" / "raw"
+    if not (folder / assets.GPT2_RANKS.filename).exists():
+        folder = tmp_path_factory.mktemp("raw")
+    return assets.fetch(assets.GPT2_RANKS, folder)
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer(ranks_file: Path) -> Gpt2Tokenizer:
+    return from_ranks(ranks_file)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, ranks_file: Path) -> Path:
+    """Volumes with tinyshakespeare in characters, as dataset `text`, and the raw files."""
+    volumes = tmp_path_factory.mktemp("prepared")
+    raw = volumes / "data" / "raw"
+    raw.mkdir(parents=True)
+    shutil.copy(TINYSHAKESPEARE, raw)
+    shutil.copy(ranks_file, raw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPT2BOX_VOLUMES", str(volumes))
+        prepare(tinyshakespeare(), Request("char", 0.1), volumes / "data" / "text")
+        prepare(own_text([TINYSHAKESPEARE]), Request("gpt2", 0.1), volumes / "data" / "bpe")
+    return volumes
+
+
+@pytest.fixture
+def volumes(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Volumes of the test's own, with those datasets."""
+    folder = tmp_path / "volumes"
+    shutil.copytree(prepared, folder)
+    monkeypatch.setenv("GPT2BOX_VOLUMES", str(folder))
+    return folder
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def gpt2box(tmp_path: Path) -> Command:
+    """The command in a process of its own, in an empty folder."""
+    work = tmp_path / "work"
+    work.mkdir(exist_ok=True)
+
+    def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "gpt2box", *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            cwd=work,
+            env=environment,
+            timeout=300,
+            **options,  # type: ignore[call-overload]
+        )
+
+    return run
+
+
+def options(**changes: object) -> list[str]:
+    """A tiny run's settings as command-line options."""
+    return [f"--{key.replace('_', '-')}={value}" for key, value in {**TINY, **changes}.items()]
+
+
+def tiny_model(
+    bias: bool = True, vocab_size: int = 101, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+) -> GPT2:
+    """A random model with a vocabulary that needs padding, and nothing left at zero."""
+    model = GPT2(ModelShape(n_layer=3, n_head=4, n_embd=32, block_size=24, vocab_size=vocab_size, bias=bias), dropout)
+    model.initialise(seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
+            else:
+                parameter.mul_(5)
+    return model.to(dtype)

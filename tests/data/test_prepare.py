@@ -1,0 +1,180 @@
+"""Datasets: known bytes, nothing half done, bad text refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt2box.data.assets import sha256_of
+from gpt2box.data.corpora import CORPORA, own_text
+from gpt2box.data.prepare import Request, prepare, split
+from gpt2box.data.tokenizer import Gpt2Tokenizer
+from gpt2box.data.tokens import open_dataset
+from gpt2box.errors import BadInput, Damaged
+from tests.conftest import TINYSHAKESPEARE, Command
+
+# What nanoGPT's data/shakespeare/prepare.py and data/shakespeare_char/prepare.py write (run at its
+# commit 3adf61e on the pinned text).
+NANOGPT = {
+    "gpt2": {
+        "train": (301_966, "502a2bdc8210d1ac5d5674867cb74467dd31db575d25cf6dbb08c8bdbea8680f"),
+        "val": (36_059, "68a53422394c26a655ebe641f5c6f49888e8f4e45fe5d6f02abda63ba3ebd65b"),
+    },
+    "char": {
+        "train": (1_003_854, "6ec305602a99ac2802745a134e1f5e33e2231b4855525b00b9aebb730ac2626f"),
+        "val": (111_540, "d37d30cc0c8327c270d493299c3dca54135f6d5f1c9ef60cda78076e311204b1"),
+    },
+}
+CHAR = Request("char", 0.1)
+
+
+def text_file(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "char"])
+def test_tinyshakespeare_is_byte_for_byte_nanogpts(volumes: Path, tokenizer: str) -> None:
+    folder = volumes / "data" / "tiny"
+    manifest, written = prepare(CORPORA["tinyshakespeare"](), Request(tokenizer, 0.1), folder)
+    assert written
+    for name, (tokens, digest) in NANOGPT[tokenizer].items():
+        assert sha256_of(folder / f"{name}.bin") == digest == manifest["splits"][name]["sha256"]
+        assert manifest["splits"][name]["tokens"] == tokens
+    assert manifest["tokenizer"]["vocab_size"] == {"gpt2": 50_257, "char": 65}[tokenizer]
+
+
+def test_the_complete_works_have_the_known_count(volumes: Path) -> None:
+    manifest, _ = prepare(CORPORA["shakespeare"](), Request("gpt2", 0.1), volumes / "data" / "works")
+    parts = manifest["splits"].values()
+    assert sum(part["documents"] for part in parts) == 42
+    assert sum(part["tokens"] for part in parts) == 1_565_959 + 42  # and an end-of-text token each
+    assert manifest["splits"]["val"]["documents"] == 4
+
+
+def test_doing_it_again_does_nothing_and_changed_text_rebuilds(tmp_path: Path, volumes: Path) -> None:
+    source, folder = text_file(tmp_path / "a.txt", "To be, or not to be. " * 100), volumes / "data" / "a"
+    assert prepare(own_text([source]), CHAR, folder)[1]
+    before = (folder / "train.bin").stat()
+    assert not prepare(own_text([source]), CHAR, folder)[1]
+    assert (folder / "train.bin").stat() == before
+    text_file(source, "That is the question. " * 100)
+    assert prepare(own_text([source]), CHAR, folder)[1]
+    assert prepare(own_text([source]), Request("char", 0.2), folder)[1]
+
+
+def test_a_damaged_dataset_is_rebuilt_and_until_then_refused(tmp_path: Path, volumes: Path) -> None:
+    source, folder = text_file(tmp_path / "a.txt", "To be, or not to be. " * 100), volumes / "data" / "a"
+    prepare(own_text([source]), CHAR, folder)
+    whole = (folder / "train.bin").read_bytes()
+    (folder / "train.bin").write_bytes(whole[:-2])
+    with pytest.raises(Damaged, match=r"train\.bin has"):
+        open_dataset(folder)
+    assert prepare(own_text([source]), CHAR, folder)[1]
+    assert (folder / "train.bin").read_bytes() == whole
+
+
+def test_a_failure_leaves_the_earlier_dataset(tmp_path: Path, volumes: Path) -> None:
+    source, folder = text_file(tmp_path / "a.txt", "To be, or not to be. " * 100), volumes / "data" / "a"
+    prepare(own_text([source]), CHAR, folder)
+    before = sorted(path.name for path in folder.parent.iterdir())
+    text_file(source, "short")
+    with pytest.raises(BadInput, match="too little text"):
+        prepare(own_text([source]), CHAR, folder)
+    assert sorted(path.name for path in folder.parent.iterdir()) == before
+    open_dataset(folder)
+
+
+def test_a_folder_is_read_recursively_in_order_with_an_end_of_text_after_each(
+    tmp_path: Path, volumes: Path, gpt2_tokenizer: Gpt2Tokenizer
+) -> None:
+    (tmp_path / "texts" / "sub").mkdir(parents=True)
+    for name in ("b.txt", "a.md", "sub/c.TXT", ".hidden.txt", "picture.png"):
+        text_file(tmp_path / "texts" / name, f"{name} says hello. " * 40)
+    corpus = own_text([tmp_path / "texts"])
+    assert [document.name for document in corpus.documents] == ["a.md", "b.txt", "sub/c.TXT"]
+    prepare(corpus, Request("gpt2", 0.1), volumes / "data" / "t")
+    ids = np.fromfile(volumes / "data" / "t" / "train.bin", dtype="<u2")
+    texts = gpt2_tokenizer.decode_bytes(ids.tolist()).decode().split("<|endoftext|>")
+    assert len(texts) == 4 and texts[3] == "" and texts[0].startswith("a.md says")
+
+
+def test_with_many_documents_whole_ones_are_held_out(tmp_path: Path) -> None:
+    for i in range(30):
+        text_file(tmp_path / f"{i:02}.txt", f"document {i}")
+    parts = split(own_text([tmp_path]), 0.1)
+    assert len(parts["val"]) == 3 and len(parts["train"]) == 27
+    assert sorted(parts["val"] + parts["train"]) == sorted(f"document {i}" for i in range(30))
+
+
+def test_line_ends_and_a_byte_order_mark_are_read_as_text_mode_does(tmp_path: Path) -> None:
+    path = text_file(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\rthree\n")
+    assert own_text([path]).documents[0].text == "one\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b" \n\t\n", "is empty"),
+        (b"GIF89a\0\1\2" * 50, "is binary: a zero byte at offset 6"),
+        (b"first line\nsecond caf\xe9 line\n" * 9, "byte 0xe9 at offset 21, line 2"),
+        (b"truncated at the end \xe2\x82", "offset 21, line 1"),
+        (b"too short", "too little text"),
+    ],
+)
+def test_bad_text_is_refused_by_name_and_nothing_is_written(
+    tmp_path: Path, volumes: Path, gpt2box: Command, content: bytes, message: str
+) -> None:
+    before = sorted((volumes / "data").iterdir())
+    path = text_file(tmp_path / "bad.txt", content)
+    done = gpt2box("prepare", str(path), "--tokenizer", "char")
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert sorted((volumes / "data").iterdir()) == before
+
+
+def test_bad_arguments_are_refused(tmp_path: Path, volumes: Path, gpt2box: Command) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for arguments, part in [
+        (["nothing.txt"], "cannot read nothing.txt"),
+        ([str(empty)], "no .txt or .md file"),
+        ([str(TINYSHAKESPEARE), "--name", "../up"], "dataset name '../up'"),
+        ([str(TINYSHAKESPEARE), "--name", "raw"], "not 'raw'"),
+        (["shakespeare", str(TINYSHAKESPEARE)], "together with"),
+        ([str(TINYSHAKESPEARE), "--val-fraction", "2"], "val-fraction"),
+    ]:
+        done = gpt2box("prepare", *arguments)
+        assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_nanogpts_own_folder_is_read_but_never_its_pickle(volumes: Path) -> None:
+    folder = volumes / "data" / "foreign"
+    folder.mkdir()
+    for name in ("train", "val"):
+        np.arange(500, dtype="<u2").tofile(folder / f"{name}.bin")
+    dataset = open_dataset(folder)
+    assert dataset.tokens("train") == 500 and dataset.tokenizer.vocab_size == 50_257
+    (folder / "meta.pkl").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    with pytest.raises(BadInput, match="a pickle"):
+        open_dataset(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"splits": 3}', "{" * 5000, '{"format": 1, "splits": {"train": {}}}']
+)
+def test_a_broken_manifest_is_named(volumes: Path, content: str) -> None:
+    (volumes / "data" / "text" / "dataset.json").write_text(content)
+    with pytest.raises(Damaged, match=r"dataset\.json is damaged"):
+        open_dataset(volumes / "data" / "text")
+
+
+def test_a_later_format_is_refused_by_number(volumes: Path) -> None:
+    path = volumes / "data" / "text" / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 9}))
+    with pytest.raises(BadInput, match="has format 9"):
+        open_dataset(volumes / "data" / "text")

@@ -1,0 +1,229 @@
+"""The network is GPT-2: transformers' implementation, with the same weights, is the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import GPT2LMHeadModel
+
+from gpt2box.data.tokenizer import CharTokenizer
+from gpt2box.errors import BadInput, Damaged
+from gpt2box.model.generate import Choice, generate, pick
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.model.loss import chunked_cross_entropy
+from gpt2box.model.weights import hub_state, load_hub, shape_in
+from gpt2box.planning.shape import ModelShape
+from gpt2box.training import checkpoint
+from gpt2box.training.checkpoint import TrainState
+from tests.conftest import tiny_model
+
+VOCABULARY = CharTokenizer("".join(chr(33 + i) for i in range(100)), end_of_text=True)  # 101 tokens
+
+
+def saved(model: GPT2, folder: Path) -> Path:
+    """A checkpoint as training writes it."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    return checkpoint.save(folder, model, optimizer, TrainState(), VOCABULARY)
+
+
+def theirs(model: GPT2, folder: Path) -> GPT2LMHeadModel:
+    """transformers' model, read from our checkpoint folder."""
+    return GPT2LMHeadModel.from_pretrained(saved(model, folder), attn_implementation="eager").eval()
+
+
+def ids(batch: int = 3, length: int = 24) -> torch.Tensor:
+    return torch.randint(0, 101, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_logits_and_gradients_are_those_of_transformers(tmp_path: Path, bias: bool) -> None:
+    ours = tiny_model(bias)
+    reference = theirs(ours, tmp_path)
+    x = ids()
+    logits = reference(x).logits
+    assert (ours.logits(ours.hidden(x)) - logits).abs().max() <= 1e-4
+    assert logits.std() > 0.3  # the comparison says something
+
+    targets = torch.randint(0, 101, x.shape, generator=torch.Generator().manual_seed(4))
+    targets[0, :5] = -1
+    loss = ours(x, targets)
+    reference_loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    assert abs(loss - reference_loss) <= 1e-5
+    loss.backward()
+    reference_loss.backward()
+    grads = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    for name, parameter in ours.named_parameters():
+        expected = grads[f"transformer.{name}"]
+        found = parameter.grad[:101] if name == "wte.weight" else parameter.grad
+        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            found = found.t()
+        assert (found - expected).abs().max() <= 1e-5, name
+    assert (ours.wte.weight.grad[101:] == 0).all()
+
+
+def test_the_named_sizes_have_the_published_parameter_counts() -> None:
+    from gpt2box.config import MODEL_SHAPES
+
+    published = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+    for name, sizes in MODEL_SHAPES.items():
+        shape = ModelShape(**sizes, block_size=1024, vocab_size=50_257)
+        assert shape.parameters == published[name]
+        with torch.device("meta"):
+            model = GPT2(shape)
+        padding = (shape.padded_vocab_size - shape.vocab_size) * shape.n_embd
+        assert sum(p.numel() for p in model.parameters()) == published[name] + padding
+
+
+def test_initial_weights_are_the_seeds_and_the_loss_is_that_of_guessing() -> None:
+    model, again = (GPT2(ModelShape(4, 4, 64, 32, 1000)) for _ in range(2))
+    model.initialise(5)
+    again.initialise(5)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert abs(model.h[0].mlp.c_proj.weight.std() - 0.02 / 8**0.5) < 5e-4
+    assert abs(model.h[0].mlp.c_fc.weight.std() - 0.02) < 5e-4
+    x = torch.randint(0, 1000, (8, 32))
+    assert abs(model(x, x.roll(1, 1)) - torch.log(torch.tensor(1000.0))) < 0.1
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 1000])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_the_loss_in_chunks_is_the_plain_one_in_float64(chunk: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(45, 16, dtype=torch.float64, generator=generator).requires_grad_()
+    weight = torch.randn(128, 16, dtype=torch.float64, generator=generator).requires_grad_()  # 101 and padding
+    targets = torch.randint(0, 101, (45,), generator=generator)
+    targets[::4] = -1
+    ours = chunked_cross_entropy(hidden, weight, targets, 101, chunk, scale)
+    grads = torch.autograd.grad(ours, [hidden, weight])
+    plain = scale * F.cross_entropy(hidden @ weight[:101].t(), targets, ignore_index=-1)
+    expected = torch.autograd.grad(plain, [hidden, weight])
+    assert abs(ours - plain) < 1e-13
+    for found, wanted in zip(grads, expected, strict=True):
+        assert (found - wanted).abs().max() < 1e-15
+    assert (grads[1][101:] == 0).all() and (grads[0][::4] == 0).all()
+
+
+def test_the_loss_of_nothing_is_zero_and_of_huge_logits_finite() -> None:
+    hidden, weight = torch.randn(8, 16).requires_grad_(), torch.randn(64, 16).requires_grad_()
+    loss = chunked_cross_entropy(hidden, weight, torch.full((8,), -1), 60, 4)
+    loss.backward()
+    assert loss == 0 and (hidden.grad == 0).all() and (weight.grad == 0).all()
+    assert chunked_cross_entropy(hidden * 1e4, weight, torch.arange(8), 60, 4).isfinite()
+
+
+def test_under_autocast_the_loss_stays_close() -> None:
+    model, x = tiny_model(), ids()
+    exact = model(x, x.roll(-1, 1))
+    exact.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x, x.roll(-1, 1))
+    loss.backward()
+    assert loss.dtype == torch.float32 and abs(loss - exact) < 0.02 * exact
+    for found, wanted in zip((p.grad for p in model.parameters()), grads, strict=True):
+        assert found.dtype == torch.float32 and (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("way", ["selective", "full"])
+def test_recomputing_gives_the_same_gradients(way: str, dropout: float) -> None:
+    x, losses, grads = ids(), [], []
+    for setting in ("none", way):
+        model = tiny_model(dropout=dropout, dtype=torch.float64).train()
+        model.activation_checkpointing = setting
+        torch.manual_seed(7)
+        loss = model(x, x.roll(-1, 1))
+        loss.backward()
+        losses.append(loss)
+        grads.append([p.grad for p in model.parameters()])
+    assert losses[0] == losses[1]
+    for plain, recomputed in zip(*grads, strict=True):
+        assert (plain - recomputed).abs().max() < 1e-15
+
+
+def test_greedy_text_is_that_of_transformers(tmp_path: Path) -> None:
+    ours = tiny_model()
+    reference = theirs(ours, tmp_path)
+    for row in ids(batch=4, length=5).tolist():
+        expected = reference.generate(torch.tensor([row]), max_new_tokens=19, do_sample=False, eos_token_id=-1)
+        assert row + list(generate(ours, row, 19, Choice(temperature=0), seed=0)) == expected[0].tolist()
+
+
+def test_text_goes_on_beyond_the_context() -> None:
+    model = tiny_model()
+    out = list(generate(model, [1, 2, 3], 100, Choice(temperature=0), seed=0))
+    assert len(out) == 100
+    window = [1, 2, 3]
+    for token in out:
+        if len(window) > 24:  # full: the newer half begins anew
+            window = window[-12:]
+        assert int(model.logits(model.hidden(torch.tensor([window]))[0, -1]).argmax()) == token
+        window.append(token)
+
+
+def test_choosing_a_token() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, 3.0])
+
+    def drawn(choice: Choice) -> set[int]:
+        generator = torch.Generator().manual_seed(0)
+        return {pick(logits, choice, generator) for _ in range(300)}
+
+    assert drawn(Choice(temperature=0)) == {3}
+    assert drawn(Choice(1.0, top_k=0, top_p=1.0)) == {0, 1, 2, 3}
+    assert drawn(Choice(1.0, top_k=2, top_p=1.0)) == {2, 3}
+    assert drawn(Choice(1.0, top_k=0, top_p=0.7)) == {2, 3}  # 0.64 alone is not enough
+    assert drawn(Choice(1.0, top_k=0, top_p=0.6)) == {3}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_come_back_exactly(tmp_path: Path, bias: bool) -> None:
+    model = tiny_model(bias)
+    folder = saved(model, tmp_path)
+    assert shape_in(folder) == model.shape
+    again = GPT2(shape_in(folder))
+    load_hub(again, folder)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("shard", ["10GB", "20KB"])
+def test_a_folder_that_transformers_wrote_gives_its_logits(tmp_path: Path, shard: str) -> None:
+    reference = theirs(tiny_model(), tmp_path)
+    reference.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
+    model = GPT2(shape_in(tmp_path / "theirs"))
+    load_hub(model, tmp_path / "theirs")
+    assert (model.logits(model.hidden(ids())) - reference(ids()).logits).abs().max() <= 1e-4
+
+
+def test_a_shorter_context_takes_the_first_positions(tmp_path: Path) -> None:
+    model = tiny_model()
+    folder = saved(model, tmp_path)
+    short = GPT2(ModelShape(3, 4, 32, 8, 101))
+    load_hub(short, folder)
+    x = ids(length=8)
+    assert torch.allclose(short.hidden(x), model.hidden(x))
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = hub_state(tiny_model())
+    state["transformer.h.0.attn.c_attn.weight"] = torch.zeros(4, 4)
+    state["transformer.h.9.extra"] = torch.zeros(1)
+    del state["transformer.ln_f.bias"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(BadInput) as raised:
+        load_hub(tiny_model(), tmp_path)
+    text = str(raised.value)
+    assert "h.0.attn.c_attn.weight: found [4, 4], expected [32, 96]" in text
+    assert "transformer.h.9.extra: not in a GPT-2 of 3 layers" in text and "ln_f.bias: missing" in text
+
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-10])
+    with pytest.raises(Damaged):
+        load_hub(tiny_model(), tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(BadInput, match="pickled weights"):
+        load_hub(tiny_model(), tmp_path)

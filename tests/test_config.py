@@ -1,0 +1,192 @@
+"""Settings: one definition, checked whole, with nanoGPT's files and names understood."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2box import config, nanogpt
+from gpt2box.errors import BadInput
+
+TWELVE_GIB = """
+# GPT-2 Medium on 12 GB
+batch_size = 4
+block_size = 512
+gradient_accumulation_steps = 32
+n_layer, n_head = 24, 16
+n_layer = 24
+n_head = 16
+n_embd = 1024
+dropout = 0.0
+compile = True
+dtype = 'bfloat16'
+learning_rate = 3e-4
+max_iters = 100000
+lr_decay_iters = 100000
+min_lr = 3e-5
+beta2 = 0.95
+warmup_iters = 2000
+eval_interval = 500
+eval_iters = 100
+log_interval = 10
+always_save_checkpoint = False
+wandb_log = False
+backend = 'nccl'
+"""
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", config.shipped())
+def test_every_shipped_config_is_valid(name: str) -> None:
+    assert config.load(name, {})[0].name == name
+
+
+def test_every_setting_is_described_and_belongs_to_a_group() -> None:
+    for key, field in config.Config.model_fields.items():
+        assert field.description and isinstance(field.json_schema_extra, dict) and field.json_schema_extra["group"], key
+
+
+def test_all_faults_are_told_at_once_with_the_nearest_name(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "c.yaml", "dataset: x\nlearning_rat: 1\ndropout: 2\nmax_steps: many\nseed: 1.5\ncompile: 3\n"
+    )
+    with pytest.raises(BadInput) as raised:
+        config.load(path, {})
+    text = raised.value.found
+    assert "5 faults" in text
+    assert "learning_rat: no such setting; did you mean learning_rate?" in text
+    assert "dropout: found 2" in text and "max_steps: found 'many'" in text and "seed: found 1.5" in text
+
+
+def test_scientific_notation_is_a_number_although_yaml_calls_it_a_string(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "dataset: x\nlearning_rate: 3e-4\nmax_steps: 1e5\ntokens_per_step: 4096\n")
+    loaded = config.load(path, {})[0]
+    assert (loaded.learning_rate, loaded.max_steps) == (3e-4, 100_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("seed: 1\nseed: 2\n", "given twice: seed"),
+        ("- a\n- b\n", "holds a list"),
+        ("a: [", "is not YAML"),
+        ("dataset: x\nlearning_rate: .nan\n", "learning_rate"),
+        ("dataset: x\nn_embd: 100\nn_head: 3\n", "multiple of n_head"),
+        ("dataset: x\ntokens_per_step: 5000\n", "such as 4096 or 8192"),
+        ("dataset: x\nmin_lr: 1\n", "at most learning_rate"),
+        ("learning_rate: 1e-3\n", "dataset: missing"),
+        ("dataset: x\nname: ../up\n", "run name"),
+    ],
+)
+def test_bad_files_are_refused_with_the_reason(tmp_path: Path, text: str, part: str) -> None:
+    with pytest.raises(BadInput) as raised:
+        config.load(write(tmp_path / "c.yaml", text), {})
+    assert part in str(raised.value)
+
+
+def test_resolved_settings_read_back_the_same(tmp_path: Path) -> None:
+    loaded = config.load("demo", {"learning_rate": "2e-4", "sample_prompt": "Ü: #\n", "compile": "False"})[0]
+    again = config.validate(config.read_yaml(Path(write(tmp_path / "c.yaml", config.to_yaml(loaded)))), "c")
+    assert again == loaded
+
+
+def test_the_12_gib_config_of_nanogpt_works_as_it_stands(tmp_path: Path) -> None:
+    loaded, notes = config.load(
+        write(tmp_path / "medium12.py", TWELVE_GIB.replace("n_layer, n_head = 24, 16\n", "")), {}
+    )
+    assert loaded.shape() == {"n_layer": 24, "n_head": 16, "n_embd": 1024}
+    assert (loaded.micro_batch_size, loaded.block_size, loaded.tokens_per_step) == (4, 512, 65_536)
+    assert (loaded.learning_rate, loaded.min_lr, loaded.warmup_steps, loaded.decay_steps) == (3e-4, 3e-5, 2000, 100_000)
+    assert (loaded.compile, loaded.dtype, loaded.bias, loaded.dataset) == (True, "bfloat16", False, "openwebtext")
+    assert (loaded.eval_interval, loaded.eval_windows, loaded.log_interval) == (500, 400, 10)
+    assert any("backend" in note for note in notes)
+
+
+def test_a_smaller_batch_flag_keeps_the_files_tokens_per_step(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.py", "batch_size = 4\nblock_size = 512\ngradient_accumulation_steps = 4 * 8\n")
+    loaded = config.load(path, {"batch_size": "2"})[0]
+    assert (loaded.micro_batch_size, loaded.tokens_per_step) == (2, 65_536)
+    loaded = config.load(path, {"batch_size": "2", "gradient_accumulation_steps": "8"})[0]
+    assert (loaded.micro_batch_size, loaded.tokens_per_step) == (2, 8192)
+
+
+def test_nanogpts_finetune_command_line_works() -> None:
+    flags = {
+        "init_from": "gpt2-medium",
+        "data_dir": "data/mine",
+        "max_iters": "5000",
+        "learning_rate": "3e-5",
+        "dtype": "bfloat16",
+        "batch_size": "4",
+        "block_size": "512",
+    }
+    loaded = config.load(None, flags)[0]
+    assert (loaded.dataset, loaded.max_steps, loaded.micro_batch_size, loaded.name) == (
+        "data/mine",
+        5000,
+        4,
+        "gpt2-medium-mine",
+    )
+
+
+def test_two_names_of_one_setting_are_refused() -> None:
+    with pytest.raises(BadInput, match="another name of micro_batch_size"):
+        config.load("demo", {"batch_size": "2", "micro_batch_size": "4"})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "n_layer = __import__('os').system('touch pwned')",
+        "n_layer = [1 for x in range(9)]",
+        "n_layer = 9 ** 9 ** 9",
+        "n_layer = 'a' * 999999999",
+        "n_layer = 1 / 0",
+        "n_layer = unknown",
+    ],
+)
+def test_a_nanogpt_config_is_read_and_never_run(tmp_path: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=r"line 2: n_layer"):
+        nanogpt.parse(Path(write(tmp_path / "c.py", f"# config\n{line}\n")))
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_statements_that_are_no_settings_are_named(tmp_path: Path) -> None:
+    values, notes = nanogpt.parse(
+        Path(write(tmp_path / "c.py", "'''doc'''\nimport time\nwandb_run_name = 'a' + str(time.time())\nseed = 5\n"))
+    )
+    assert values == {"wandb_run_name": None, "seed": 5}
+    assert notes == ["c.py, line 2: passed over: import time"]
+
+
+@given(st.text(max_size=300))
+def test_any_text_as_a_nanogpt_config_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "c.py"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    try:
+        values, _ = nanogpt.parse(path)
+        nanogpt.merge(values, {}, foreign=True)
+    except BadInput:
+        pass
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(config.Config.model_fields)),
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20)),
+    )
+)
+def test_any_values_are_accepted_or_refused_whole(values: dict[str, object]) -> None:
+    try:
+        loaded = config.validate(values, "test")
+    except BadInput:
+        return
+    assert loaded.tokens_per_step % (loaded.micro_batch_size * loaded.block_size) == 0

@@ -1,0 +1,67 @@
+"""The program's structure: imports point one way, modules stay readable, heavy imports stay lazy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "gpt2box"
+# Each layer imports only from its own and those before it.
+LAYERS = [
+    ["errors", "progress", "paths", "stop", "__init__"],
+    ["nanogpt", "config"],
+    ["machine", "planning"],
+    ["data"],
+    ["model"],
+    ["training"],
+    ["output"],
+    ["job"],
+    ["cli"],
+    ["__main__"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names if node.module == "gpt2box"}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down_and_modules_fit_a_sitting(path: Path) -> None:
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for module in imported(path):
+        if module.startswith("gpt2box."):
+            target = part_of(module)
+            if target in RANK:
+                assert RANK[target] <= RANK[part], f"{part} imports {module}"
+    assert len(path.read_text().splitlines()) <= 350
+
+
+@pytest.mark.parametrize("module", ["gpt2box.config", "gpt2box.planning.plan"])
+def test_settings_and_planning_never_import_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, gpt2box.cli as c\n"
+        "c.cli.main(['--help'], standalone_mode=False)\n"
+        "sys.exit(bool({'torch', 'numpy', 'pydantic', 'rich'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
