@@ -16,7 +16,8 @@ import torch
 
 from gpt2box import config as settings
 from gpt2box.config import Config
-from gpt2box.data.tokens import Dataset, open_dataset
+from gpt2box.data.batches import check_long_enough
+from gpt2box.data.tokens import SPLITS, Dataset, open_dataset
 from gpt2box.errors import BadInput
 from gpt2box.machine.device import choose_compile, choose_device, choose_dtype, describe
 from gpt2box.machine.provenance import provenance
@@ -44,6 +45,7 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> N
     """
     config, notes = settings.load(argument, flags)
     dataset = open_dataset(dataset_dir(config.dataset))
+    check_long_enough({split: dataset.tokens(split) for split in SPLITS}, config.block_size)
     device = choose_device(config.device)
     compile_model, note = choose_compile(config.compile, device)
     for line in [*notes, *([note] if note else [])]:

@@ -30,8 +30,7 @@ class TrainWindows:
     """The order of a training split's windows."""
 
     def __init__(self, tokens: int, block_size: int, seed: int) -> None:
-        if tokens <= block_size:
-            raise too_short("train", tokens, block_size)
+        check_long_enough({"train": tokens}, block_size)
         self.block_size = block_size
         self.seed = seed
         # One window less than fit, so that every offset below block_size leaves room for all.
@@ -71,20 +70,25 @@ def val_window_starts(tokens: int, block_size: int, wanted: int) -> npt.NDArray[
     Raises:
         BadInput: not one window fits.
     """
+    check_long_enough({"val": tokens}, block_size)
     count = (tokens - 1) // block_size
-    if count < 1:
-        raise too_short("val", tokens, block_size)
     chosen = min(wanted or count, count)
     return (np.arange(chosen) * count // chosen) * block_size
 
 
-def too_short(split: str, tokens: int, block_size: int) -> BadInput:
-    """No window of block_size fits into the split."""
-    return BadInput(
-        f"the {split} split has {tokens:,} tokens, too few for a window of block_size {block_size:,} and its target",
-        f"block_size at most {max(tokens - 1, 1):,}",
-        f"--block-size {max(tokens - 1, 1)}, or prepare more text",
-    )
+def check_long_enough(tokens: dict[str, int], block_size: int) -> None:
+    """Whether a window and its target fit into each split.
+
+    Raises:
+        BadInput: with the largest block_size that does.
+    """
+    split, shortest = min(tokens.items(), key=lambda item: item[1])
+    if shortest <= block_size:
+        raise BadInput(
+            f"the {split} split has {shortest:,} tokens, too few for a window of block_size {block_size:,} and its target",
+            f"block_size at most {max(shortest - 1, 1):,}",
+            f"--block-size {max(shortest - 1, 1)}, or prepare more text",
+        )
 
 
 def read_windows(file: TokenFile, starts: list[int], block_size: int, vocab_size: int) -> torch.Tensor:

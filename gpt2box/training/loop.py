@@ -86,6 +86,8 @@ def train(job: Job) -> None:
                 break
             interval.leave_out(time.monotonic() - begun)
 
+            if plan.dropout:
+                torch.manual_seed(plan.seed + state.step)  # so that resuming needs no generator's state
             loss = torch.zeros((), device=device)
             for _ in range(plan.grad_accum_steps):
                 batch = next(batches).to(device, non_blocking=True)  # (B, T + 1)

@@ -1,0 +1,87 @@
+"""`gpt2box sample`, and what others make of a checkpoint folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2box.job import run_job
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.model.weights import load_hub, shape_in
+from gpt2box.stop import StopRequest
+from tests.conftest import TINY, Command
+
+
+@pytest.fixture
+def run(volumes: Path) -> Path:
+    """A short run's folder."""
+    run_job(None, {key: str(value) for key, value in {**TINY, "name": "run"}.items()}, StopRequest())
+    return volumes / "runs" / "run"
+
+
+def test_the_newest_run_is_sampled_and_a_seed_gives_one_text(run: Path, gpt2box: Command) -> None:
+    first, again = (gpt2box("sample", "--prompt", "ROMEO:", "--max-new-tokens", "100", "-n", "2") for _ in range(2))
+    assert first.returncode == 0 and "checkpoints/best" in first.stderr
+    assert first.stdout == again.stdout and first.stdout.count("ROMEO:") >= 2
+    assert len(first.stdout) == 2 * (106 + 1) + len("\n---------------\n")
+    one, two = first.stdout.split("\n---------------\n")
+    assert one != two.rstrip("\n")
+    second = gpt2box("sample", "run", "--prompt", "ROMEO:", "--max-new-tokens", "100", "--seed", "1338")
+    assert second.stdout == two  # sample i follows from seed + i
+
+
+def test_the_prompt_may_come_from_a_file_or_standard_input(run: Path, gpt2box: Command, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("Ay, ")
+    expected = gpt2box("sample", "--prompt", "Ay, ", "--max-new-tokens", "20").stdout
+    assert gpt2box("sample", "--prompt-file", str(tmp_path / "prompt.txt"), "--max-new-tokens", "20").stdout == expected
+    assert gpt2box("sample", "--prompt-file", "-", "--max-new-tokens", "20", input="Ay, ").stdout == expected
+    assert gpt2box("sample", "--start=Ay, ", "--max_new_tokens=20").stdout == expected  # nanoGPT's spelling
+
+
+def test_bad_requests_say_what_there_is(run: Path, gpt2box: Command) -> None:
+    for arguments, part in [
+        (["--prompt", "naïve"], "'ï' (U+00EF)"),
+        (["nothing"], "a run (run), a folder"),
+        (["run", "--checkpoint", "step-7"], "last, step-00000010, step-00000020"),
+        (["--prompt", "a", "--prompt-file", "-"], "one of the two"),
+        (["--top-p", "0"], "top-p"),
+        (["--prompt-file", "none.txt"], "none.txt"),
+    ]:
+        done = gpt2box("sample", *arguments)
+        assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_without_a_run_it_says_how_to_get_one(volumes: Path, gpt2box: Command) -> None:
+    done = gpt2box("sample")
+    assert done.returncode == 2 and "gpt2box train demo" in done.stderr
+
+
+def test_a_checkpoint_is_a_hugging_face_folder(run: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = run / "checkpoints" / "best"
+    theirs, words = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text = "But soft, what light"
+    x = words(text, return_tensors="pt")["input_ids"]
+    assert x.shape == (1, len(text)) and words.decode(x[0]) == text
+    ours = GPT2(shape_in(folder))
+    load_hub(ours, folder)
+    with torch.no_grad():
+        assert (theirs(x).logits - ours.logits(ours.hidden(x))).abs().max() <= 1e-4
+    text = theirs.generate(x, max_new_tokens=5, do_sample=False)
+    assert text.shape == (1, x.size(1) + 5)
+
+
+def test_a_closed_pipe_is_no_traceback(run: Path, gpt2box: Command) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "gpt2box", "sample", "--max-new-tokens", "50"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert "Traceback" not in done.stderr

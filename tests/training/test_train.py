@@ -1,0 +1,297 @@
+"""Training through the command: exact resume, signals, damaged checkpoints, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gpt2box.data.assets import sha256_of
+from gpt2box.errors import BadInput, Gpt2boxError
+from gpt2box.job import run_job
+from gpt2box.stop import StopRequest
+from gpt2box.training import checkpoint, metrics
+from tests.conftest import TINY, options
+
+EXACT = {"max_steps": 60, "save_interval": 10, "dropout": 0.1, "name": "run", "log_interval": 1}
+
+
+def train(name: str = "run", **changes: object) -> None:
+    """In this process."""
+    values = {key: str(value) for key, value in {**TINY, "name": name, **changes}.items()}
+    run_job(None, values, StopRequest())
+
+
+def process(volumes: Path, **changes: object) -> subprocess.Popen[str]:
+    """In a process of its own, with one thread, as the runs it is compared with."""
+    command = [sys.executable, "-m", "gpt2box", "train", *options(**changes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GPT2BOX_VOLUMES": str(volumes)}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for(path: Path, running: subprocess.Popen[str]) -> None:
+    while not path.exists():
+        assert running.poll() is None, running.stderr and running.stderr.read()
+        time.sleep(0.005)
+
+
+def digests(volumes: Path, step: int = 60) -> list[str]:
+    folder = volumes / "runs" / "run" / "checkpoints" / checkpoint.folder_name(step)
+    return [sha256_of(folder / name) for name in ("model.safetensors", "optimizer.safetensors")]
+
+
+@pytest.fixture(scope="session")
+def straight(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Digests of weights and averages after 60 steps without a stop."""
+    import shutil
+
+    volumes = tmp_path_factory.mktemp("straight") / "volumes"
+    shutil.copytree(prepared, volumes)
+    _, errors = (running := process(volumes, **EXACT)).communicate()
+    assert running.returncode == 0, errors
+    return digests(volumes)
+
+
+@pytest.mark.parametrize("kill_at", [10, 30])
+def test_a_killed_run_ends_in_the_same_bits(volumes: Path, straight: list[str], kill_at: int) -> None:
+    running = process(volumes, **EXACT)
+    wait_for(volumes / "runs/run/checkpoints" / checkpoint.folder_name(kill_at), running)
+    running.kill()
+    running.communicate()
+    again = process(volumes, **EXACT)
+    _, errors = again.communicate()
+    assert again.returncode == 0 and "resuming from" in errors, errors
+    assert digests(volumes) == straight
+    steps = [row["step"] for row in metrics.read(volumes / "runs/run/metrics.jsonl") if row["kind"] == "train"]
+    assert steps == list(range(1, 61))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_between_intervals_and_the_same_command_goes_on(
+    volumes: Path, straight: list[str], number: signal.Signals
+) -> None:
+    running = process(volumes, **EXACT)
+    wait_for(volumes / "runs/run/checkpoints" / checkpoint.folder_name(10), running)
+    time.sleep(0.02)
+    running.send_signal(number)
+    _, errors = running.communicate()
+    assert running.returncode == 0 and f"stopped by {number.name} at step" in errors and "to go on" in errors, errors
+    assert int(errors.split(" at step ")[1].split(" ")[0]) < 60
+    again = process(volumes, **EXACT)
+    again.communicate()
+    assert again.returncode == 0 and digests(volumes) == straight
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated weights", "flipped byte", "no state", "broken state", "missing tokenizer"]
+)
+def test_a_damaged_checkpoint_is_passed_over(volumes: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    train(max_steps=20, save_interval=5)
+    folder = volumes / "runs/run/checkpoints" / checkpoint.folder_name(20)
+    expected = digests(volumes, 20)
+    if damage == "truncated weights":
+        os.truncate(folder / "model.safetensors", 1000)
+    elif damage == "flipped byte":
+        content = bytearray((folder / "optimizer.safetensors").read_bytes())
+        content[-9] ^= 1
+        (folder / "optimizer.safetensors").write_bytes(content)
+    elif damage == "no state":
+        (folder / "state.json").unlink()
+    elif damage == "broken state":
+        (folder / "state.json").write_text('{"format": 1, "step": 20}')
+    else:
+        (folder / "tokenizer.json").unlink()
+    capsys.readouterr()
+    train(max_steps=20, save_interval=5)
+    said = capsys.readouterr().err
+    assert "passed over a damaged checkpoint" in said and "at step 15" in said
+    assert digests(volumes, 20) == expected
+
+
+def test_with_nothing_whole_it_stops_and_removes_nothing(volumes: Path) -> None:
+    train(max_steps=20)
+    folder = volumes / "runs/run/checkpoints"
+    for path in folder.glob("step-*/model.safetensors"):
+        os.truncate(path, 1000)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(Gpt2boxError, match="no whole checkpoint") as raised:
+        train(max_steps=20)
+    assert raised.value.exit_code == 4 and sorted(folder.rglob("*")) == before
+
+
+def test_the_micro_batch_size_does_not_change_the_training(volumes: Path) -> None:
+    losses = []
+    for size in (1, 2, 8):
+        train(f"size{size}", micro_batch_size=size, log_interval=1)
+        rows = metrics.read(volumes / f"runs/size{size}/metrics.jsonl")
+        losses.append(torch.tensor([row["loss"] for row in rows if row["kind"] == "train"]))
+    assert (losses[0] - losses[1]).abs().max() < 1e-5 and (losses[0] - losses[2]).abs().max() < 1e-5
+    assert losses[0][-1] < losses[0][0] - 0.1
+
+
+def test_a_finished_run_says_so_and_more_steps_go_on(volumes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train()
+    written = (volumes / "runs/run/checkpoints/last/state.json").stat().st_mtime_ns
+    train()
+    said = capsys.readouterr().err
+    assert "finished at step 20" in said
+    assert (volumes / "runs/run/checkpoints/last/state.json").stat().st_mtime_ns == written
+    train(max_steps=30)
+    said = capsys.readouterr().err
+    assert "max_steps: 20 before, 30 now" in said and "finished at step 30" in said
+
+
+def test_other_settings_on_resume_are_refused_with_the_difference(volumes: Path) -> None:
+    train()
+    with pytest.raises(BadInput) as raised:
+        train(learning_rate="5e-4", n_layer=3)
+    assert "learning_rate: 0.001 before, 0.0005 now" in str(raised.value) and "n_layer: 2 before, 3 now" in str(
+        raised.value
+    )
+
+
+def test_best_and_last_are_kept_and_older_ones_go(volumes: Path) -> None:
+    train(max_steps=60, eval_interval=10, keep_last=2)
+    folder = volumes / "runs/run/checkpoints"
+    state = json.loads((folder / "last/state.json").read_text())
+    assert state["step"] == 60
+    assert os.readlink(folder / "best") == checkpoint.folder_name(state["best_step"])
+    kept = {path.name for path in folder.glob("step-*")}
+    assert kept == {checkpoint.folder_name(step) for step in (50, 60, state["best_step"])}
+    assert (volumes / "runs/run/loss.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("config.yaml", "plan.json", "manifest.json"):
+        assert (volumes / "runs/run" / name).stat().st_size > 100
+
+
+def test_it_stops_when_validation_gets_no_better(volumes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {
+        "learning_rate": 0.3,
+        "min_lr": 0.3,
+        "warmup_steps": 0,
+        "max_steps": 500,
+        "eval_interval": 5,
+        "patience": 3,
+    }
+    train(**changes)
+    assert "stopped early, no better val_loss" in capsys.readouterr().err
+    state = json.loads((volumes / "runs/run/checkpoints/last/state.json").read_text())
+    assert state["step"] == max(state["best_step"], 0) + 15 < 500
+    train(**changes)
+    assert f"stopped early, no better val_loss at step {state['step']}" in capsys.readouterr().err
+
+
+def test_one_text_is_learned_by_heart(volumes: Path) -> None:
+    train(max_steps=400, tokens_per_step=128, learning_rate=3e-3, n_embd=64, eval_interval=400)
+    rows = metrics.read(volumes / "runs/run/metrics.jsonl")
+    assert rows[1]["loss"] > 4 and rows[-2]["loss"] < 2.6
+
+
+def test_weights_that_give_nan_never_train_and_it_says_what_to_try(volumes: Path) -> None:
+    train(max_steps=10)
+    folder = volumes / "models" / "broken"
+    folder.parent.mkdir(exist_ok=True)
+    (volumes / "runs/run/checkpoints").joinpath(checkpoint.folder_name(10)).rename(folder)
+    state = load_file(folder / "model.safetensors")
+    state["transformer.h.0.mlp.c_fc.bias"][0] = torch.inf
+    save_file(state, folder / "model.safetensors")
+    before = sha256_of(folder / "model.safetensors")
+    with pytest.raises(BadInput, match=r"not finite, 5 steps in a row.*none reached the weights") as raised:
+        train("next", init_from="broken", max_steps=100, eval_interval=100)
+    assert "--learning-rate 0.0005" in str(raised.value)
+    assert not (volumes / "runs/next/checkpoints").exists() and sha256_of(folder / "model.safetensors") == before
+
+
+def test_training_goes_on_from_a_hugging_face_folder(volumes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64)).save_pretrained(
+        volumes / "models/gpt2-medium"
+    )
+    flags = {
+        "init_from": "gpt2-medium",
+        "data_dir": str(volumes / "data/bpe"),
+        "max_iters": "4",
+        "learning_rate": "3e-3",
+    }
+    flags |= {"batch_size": "2", "block_size": "32", "tokens_per_step": "128", "eval_iters": "4", "device": "cpu"}
+    run_job(None, flags, StopRequest())
+    assert "gpt2-medium-bpe: finished at step 4" in capsys.readouterr().err
+    rows = [row for row in metrics.read(volumes / "runs/gpt2-medium-bpe/metrics.jsonl") if row["kind"] == "eval"]
+    assert rows[0]["step"] == 0 and rows[-1]["val_loss"] < rows[0]["val_loss"]
+    flags |= {"block_size": "128", "tokens_per_step": "256", "data_dir": str(volumes / "data/text"), "name": "other"}
+    with pytest.raises(BadInput) as raised:
+        run_job(None, flags, StopRequest())
+    assert "the weights allow at most 64" in str(raised.value) and "a vocabulary of 65 tokens" in str(raised.value)
+
+
+@pytest.mark.parametrize("way", ["selective", "full"])
+def test_recomputing_and_bfloat16_train(volumes: Path, way: str) -> None:
+    train(activation_checkpointing=way, dtype="bfloat16", loss_chunk_tokens=50)
+    rows = metrics.read(volumes / "runs/run/metrics.jsonl")
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.1
+
+
+def test_two_trainers_on_one_run_are_refused(volumes: Path) -> None:
+    first = process(volumes, **{**EXACT, "max_steps": 100_000})
+    try:
+        wait_for(volumes / "runs/run/checkpoints/last", first)
+        with pytest.raises(BadInput, match="being trained by another process"):
+            train(**{**EXACT, "max_steps": 100_000})
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_eval_only_trains_nothing(volumes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train()
+    rows = metrics.read(volumes / "runs/run/metrics.jsonl")
+    capsys.readouterr()
+    train(eval_only=True)
+    assert f"val_loss {min(r['val_loss'] for r in rows if r['kind'] == 'eval'):.4f}" in capsys.readouterr().out
+
+
+def test_samples_are_written_at_each_evaluation(volumes: Path) -> None:
+    train(sample_tokens=20, sample_prompt="ROMEO:")
+    texts = [path.read_text() for path in sorted((volumes / "runs/run/samples").glob("*.txt"))]
+    assert len(texts) == 3 and all(text.startswith("ROMEO:") and len(text) == 27 for text in texts)
+
+
+def test_bad_usage_of_train_is_a_few_lines(volumes: Path, gpt2box) -> None:  # type: ignore[no-untyped-def]
+    for arguments, code, part in [
+        ([], 2, "one of: demo"),
+        (["dmo"], 2, "did you mean demo?"),
+        (["nothing.yaml"], 2, "no file nothing.yaml"),
+        (options(dataset="nothing"), 2, "gpt2box prepare nothing"),
+        (options(device="cuda:7"), 3, "PyTorch sees"),
+        (options(block_size=200_000, tokens_per_step=800_000), 2, "block_size at most 111,539"),
+        (options(dropout=3), 2, "dropout"),
+        (["--no-such=1"], 2, "No such option"),
+    ]:
+        done = gpt2box("train", *arguments)
+        assert done.returncode == code and part in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert not (volumes / "runs").exists()
+
+
+def test_a_run_folder_that_cannot_be_written_is_exit_78(volumes: Path, gpt2box) -> None:  # type: ignore[no-untyped-def]
+    (volumes / "runs").write_text("a file where a folder is expected")
+    done = gpt2box("train", *options(name="run"))
+    assert done.returncode == 78 and "GPT2BOX_VOLUMES" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_compiled_run_trains_like_an_eager_one(volumes: Path) -> None:
+    train("eager")
+    train("compiled", compile=True, dropout=0.0)
+    eager, compiled = (
+        [r["loss"] for r in metrics.read(volumes / f"runs/{name}/metrics.jsonl") if r["kind"] == "train"]
+        for name in ("eager", "compiled")
+    )
+    assert eager == pytest.approx(compiled, abs=1e-4)
