@@ -85,7 +85,7 @@ def check_long_enough(tokens: dict[str, int], block_size: int) -> None:
     split, shortest = min(tokens.items(), key=lambda item: item[1])
     if shortest <= block_size:
         raise BadInput(
-            f"the {split} split has {shortest:,} tokens, too few for a window of block_size {block_size:,} and its target",
+            f"the {split} split has {shortest:,} tokens, too few for block_size {block_size:,} and a target",
             f"block_size at most {max(shortest - 1, 1):,}",
             f"--block-size {max(shortest - 1, 1)}, or prepare more text",
         )

@@ -10,14 +10,14 @@ Face's GPT-2, so that weights.py has little to do.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from gpt2box.model.loss import chunked_cross_entropy
+from gpt2box.model.recompute import gelu_linear, norm_linear
 from gpt2box.planning.shape import ModelShape
 
 
@@ -46,9 +46,10 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(shape.n_embd, shape.n_embd, bias=shape.bias)
         self.n_head, self.dropout, self.layer = shape.n_head, dropout, layer
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+    def forward(self, projected: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Of c_attn's output (B, T, 3 · C); returns (B, T, C)."""
+        B, T, C = projected.size(0), projected.size(1), projected.size(2) // 3
+        heads = projected.view(B, T, 3, self.n_head, C // self.n_head)
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
@@ -69,8 +70,9 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * shape.n_embd, shape.n_embd, bias=shape.bias)
         self.dropout = dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+    def forward(self, widened: Tensor, selective: bool) -> Tensor:
+        """Of c_fc's output (B, T, 4 · C); returns (B, T, C)."""
+        x = gelu_linear(widened, self.c_proj) if selective else self.c_proj(F.gelu(widened, approximate="tanh"))
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -84,10 +86,17 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(shape.n_embd, bias=shape.bias)
         self.mlp = MLP(shape, dropout)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
-        out: Tensor = x + self.mlp(self.ln_2(x))
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, selective: bool = False) -> Tensor:
+        """`selective`: norms and GELU are made again in the backward pass instead of kept."""
+        linear = norm_linear if selective else _norm_then_linear
+        x = x + self.attn(linear(x, self.ln_1, self.attn.c_attn), cache)
+        out: Tensor = x + self.mlp(linear(x, self.ln_2, self.mlp.c_fc), selective)
         return out
+
+
+def _norm_then_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
+    out: Tensor = linear(norm(x))
+    return out
 
 
 class GPT2(nn.Module):
@@ -123,20 +132,13 @@ class GPT2(nn.Module):
         positions = torch.arange(first, first + ids.size(1), device=ids.device)
         x = F.dropout(self.wte(ids) + self.wpe(positions), self.dropout, self.training)  # (B, T, C)
         for block in self.h:
-            x = self._checkpointed(block, x) if self.training else block(x, cache)
+            if self.training and self.activation_checkpointing == "full":
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache, selective=self.training and self.activation_checkpointing == "selective")
         if cache is not None:
             cache.length += ids.size(1)
         out: Tensor = self.ln_f(x)
-        return out
-
-    def _checkpointed(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.activation_checkpointing == "none":
-            out = block(x)
-        elif self.activation_checkpointing == "full":
-            out = checkpoint(block, x, use_reentrant=False)
-        else:
-            out = checkpoint(block, x, use_reentrant=False, context_fn=_selective)
-        assert isinstance(out, Tensor)
         return out
 
     def forward(self, ids: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
@@ -149,22 +151,3 @@ class GPT2(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (…, V) of hidden states (…, C)."""
         return F.linear(hidden, self.wte.weight)[..., : self.shape.vocab_size]
-
-
-# What is cheap to keep and dear to make again: the products and the attention. Norms, GELU and
-# additions are made again.
-_KEPT = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-}
-
-
-def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _selective() -> Any:
-    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]

@@ -37,7 +37,7 @@ def test_the_order_is_a_permutation(count: int, key: bytes) -> None:
 @given(tokens=st.integers(2, 3000), block_size=st.integers(1, 300), seed=st.integers(0, 9))
 def test_an_epoch_visits_windows_inside_the_file_once_each(tokens: int, block_size: int, seed: int) -> None:
     if tokens <= block_size:
-        with pytest.raises(BadInput, match="too few for a window"):
+        with pytest.raises(BadInput, match="too few for block_size"):
             TrainWindows(tokens, block_size, seed)
         return
     windows = TrainWindows(tokens, block_size, seed)

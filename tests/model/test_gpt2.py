@@ -129,11 +129,12 @@ def test_under_autocast_the_loss_stays_close() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("way", ["selective", "full"])
-def test_recomputing_gives_the_same_gradients(way: str, dropout: float) -> None:
+def test_recomputing_gives_the_same_gradients(way: str, dropout: float, bias: bool) -> None:
     x, losses, grads = ids(), [], []
     for setting in ("none", way):
-        model = tiny_model(dropout=dropout, dtype=torch.float64).train()
+        model = tiny_model(bias, dropout=dropout, dtype=torch.float64).train()
         model.activation_checkpointing = setting
         torch.manual_seed(7)
         loss = model(x, x.roll(-1, 1))
