@@ -6,6 +6,8 @@ what it needs.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import click
 
 from gpt2box import __version__
-from gpt2box.errors import BadInput, Gpt2boxError
+from gpt2box.errors import BadInput, Gpt2boxError, VolumeUnwritable
 
 
 def plain_names(name: str) -> str:
@@ -88,22 +90,16 @@ class SettingsCommand(click.Command):
     """A command with one option for each setting of config.py, and nanoGPT's names for them, hidden."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        from gpt2box.config import Config
+        from gpt2box.config import Config, about
         from gpt2box.nanogpt import FLAGS
 
         options: list[click.Parameter] = []
         for key, field in Config.model_fields.items():
-            default = "" if field.default in (None, "") else f" [{field.default}]"
-            metavar = "VALUE" if field.annotation is not bool else "[true|false]"
-            options.append(
-                click.Option(
-                    [f"--{plain_names(key)}", key],
-                    help=f"{field.description}{default}",
-                    metavar=metavar,
-                    is_flag=False,
-                    flag_value="true" if field.annotation is bool else None,
-                )
-            )
+            meaning, values, default = about(key)
+            # `--eval-only` alone means true
+            bare: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if field.annotation is bool else {}
+            text = meaning + (f" [{default}]" if default else "")
+            options.append(click.Option([f"--{plain_names(key)}", key], help=text, metavar=values, **bare))
         options += [
             click.Option([f"--{plain_names(key)}", key], hidden=True) for key in FLAGS if key not in Config.model_fields
         ]
@@ -115,6 +111,8 @@ class SettingsCommand(click.Command):
 
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Argument):
+                continue  # said in the text above
             record = parameter.get_help_record(ctx)
             field = Config.model_fields.get(parameter.name or "")
             extra = field.json_schema_extra if field else None
@@ -233,4 +231,12 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody is left to flush to
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        found = f"cannot write {error.filename or 'a file'}: {error.strerror}"
+        fault = VolumeUnwritable(found, "free space and permission")
+        print(fault, file=sys.stderr)
+        sys.exit(fault.exit_code)

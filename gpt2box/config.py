@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -70,7 +70,7 @@ class Config(BaseModel):
     init_from: str = setting(
         "scratch", "scratch, a published size (gpt2-medium, …), or a folder in the Hugging Face layout", group="Run"
     )
-    seed: Whole = setting(1337, "of the initial weights, the batches' order and dropout", group="Run", ge=0, lt=2**63)
+    seed: Whole = setting(1337, "of the initial weights, the batches' order and dropout", group="Run", ge=0, lt=2**32)
 
     model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = setting(
         "gpt2-medium", "the shape by name; the three below override it", group="Model"
@@ -163,6 +163,34 @@ class Config(BaseModel):
         return {key: own[key] or size for key, size in MODEL_SHAPES[self.model].items()}
 
 
+class About(NamedTuple):
+    """A setting in words."""
+
+    meaning: str
+    values: str  # what may be given, with limits
+    default: str
+
+
+def about(key: str) -> About:
+    """A setting for help texts and messages."""
+    field = Config.model_fields[key]
+    kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
+    values = "TEXT"
+    if field.annotation is bool:
+        values = "[true|false]"
+    elif key == "compile":
+        values = "[auto|true|false]"
+    elif all(isinstance(kind, str) for kind in kinds):
+        values = f"[{'|'.join(kinds)}]"
+    elif field.annotation is not str:
+        values = "N" if "int" in str(field.annotation) else "X"
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    limits = [f"{sign} {getattr(m, name)}" for m in field.metadata for name, sign in signs.items() if hasattr(m, name)]
+    if limits:
+        values += " " + " and ".join(limits)
+    return About(str(field.description), values, "" if field.default in (None, "") else str(field.default))
+
+
 def validate(values: dict[str, Any], source: str) -> Config:
     """Check all values at once.
 
@@ -180,7 +208,8 @@ def validate(values: dict[str, Any], source: str) -> Config:
     except ValidationError as error:
         for fault in error.errors():
             if not any(f.startswith(f"{fault['loc'][0]}: ") for f in faults):
-                faults.append(f"{fault['loc'][0]}: found {fault['input']!r}; {_expected(fault)}")
+                key = str(fault["loc"][0])
+                faults.append(f"{key}: found {fault['input']!r}; expected {about(key).values}: {about(key).meaning}")
     if config is not None:
         faults += _contradictions(config)
     if config is None or faults:
@@ -190,12 +219,6 @@ def validate(values: dict[str, Any], source: str) -> Config:
             next_step="gpt2box train --help lists all settings",
         )
     return config
-
-
-def _expected(fault: Any) -> str:
-    field = Config.model_fields[fault["loc"][0]]
-    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected:")
-    return f"{message} ({field.description})"
 
 
 def _contradictions(config: Config) -> list[str]:

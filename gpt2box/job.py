@@ -53,7 +53,8 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> N
     weights, shape = model_shape(config, dataset)
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
     plan = make_plan(config, shape, dataset.tokens("train"), str(device), dtype, compile_model)
-    torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where a product is float32
     describe_plan(config, plan, describe(device))
 
     if config.eval_only:
@@ -61,26 +62,24 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> N
     run = make_writable(run_dir(config.name))
     with Lock(run):
         found = checkpoint.newest(run / "checkpoints")
-        if found:
-            check_unchanged(config, run)
-        model = GPT2(shape, config.dropout)
         state = found[1] if found else TrainState()
-        if found is None:
-            initialise(model, config, weights)
-        model = model.to(device)
-        configure(model, plan)
-        optimizer = make_optimizer(model, plan)
         if found:
+            check_unchanged(config, dataset, run)
             announce_resume(config, *found)
-            checkpoint.restore(found[0], model, optimizer, state)
-        if state.stopped_early and state.evaluations_without_best < (config.patience or 10**9):
+        if state.stopped_early and (config.patience == 0 or state.evaluations_without_best < config.patience):
             state.stopped_early = False  # the patience was raised
         if state.step < plan.max_steps and not state.stopped_early:
+            model = GPT2.empty(shape, config.dropout, device)
+            configure(model, plan)
+            optimizer = make_optimizer(model, plan)
+            if found:
+                checkpoint.restore(found[0], model, optimizer, state)
+            else:
+                initialise(model, config, weights)
             write_records(run, config, plan, dataset, describe(device))
             sampler = Sampler(config, model, dataset, run)
-            train(
-                Job(run, plan, model, optimizer, dataset, dataset.tokenizer, state, stop, sampler, weights is not None)
-            )
+            pretrained = weights is not None
+            train(Job(run, plan, model, optimizer, dataset, dataset.tokenizer, state, stop, sampler, pretrained))
         report(config, argument, run, state, stop, plan)
 
 
@@ -146,23 +145,29 @@ def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
 def evaluate_only(config: Config, plan: RunPlan, dataset: Dataset, weights: Path | None) -> None:
     """val_loss of the run's best checkpoint, or of the weights it would begin from."""
     best = run_dir(config.name) / "checkpoints" / "best"
-    model = GPT2(plan.shape)
+    model = GPT2.empty(plan.shape, 0.0, plan.device)
     if best.exists():
         load_hub(model, best)
     else:
         initialise(model, config, weights)
-    model = model.to(plan.device)
     configure(model, plan)
     val_loss, val_set = evaluate(model, dataset, plan)
     print(f"val_loss {val_loss:.4f} ({best if best.exists() else config.init_from}, windows {val_set})")
 
 
-def check_unchanged(config: Config, run: Path) -> None:
-    """A run goes on with the settings it began with, but for those that do not change what is learned.
+def check_unchanged(config: Config, dataset: Dataset, run: Path) -> None:
+    """A run goes on with the settings and the text it began with, but for settings that do not change what is learned.
 
     Raises:
         BadInput: lists what differs.
     """
+    began = read_manifest(run)
+    if began and began["dataset"]["splits"] != dataset.manifest.get("splits"):
+        raise BadInput(
+            f"the dataset in {dataset.folder} is not the one that the run {config.name} began with",
+            f"the same text: {began['dataset']['splits']}",
+            f"prepare it as it was, or begin another run with --name {config.name}-2",
+        )
     path = run / "config.yaml"
     if not path.exists():
         return
@@ -187,13 +192,25 @@ def announce_resume(config: Config, folder: Path, state: TrainState, passed_over
         say(f"resuming from {folder} at step {state.step:,}")
 
 
+def read_manifest(run: Path) -> dict[str, Any]:
+    """manifest.json, or nothing where it is missing or unreadable."""
+    try:
+        content: dict[str, Any] = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        return content if "splits" in content["dataset"] else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def write_records(run: Path, config: Config, plan: RunPlan, dataset: Dataset, device: str) -> None:
-    """config.yaml, plan.json and manifest.json."""
+    """config.yaml, plan.json and manifest.json; the last keeps what each session ran on."""
     write_atomically(run / "config.yaml", settings.to_yaml(config))
     write_atomically(run / "plan.json", json.dumps(asdict(plan), indent=2) + "\n")
-    started = {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     summary = {key: dataset.manifest.get(key) for key in ("source", "tokenizer", "splits")}
-    manifest = provenance(device) | started | {"dataset": {"folder": str(dataset.folder), **summary}}
+    session = {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **provenance(device)}
+    manifest = {
+        "dataset": {"folder": str(dataset.folder), **summary},
+        "sessions": [*read_manifest(run).get("sessions", []), session],
+    }
     write_atomically(run / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -224,7 +241,8 @@ def report(
     command = "gpt2box train" + (f" {argument}" if argument else "") + " …"
     picture = loss_png(run)
     if stop:
-        say(f"stopped by {stop.name} at step {state.step:,} of {plan.max_steps:,}, saved")
+        kept = "saved" if (run / "checkpoints" / "last").exists() else "with nothing to save yet"
+        say(f"stopped by {stop.name} at step {state.step:,} of {plan.max_steps:,}, {kept}")
         say(f"  to go on        the same command again: {command}")
         return
     ended = "stopped early, no better val_loss" if state.stopped_early else "finished"

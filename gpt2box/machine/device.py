@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import resource
 import shutil
 import sys
 
 import torch
 
-from gpt2box.errors import MachineCannot
+from gpt2box.errors import BadInput, MachineCannot
 
 
 def choose_device(wanted: str) -> torch.device:
     """The device for `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
+        BadInput: none of these.
         MachineCannot: no such GPU.
     """
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", wanted):
+        raise BadInput(f"device {wanted!r}", "auto, cpu, cuda or cuda:N")
     device = torch.device(wanted)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MachineCannot(
@@ -34,7 +38,9 @@ def choose_device(wanted: str) -> torch.device:
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU that computes in it, float32 elsewhere; or what is asked for."""
     if wanted == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        # By capability: torch.cuda.is_bf16_supported() also counts slow emulation on older cards.
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if fast else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[wanted]
 
 

@@ -112,6 +112,13 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList(Block(shape, dropout, layer) for layer in range(shape.n_layer))
         self.ln_f = nn.LayerNorm(shape.n_embd, bias=shape.bias)
 
+    @classmethod
+    def empty(cls, shape: ModelShape, dropout: float, device: torch.device | str) -> GPT2:
+        """On a device, without values: for weights that are read or drawn right after."""
+        with torch.device("meta"):
+            model = cls(shape, dropout)
+        return model.to_empty(device=device)
+
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Normal(0, 0.02), residual projections scaled down by √(2·n_layer) (Radford et al. 2019, 2.3)."""
@@ -122,8 +129,9 @@ class GPT2(nn.Module):
                 parameter.zero_()
             elif ".ln_" in name or name.startswith("ln_f"):
                 parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, scaled if name.endswith("c_proj.weight") else 0.02, generator=generator)
+            else:  # drawn on the CPU: a seed gives the same weights on any device
+                deviation = scaled if name.endswith("c_proj.weight") else 0.02
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator))
         self.wte.weight[self.shape.vocab_size :].zero_()
 
     def hidden(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:

@@ -58,11 +58,11 @@ def find_model(argument: str | None, which: str) -> Path:
 def load_model(folder: Path, device: str) -> tuple[GPT2, Tokenizer]:
     """The model in `folder` on a device, and its tokenizer (GPT-2's where the folder has none)."""
     shape = shape_in(folder)
-    model = GPT2(shape)
+    model = GPT2.empty(shape, 0.0, choose_device(device))
     load_hub(model, folder)
     has_own = any((folder / name).exists() for name in ("vocab.json", "tokenizer.json"))
     words = tokenizer.load(folder) if has_own else tokenizer.from_ranks(assets.fetch(assets.GPT2_RANKS, raw_dir()))
-    return model.to(choose_device(device)), words
+    return model, words
 
 
 def sample(

@@ -158,6 +158,16 @@ def test_other_settings_on_resume_are_refused_with_the_difference(volumes: Path)
     )
 
 
+def test_another_text_under_the_same_name_is_refused_on_resume(volumes: Path) -> None:
+    train(max_steps=10)
+    path = volumes / "data/text/dataset.json"
+    manifest = json.loads(path.read_text())
+    manifest["splits"]["train"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BadInput, match="not the one that the run run began with"):
+        train(max_steps=20)
+
+
 def test_best_and_last_are_kept_and_older_ones_go(volumes: Path) -> None:
     train(max_steps=60, eval_interval=10, keep_last=2)
     folder = volumes / "runs/run/checkpoints"
@@ -272,6 +282,7 @@ def test_bad_usage_of_train_is_a_few_lines(volumes: Path, gpt2box) -> None:  # t
         (["nothing.yaml"], 2, "no file nothing.yaml"),
         (options(dataset="nothing"), 2, "gpt2box prepare nothing"),
         (options(device="cuda:7"), 3, "PyTorch sees"),
+        (options(device="gpu"), 2, "device: found 'gpu'"),
         (options(block_size=200_000, tokens_per_step=800_000), 2, "block_size at most 111,539"),
         (options(dropout=3), 2, "dropout"),
         (["--no-such=1"], 2, "No such option"),
