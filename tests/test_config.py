@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,31 +12,8 @@ from hypothesis import strategies as st
 from gpt2box import config, nanogpt
 from gpt2box.errors import BadInput
 
-TWELVE_GIB = """
-# GPT-2 Medium on 12 GB
-batch_size = 4
-block_size = 512
-gradient_accumulation_steps = 32
-n_layer, n_head = 24, 16
-n_layer = 24
-n_head = 16
-n_embd = 1024
-dropout = 0.0
-compile = True
-dtype = 'bfloat16'
-learning_rate = 3e-4
-max_iters = 100000
-lr_decay_iters = 100000
-min_lr = 3e-5
-beta2 = 0.95
-warmup_iters = 2000
-eval_interval = 500
-eval_iters = 100
-log_interval = 10
-always_save_checkpoint = False
-wandb_log = False
-backend = 'nccl'
-"""
+DOCS = Path(__file__).parents[1] / "docs" / "coming-from-nanogpt.md"
+TWELVE_GIB = DOCS.read_text().split("```python\n")[1].split("```")[0]  # what users read is what is tested
 
 
 def write(path: Path, text: str) -> str:
@@ -98,15 +76,30 @@ def test_resolved_settings_read_back_the_same(tmp_path: Path) -> None:
 
 
 def test_the_12_gib_config_of_nanogpt_works_as_it_stands(tmp_path: Path) -> None:
-    loaded, notes = config.load(
-        write(tmp_path / "medium12.py", TWELVE_GIB.replace("n_layer, n_head = 24, 16\n", "")), {}
-    )
+    loaded, notes = config.load(write(tmp_path / "medium12.py", TWELVE_GIB + "backend = 'nccl'\n"), {})
     assert loaded.shape() == {"n_layer": 24, "n_head": 16, "n_embd": 1024}
     assert (loaded.micro_batch_size, loaded.block_size, loaded.tokens_per_step) == (4, 512, 65_536)
     assert (loaded.learning_rate, loaded.min_lr, loaded.warmup_steps, loaded.decay_steps) == (3e-4, 3e-5, 2000, 100_000)
     assert (loaded.compile, loaded.dtype, loaded.bias, loaded.dataset) == (True, "bfloat16", False, "openwebtext")
     assert (loaded.eval_interval, loaded.eval_windows, loaded.log_interval) == (500, 400, 10)
     assert any("backend" in note for note in notes)
+
+
+def test_every_name_of_nanogpts_train_py_is_known() -> None:
+    # The assignments at the top of its train.py and the options its users' scripts pass.
+    names = (
+        "out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log wandb_project "
+        "wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias "
+        "learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend "
+        "device dtype compile data_dir"
+    )
+    assert not [
+        name
+        for name in re.findall(r"\w+", names)
+        if name not in nanogpt.FLAGS and name not in config.Config.model_fields
+    ]
+    mentioned = DOCS.read_text()
+    assert not [name for name in nanogpt.FLAGS if name not in mentioned and not name.startswith("wandb")]
 
 
 def test_a_smaller_batch_flag_keeps_the_files_tokens_per_step(tmp_path: Path) -> None:
