@@ -23,6 +23,16 @@ def plain_names(name: str) -> str:
     return name.replace("_", "-")
 
 
+class Between(click.FloatRange):
+    """A range that NaN is not in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if number != number:
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
+
+
 CONTEXT = {"help_option_names": ["-h", "--help"], "token_normalize_func": plain_names, "max_content_width": 110}
 
 
@@ -53,7 +63,7 @@ def cli() -> None:
 )
 @click.option(
     "--val-fraction",
-    type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True),
+    type=Between(0.0, 1.0, min_open=True, max_open=True),
     default=0.1,
     show_default=True,
     help="Share of the text kept for validation.",
@@ -94,17 +104,26 @@ class SettingsCommand(click.Command):
         from gpt2box.nanogpt import FLAGS
 
         options: list[click.Parameter] = []
-        for key, field in Config.model_fields.items():
+        for key in Config.model_fields:
             meaning, values, default = about(key)
-            # `--eval-only` alone means true
-            bare: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if field.annotation is bool else {}
             text = meaning + (f" [{default}]" if default else "")
-            options.append(click.Option([f"--{plain_names(key)}", key], help=text, metavar=values, **bare))
+            options.append(click.Option([f"--{plain_names(key)}", key], help=text, metavar=values))
         options += [
             click.Option([f"--{plain_names(key)}", key], hidden=True) for key in FLAGS if key not in Config.model_fields
         ]
         arguments = super().get_params(ctx)
         return arguments[:-1] + options + arguments[-1:]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """`--eval-only` alone means true, whatever follows."""
+        from gpt2box.config import Config
+
+        switches = {f"--{plain_names(key)}" for key, field in Config.model_fields.items() if field.annotation is bool}
+        values = ("true", "false", "True", "False", "1", "0")
+        for index, arg in enumerate(args):
+            if plain_names(arg) in switches and (index + 1 == len(args) or args[index + 1] not in values):
+                args[index] = f"{arg}=true"
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from gpt2box.config import Config
@@ -163,14 +182,14 @@ def train(config: str | None, **flags: str | None) -> None:
     "--max-new-tokens", type=click.IntRange(min=1), default=300, show_default=True, help="Longest text, in tokens."
 )
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: always the likeliest token."
+    "--temperature", type=Between(min=0), default=0.8, show_default=True, help="0: always the likeliest token."
 )
 @click.option(
     "--top-k", type=click.IntRange(min=0), default=200, show_default=True, help="Only the k likeliest; 0: all."
 )
 @click.option(
     "--top-p",
-    type=click.FloatRange(0.0, 1.0, min_open=True),
+    type=Between(0.0, 1.0, min_open=True),
     default=1.0,
     show_default=True,
     help="Only the likeliest that make up this probability.",

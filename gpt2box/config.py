@@ -114,7 +114,11 @@ class Config(BaseModel):
     )
 
     device: str = setting(
-        "auto", "auto, cpu, cuda or cuda:N", group="Machine", may_change=True, pattern=r"^(auto|cpu|cuda(:\d+)?)$"
+        "auto",
+        "auto, cpu, cuda or cuda:N",
+        group="Machine",
+        may_change=True,
+        pattern=r"^(auto|cpu|cuda(:(0|[1-9]\d?))?)$",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "of activations; weights stay float32. auto: bfloat16 where the GPU has it", group="Machine"
@@ -265,7 +269,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {path}: {error}", "a YAML file of settings") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise BadInput(
             f"{path} is not YAML: {' '.join(str(error).split())}", "lines such as `block_size: 512`"
         ) from error

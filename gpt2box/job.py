@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import time
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,15 +13,16 @@ import torch
 from gpt2box import config as settings
 from gpt2box.config import Config
 from gpt2box.data.batches import check_long_enough
+from gpt2box.data.tokenizer import prompt_ids
 from gpt2box.data.tokens import SPLITS, Dataset, open_dataset
-from gpt2box.errors import BadInput
+from gpt2box.errors import BadInput, MachineCannot
 from gpt2box.machine.device import choose_compile, choose_device, choose_dtype, describe
 from gpt2box.machine.provenance import provenance
 from gpt2box.model.generate import Choice, generate
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.weights import load_hub, pretrained_folder, shape_in
 from gpt2box.output.report import loss_png
-from gpt2box.paths import dataset_dir, make_writable, run_dir, write_atomically
+from gpt2box.paths import dataset_dir, locked, make_writable, run_dir, write_atomically
 from gpt2box.planning.plan import RunPlan, make_plan
 from gpt2box.planning.shape import ModelShape
 from gpt2box.progress import duration, say, size
@@ -46,6 +43,7 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> N
     config, notes = settings.load(argument, flags)
     dataset = open_dataset(dataset_dir(config.dataset))
     check_long_enough({split: dataset.tokens(split) for split in SPLITS}, config.block_size)
+    prompt_ids(dataset.tokenizer, config.sample_prompt)
     device = choose_device(config.device)
     compile_model, note = choose_compile(config.compile, device)
     for line in [*notes, *([note] if note else [])]:
@@ -60,15 +58,17 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> N
     if config.eval_only:
         return evaluate_only(config, plan, dataset, weights)
     run = make_writable(run_dir(config.name))
-    with Lock(run):
+    with locked(run / ".lock", f"the run {config.name} is being trained"):
         found = checkpoint.newest(run / "checkpoints")
         state = found[1] if found else TrainState()
         if found:
             check_unchanged(config, dataset, run)
+            checkpoint.point_to_last_and_best(run / "checkpoints", state)
             announce_resume(config, *found)
         if state.stopped_early and (config.patience == 0 or state.evaluations_without_best < config.patience):
             state.stopped_early = False  # the patience was raised
-        if state.step < plan.max_steps and not state.stopped_early:
+        unevaluated = state.step == plan.max_steps != state.evaluated_step  # stopped by a signal in the last step
+        if (state.step < plan.max_steps or unevaluated) and not state.stopped_early:
             model = GPT2.empty(shape, config.dropout, device)
             configure(model, plan)
             optimizer = make_optimizer(model, plan)
@@ -78,8 +78,13 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> N
                 initialise(model, config, weights)
             write_records(run, config, plan, dataset, describe(device))
             sampler = Sampler(config, model, dataset, run)
-            pretrained = weights is not None
-            train(Job(run, plan, model, optimizer, dataset, dataset.tokenizer, state, stop, sampler, pretrained))
+            pretrained = config.init_from != "scratch"
+            job = Job(run, plan, model, optimizer, dataset, dataset.tokenizer, state, stop, sampler, pretrained)
+            try:
+                with stop.awaited():
+                    train(job)
+            except torch.cuda.OutOfMemoryError as error:
+                raise out_of_memory(plan) from error
         report(config, argument, run, state, stop, plan)
 
 
@@ -94,6 +99,9 @@ def model_shape(config: Config, dataset: Dataset) -> tuple[Path | None, ModelSha
             **config.shape(), block_size=config.block_size, vocab_size=dataset.tokenizer.vocab_size, bias=config.bias
         )
         return None, shape
+    checkpoints = sorted((run_dir(config.name) / "checkpoints").glob("step-*/config.json"))
+    if checkpoints and not config.eval_only:  # going on; the first weights may be gone
+        return None, shape_in(checkpoints[-1].parent)
     folder = pretrained_folder(config.init_from)
     stored = shape_in(folder)
     faults = [
@@ -142,17 +150,34 @@ def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
     say(f"  {device}; {plan.dtype}, {compiled}; a checkpoint is {size(plan.checkpoint_bytes)}")
 
 
+def out_of_memory(plan: RunPlan) -> MachineCannot:
+    """What to do where the GPU's memory does not suffice."""
+    smaller = max(plan.micro_batch_size // 2, 1)
+    hint = f"--micro-batch-size {smaller}" if plan.micro_batch_size > 1 else "--activation-checkpointing full"
+    if plan.micro_batch_size > 1 and plan.activation_checkpointing == "none":
+        hint += " or --activation-checkpointing selective"
+    return MachineCannot(
+        f"out of GPU memory with micro_batch_size {plan.micro_batch_size}, block_size {plan.shape.block_size}, "
+        f"activation_checkpointing {plan.activation_checkpointing}",
+        "a micro-batch that fits (other programs' share counts: nvidia-smi)",
+        f"{hint}; the same command then goes on from the last checkpoint, with the same tokens_per_step",
+    )
+
+
 def evaluate_only(config: Config, plan: RunPlan, dataset: Dataset, weights: Path | None) -> None:
-    """val_loss of the run's best checkpoint, or of the weights it would begin from."""
-    best = run_dir(config.name) / "checkpoints" / "best"
+    """val_loss of the run's best checkpoint, or, where no such run began so, of the weights it would begin from."""
+    run = run_dir(config.name)
+    best = run / "checkpoints" / "best"
+    began = settings.read_yaml(run / "config.yaml").get("init_from") if (run / "config.yaml").exists() else None
+    of_run = best.exists() and began == config.init_from
     model = GPT2.empty(plan.shape, 0.0, plan.device)
-    if best.exists():
+    if of_run:
         load_hub(model, best)
     else:
         initialise(model, config, weights)
     configure(model, plan)
     val_loss, val_set = evaluate(model, dataset, plan)
-    print(f"val_loss {val_loss:.4f} ({best if best.exists() else config.init_from}, windows {val_set})")
+    print(f"val_loss {val_loss:.4f} ({best if of_run else config.init_from}, windows {val_set})")
 
 
 def check_unchanged(config: Config, dataset: Dataset, run: Path) -> None:
@@ -181,7 +206,9 @@ def check_unchanged(config: Config, dataset: Dataset, run: Path) -> None:
             f"undo the change, or begin another run with --name {config.name}-2",
         )
     for key in differing:
-        say(f"note: {key}: {getattr(before, key)} before, {getattr(config, key)} now")
+        stretched = key == "max_steps" and config.decay_steps is None and config.lr_schedule != "constant"
+        tail = "; the learning rate's schedule now ends there" if stretched else ""
+        say(f"note: {key}: {getattr(before, key)} before, {getattr(config, key)} now{tail}")
 
 
 def announce_resume(config: Config, folder: Path, state: TrainState, passed_over: list[Any]) -> None:
@@ -223,8 +250,8 @@ class Sampler:
     def __call__(self, display: Display, step: int) -> None:
         if not self.config.sample_tokens:
             return
-        text = self.config.sample_prompt or "\n"
-        prompt = [int(i) for i in self.tokenizer.encode(text)]
+        text = self.config.sample_prompt
+        prompt = prompt_ids(self.tokenizer, text)
         ids = list(generate(self.model, prompt, self.config.sample_tokens, Choice(), self.config.seed))
         text += self.tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
         folder = make_writable(self.run / "samples")
@@ -253,31 +280,8 @@ def report(
         )
         say(f"  best val_loss   {state.best_val_loss:.4f} at step {state.best_step:,}{published}")
     say(f"  loss curve      {picture}")
-    say(f"  model           {run / 'checkpoints' / 'best'} (a Hugging Face folder)")
+    best = run / "checkpoints" / "best"
+    model = best if best.exists() else run / "checkpoints" / "last"
+    say(f"  model           {model} (a Hugging Face folder)")
     say(f"  everything      {run}")
     say(f"  next            gpt2box sample {config.name}")
-
-
-class Lock(AbstractContextManager["Lock"]):
-    """One trainer a run. The system frees it with the process, however that ends."""
-
-    def __init__(self, run: Path) -> None:
-        self._path = run / ".lock"
-
-    def __enter__(self) -> Lock:
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._descriptor)
-            raise BadInput(
-                f"the run {self._path.parent} is being trained by another process",
-                "one trainer a run",
-                "wait for it, stop it, or choose another --name",
-            ) from error
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.close(self._descriptor)

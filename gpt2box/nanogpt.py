@@ -17,7 +17,7 @@ from gpt2box.errors import BadInput
 
 # nanoGPT's defaults, for what a config file leaves out.
 DEFAULTS: dict[str, Any] = {
-    "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "init_from": "scratch",
+    "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "init_from": "scratch",
     "dataset": "openwebtext", "gradient_accumulation_steps": 40, "batch_size": 12, "block_size": 1024,
     "n_layer": 12, "n_head": 12, "n_embd": 768, "dropout": 0.0, "bias": False,
     "learning_rate": 6e-4, "max_iters": 600_000, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0,
@@ -145,7 +145,9 @@ def merge(base: dict[str, Any], flags: dict[str, Any], foreign: bool) -> tuple[d
     values = {**values, **rename({k: v for k, v in flags.items() if k not in NO_MEANING}, "flags")}
 
     accumulation = values.pop("gradient_accumulation_steps", None)
-    if accumulation is not None and "tokens_per_step" not in given:
+    if accumulation is not None and "tokens_per_step" not in (
+        flags if "gradient_accumulation_steps" in flags else given
+    ):
         # Without an accumulation flag the file's step stays, whatever micro-batch a flag asks for:
         # cutting the batch alone changes the training (nanoGPT's issue 411).
         sequences = values.get("micro_batch_size", 4) if "gradient_accumulation_steps" in flags else from_file
@@ -155,10 +157,8 @@ def merge(base: dict[str, Any], flags: dict[str, Any], foreign: bool) -> tuple[d
             f"tokens_per_step = {values['tokens_per_step']:,}: batch × block_size × gradient_accumulation_steps"
         )
     eval_iters = values.pop("eval_iters", None)
-    if eval_iters is not None and "eval_windows" not in given:
-        values["eval_windows"] = whole(eval_iters, "eval_iters") * whole(
-            values.get("micro_batch_size", 4), "batch_size"
-        )
+    if eval_iters is not None and "eval_windows" not in (flags if "eval_iters" in flags else given):
+        values["eval_windows"] = whole(eval_iters, "eval_iters") * whole(from_file, "batch_size")
         notes.append(f"eval_iters: {values['eval_windows']:,} fixed validation windows instead of random batches")
     if not is_on(values.pop("decay_lr", True)):
         values |= {"lr_schedule": "constant", "warmup_steps": 0}
@@ -187,8 +187,8 @@ def whole(value: Any, name: str) -> int:
     """
     try:
         number = int(value)
-        if number < 1:
+        if number < 1 or number != float(value):
             raise ValueError
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise BadInput(f"{name}: found {value!r}", "a whole number of at least 1") from error
     return number

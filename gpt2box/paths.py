@@ -9,8 +9,11 @@ $GPT2BOX_VOLUMES moves them all; the default is ./volumes.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gpt2box.errors import BadInput, VolumeUnwritable
@@ -62,6 +65,7 @@ def checked_name(name: str, kind: str) -> str:
             f"{kind} name {name!r}",
             "letters, digits, '.', '_' and '-', at most 100, beginning with a letter or digit"
             + (f", and not {RAW!r}" if kind == "dataset" else ""),
+            "choose one with --name",
         )
     return name
 
@@ -86,6 +90,27 @@ def make_writable(folder: Path) -> Path:
 def fix_hint(folder: Path) -> str:
     """The command that makes `folder` writable for the present user."""
     return f"sudo chown -R {os.getuid()}:{os.getgid()} {folder}, or set GPT2BOX_VOLUMES to another folder"
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file; the system frees it with the process, however that ends.
+
+    Raises:
+        BadInput: another process holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise BadInput(
+            f"{what} by another process", next_step="wait for it, stop it, or choose another --name"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def fsync_dir(folder: Path) -> None:

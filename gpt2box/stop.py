@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from gpt2box.progress import say
 
 
 class StopRequest:
-    """Set by the first signal; a second one ends the process at once."""
+    """Set by the first signal while it is awaited; a second one, or one at another time, ends the process at once."""
 
     def __init__(self) -> None:
         self.name = ""
+        self._awaited = False
 
     def __bool__(self) -> bool:
         return bool(self.name)
@@ -24,7 +28,18 @@ class StopRequest:
             signal.signal(number, self._handle)
         return self
 
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """While this lasts, somebody looks at the request."""
+        self._awaited = True
+        try:
+            yield
+        finally:
+            self._awaited = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._awaited:
+            sys.exit(128 + number)
         if self.name:
             os._exit(128 + number)
         self.name = signal.Signals(number).name

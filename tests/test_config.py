@@ -61,6 +61,11 @@ def test_scientific_notation_is_a_number_although_yaml_calls_it_a_string(tmp_pat
         ("dataset: x\nmin_lr: 1\n", "at most learning_rate"),
         ("learning_rate: 1e-3\n", "dataset: missing"),
         ("dataset: x\nname: ../up\n", "run name"),
+        ("dataset: x\nname: 2024-13-45\n", "is not YAML"),
+        ("a: " + "[" * 5000, "is not YAML"),
+        ("dataset: x\ngradient_accumulation_steps: .inf\n", "gradient_accumulation_steps"),
+        ("dataset: x\ngradient_accumulation_steps: 2.5\n", "gradient_accumulation_steps"),
+        ("dataset: x\ndevice: cuda:007\n", "device: found 'cuda:007'"),
     ],
 )
 def test_bad_files_are_refused_with_the_reason(tmp_path: Path, text: str, part: str) -> None:
@@ -87,12 +92,10 @@ def test_the_12_gib_config_of_nanogpt_works_as_it_stands(tmp_path: Path) -> None
 
 def test_every_name_of_nanogpts_train_py_is_known() -> None:
     # The assignments at the top of its train.py and the options its users' scripts pass.
-    names = (
-        "out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log wandb_project "
-        "wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias "
-        "learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend "
-        "device dtype compile data_dir"
-    )
+    names = """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log
+        wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd
+        dropout bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters
+        min_lr backend device dtype compile data_dir"""
     assert not [
         name
         for name in re.findall(r"\w+", names)
@@ -108,6 +111,18 @@ def test_a_smaller_batch_flag_keeps_the_files_tokens_per_step(tmp_path: Path) ->
     assert (loaded.micro_batch_size, loaded.tokens_per_step) == (2, 65_536)
     loaded = config.load(path, {"batch_size": "2", "gradient_accumulation_steps": "8"})[0]
     assert (loaded.micro_batch_size, loaded.tokens_per_step) == (2, 8192)
+
+
+def test_nanogpts_flags_win_over_our_files() -> None:
+    loaded = config.load("shakespeare", {"gradient_accumulation_steps": "2", "eval_iters": "5"})[0]
+    assert (loaded.tokens_per_step, loaded.eval_windows) == (4 * 1024 * 2, 5 * 4)
+
+
+def test_a_smaller_batch_flag_changes_nothing_that_a_resume_would_refuse(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.py", "batch_size = 12\nblock_size = 64\neval_iters = 20\n")
+    before, after = config.load(path, {})[0], config.load(path, {"batch_size": "4"})[0]
+    changed = [key for key in config.Config.model_fields if getattr(before, key) != getattr(after, key)]
+    assert changed == ["micro_batch_size"] and after.name == "c"
 
 
 def test_nanogpts_finetune_command_line_works() -> None:

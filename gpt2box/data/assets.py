@@ -7,6 +7,7 @@ index. Whatever the source, the bytes are checked before the file gets its name.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import subprocess
 import sys
@@ -157,9 +158,10 @@ def download(asset: Asset, part: Path) -> None:
     headers = {"User-Agent": "gpt2box"}
     if have:
         headers["Range"] = f"bytes={have}-"
-    if (token := os.environ.get("HF_TOKEN")) and asset.url.startswith(hub_endpoint()):
-        headers["Authorization"] = f"Bearer {token}"
     request = urllib.request.Request(asset.url, headers=headers)
+    if (token := os.environ.get("HF_TOKEN")) and asset.url.startswith(hub_endpoint()):
+        # Not for the host that the Hub redirects to.
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
             if response.status != 206:
@@ -167,7 +169,7 @@ def download(asset: Asset, part: Path) -> None:
             say(f"downloading {asset.filename} from {asset.url}" + (f", going on at {have:,} bytes" if have else ""))
             with open(part, "ab" if have else "wb") as file, bytes_bar(asset.filename, asset.size_bytes) as advance:
                 advance(have)
-                while block := response.read(CHUNK):
+                while block := read_some(response):
                     file.write(block)
                     advance(len(block))
                 file.flush()
@@ -178,6 +180,14 @@ def download(asset: Asset, part: Path) -> None:
         raise TryAgain(str(getattr(error, "reason", error))) from error
     if part.stat().st_size < asset.size_bytes:
         raise TryAgain(f"the connection ended after {part.stat().st_size:,} of {asset.size_bytes:,} bytes")
+
+
+def read_some(response: http.client.HTTPResponse) -> bytes:
+    """The next bytes of an answer; whatever goes wrong here is the network, not the disk."""
+    try:
+        return response.read(CHUNK)
+    except (OSError, http.client.HTTPException) as error:
+        raise TryAgain(f"the connection broke: {error or type(error).__name__}") from error
 
 
 def hub_endpoint() -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from gpt2box.data import assets
 from gpt2box.errors import BadInput
 from gpt2box.paths import raw_dir
+from gpt2box.progress import say
 
 SUFFIXES = (".txt", ".md")
 
@@ -75,7 +76,10 @@ def own_text(inputs: list[Path]) -> Corpus:
             files = sorted(file for file in path.rglob("*") if is_text(file, path))
             if not files:
                 raise BadInput(f"no {' or '.join(SUFFIXES)} file in {path}", "a folder of texts")
-            documents += [read_document(file, str(file.relative_to(path))) for file in files]
+            blank = [file for file in files if not file.read_bytes().strip()]
+            if blank:
+                say(f"note: {len(blank)} of {len(files)} files are empty and left out, such as {blank[0]}")
+            documents += [read_document(file, str(file.relative_to(path))) for file in files if file not in blank]
         else:
             documents.append(read_document(path, path.name))
     return Corpus(inputs[0].stem or "text", ", ".join(str(path) for path in inputs), documents)

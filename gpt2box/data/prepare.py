@@ -18,11 +18,12 @@ from gpt2box.data.corpora import Corpus
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.data.tokens import FORMAT, ID_BYTES, SPLITS
 from gpt2box.errors import BadInput, VolumeUnwritable
-from gpt2box.paths import fix_hint, fsync_dir, make_writable, raw_dir
+from gpt2box.paths import fix_hint, fsync_dir, locked, make_writable, raw_dir
 from gpt2box.progress import bytes_bar
 
 SPLIT_SEED = 2357  # nanoGPT's, for OpenWebText
-SMALLEST_WINDOW = 64  # tokens of validation without which no loss means anything
+SMALLEST_WINDOW = 64  # tokens of a split without which no loss means anything
+WHOLE_DOCUMENTS = 10  # from this many on, whole documents are held out
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,17 @@ def prepare(corpus: Corpus, request: Request, folder: Path) -> tuple[dict[str, A
     ):
         return present, False
     make_writable(folder.parent)
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    with locked(folder.parent / f".{folder.name}.lock", f"the dataset {folder.name} is being made"):
+        return make(corpus, request, folder, wanted), True
+
+
+def make(corpus: Corpus, request: Request, folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Write the dataset beside and publish it; returns its manifest."""
+    retired, temporary = (folder.parent / f".{folder.name}.{suffix}" for suffix in ("old", "tmp"))
+    if retired.exists() and not folder.exists():  # killed between publish's two renames
+        os.rename(retired, folder)
+    check_replaceable(folder)
+    shutil.rmtree(retired, ignore_errors=True)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
@@ -58,12 +69,30 @@ def prepare(corpus: Corpus, request: Request, folder: Path) -> tuple[dict[str, A
         (temporary / "dataset.json").write_text(
             json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-        publish(temporary, folder)
+        publish(temporary, folder, retired)
     except OSError as error:
         raise VolumeUnwritable(f"cannot write {folder}: {error.strerror}", "free space", fix_hint(folder)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return manifest, True
+    return manifest
+
+
+def check_replaceable(folder: Path) -> None:
+    """Whether what bears the dataset's name is an earlier dataset and nothing else.
+
+    Raises:
+        BadInput: it holds other files, which publishing would remove.
+    """
+    if not folder.exists():
+        return
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    foreign = sorted(present - {*(f"{split}.bin" for split in SPLITS), "dataset.json", "tokenizer"})
+    if foreign or (present and "dataset.json" not in present):
+        raise BadInput(
+            f"{folder} holds {', '.join((foreign or sorted(present))[:5])}, not written by `prepare`",
+            "a name that is free, or an earlier dataset's",
+            "choose another with --name, or move that folder away",
+        )
 
 
 def identity(corpus: Corpus, request: Request) -> dict[str, Any]:
@@ -98,15 +127,22 @@ def complete(folder: Path, manifest: dict[str, Any]) -> bool:
 def split(corpus: Corpus, val_fraction: float) -> dict[str, list[str]]:
     """The texts of each split.
 
-    Where there are enough documents, whole ones are held out (a seeded choice), so that validation
-    is on texts never seen; otherwise the end of each document is, as nanoGPT does with its one.
+    Of ten documents or more, whole ones are held out: in a seeded order each that still fits into the
+    wanted share of characters, so that validation is on texts never seen. Where that comes to less
+    than 80% of the share (few documents, or one that is most of the text), and with fewer documents,
+    the end of each is held out instead, as nanoGPT does with its one.
     """
     texts = [document.text for document in corpus.documents]
-    held_out = round(len(texts) * val_fraction)
-    if held_out:
-        order = list(range(len(texts)))
-        random.Random(SPLIT_SEED).shuffle(order)
-        chosen = set(order[:held_out])
+    wanted = sum(map(len, texts)) * val_fraction
+    order = list(range(len(texts)))
+    random.Random(SPLIT_SEED).shuffle(order)
+    chosen: set[int] = set()
+    characters = 0
+    for index in order:
+        if characters + len(texts[index]) <= wanted:
+            chosen.add(index)
+            characters += len(texts[index])
+    if len(texts) >= WHOLE_DOCUMENTS and characters >= 0.8 * wanted:
         return {
             "train": [text for i, text in enumerate(texts) if i not in chosen],
             "val": [text for i, text in enumerate(texts) if i in chosen],
@@ -138,11 +174,11 @@ def write(corpus: Corpus, request: Request, folder: Path) -> dict[str, Any]:
             characters = sum(map(len, texts))
             digest = assets.sha256_of(path)
             counts[name] = {"tokens": tokens, "documents": len(texts), "characters": characters, "sha256": digest}
-    if counts["val"]["tokens"] <= SMALLEST_WINDOW:
+    if min(part["tokens"] for part in counts.values()) <= SMALLEST_WINDOW:
         raise BadInput(
             f"too little text: {counts['train']['tokens']:,} tokens to train, {counts['val']['tokens']:,} to validate",
-            f"more than {SMALLEST_WINDOW} tokens to validate, the smallest useful window",
-            "give more text, or a larger --val-fraction",
+            f"more than {SMALLEST_WINDOW} tokens of each, the smallest useful window",
+            "give more text, or another --val-fraction",
         )
     return {
         "tokenizer": {"kind": encoder.kind, "vocab_size": encoder.vocab_size},
@@ -158,12 +194,11 @@ def make_tokenizer(corpus: Corpus, request: Request) -> Tokenizer:
     return tokenizer.from_ranks(assets.fetch(assets.GPT2_RANKS, raw_dir()))
 
 
-def publish(temporary: Path, folder: Path) -> None:
+def publish(temporary: Path, folder: Path, retired: Path) -> None:
     """Give a finished folder its name; an older dataset of that name makes way."""
     for path in [*temporary.rglob("*"), temporary]:
         if path.is_dir():
             fsync_dir(path)
-    retired = folder.parent / f".{folder.name}.{os.getpid()}.old"
     if folder.exists():
         os.rename(folder, retired)
     os.rename(temporary, folder)

@@ -56,7 +56,13 @@ class Gpt2Tokenizer:
         )
 
     def encode(self, text: str) -> Tokens:
-        return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
+        try:
+            return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # Rust's; its regex engine has a limit
+                raise
+            found = "tiktoken gave up on the text: a run of hundreds of thousands of spaces, or the like"
+            raise BadInput(found, "text as people write it") from error
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes(list(ids))
@@ -149,14 +155,12 @@ def load(folder: Path) -> Tokenizer:
     """
     try:
         if (folder / "vocab.json").exists():
-            vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-            if vocabulary.pop(END_OF_TEXT) != len(vocabulary):
-                raise BadInput(f"{folder}/vocab.json: end of text is not the last token", "GPT-2's own vocabulary")
-            alphabet = {character: byte for byte, character in enumerate(byte_alphabet())}
-            return Gpt2Tokenizer({bytes(alphabet[c] for c in t): rank for t, rank in vocabulary.items()})
+            return _from_vocabulary(json.loads((folder / "vocab.json").read_text(encoding="utf-8")), folder)
         if (folder / "tokenizer.json").exists():
             content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
             model = content["model"]
+            if model["type"] == "BPE":  # as transformers writes GPT-2's
+                return _from_vocabulary(model["vocab"], folder)
             if model["type"] != "WordLevel" or any(len(character) != 1 for character in model["vocab"]):
                 raise BadInput(f"{folder}/tokenizer.json: a {model['type']} tokenizer", "vocab.json and merges.txt")
             ordered = sorted(model["vocab"], key=model["vocab"].__getitem__)
@@ -166,6 +170,30 @@ def load(folder: Path) -> Tokenizer:
             f"{folder}: the tokenizer's files are damaged ({error!r})", "files as they were written"
         ) from error
     raise BadInput(f"{folder}: no tokenizer", "vocab.json and merges.txt, or tokenizer.json")
+
+
+def _from_vocabulary(vocabulary: dict[str, int], folder: Path) -> Gpt2Tokenizer:
+    """GPT-2's BPE from printable tokens and ids, which are the ranks."""
+    if vocabulary.pop(END_OF_TEXT) != len(vocabulary):
+        raise BadInput(f"{folder}: end of text is not the vocabulary's last token", "GPT-2's own vocabulary")
+    alphabet = {character: byte for byte, character in enumerate(byte_alphabet())}
+    return Gpt2Tokenizer({bytes(alphabet[c] for c in token): rank for token, rank in vocabulary.items()})
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The prompt's ids; for an empty one, something to go on from.
+
+    Raises:
+        BadInput: a character that the vocabulary lacks.
+    """
+    if prompt:
+        return [int(i) for i in tokenizer.encode(prompt)]
+    if tokenizer.end_of_text is not None:
+        return [tokenizer.end_of_text]
+    try:
+        return [int(tokenizer.encode("\n")[0])]
+    except BadInput:
+        return [0]
 
 
 @cache

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpt2box.data import assets, tokenizer
+from gpt2box.data.corpora import CORPORA
 from gpt2box.data.tokenizer import Tokenizer, Tokens
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.paths import raw_dir
@@ -70,6 +71,14 @@ class TokenFile:
         os.close(self._descriptor)
 
 
+def prepare_hint(folder: Path) -> str:
+    """The command that makes the dataset."""
+    corpus = folder.name.removesuffix("-char")
+    if corpus in CORPORA:
+        return f"gpt2box prepare {corpus}" + (" --tokenizer char" if folder.name != corpus else "")
+    return f"gpt2box prepare YOUR_TEXT --name {folder.name}, or put nanoGPT's train.bin and val.bin there"
+
+
 def open_dataset(folder: Path) -> Dataset:
     """The dataset in `folder`, checked for size and vocabulary.
 
@@ -82,8 +91,7 @@ def open_dataset(folder: Path) -> Dataset:
         raise BadInput(
             f"no dataset in {folder}: {' and '.join(missing)} missing",
             "a folder written by `gpt2box prepare`",
-            f"gpt2box prepare {folder.name.removesuffix('-char')}"
-            + (" --tokenizer char" if folder.name.endswith("-char") else ""),
+            prepare_hint(folder),
         )
     path = folder / "dataset.json"
     if not path.exists():

@@ -8,6 +8,8 @@ import re
 import resource
 import shutil
 import sys
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -23,7 +25,7 @@ def choose_device(wanted: str) -> torch.device:
     """
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", wanted):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", wanted):
         raise BadInput(f"device {wanted!r}", "auto, cpu, cuda or cuda:N")
     device = torch.device(wanted)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -51,6 +53,10 @@ def choose_compile(wanted: bool | str, device: torch.device) -> tuple[bool, str]
     missing = [] if shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc") else ["a C compiler (gcc)"]
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         missing.append("Triton")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+        missing.append("a GPU of compute capability 7.0 or more")
+    if device.type == "cuda" and not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        missing.append("Python's headers (python3-dev)")
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         missing = ["a C++ compiler (g++)"]
     if missing:

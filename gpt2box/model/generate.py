@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gpt2box.errors import Damaged
 from gpt2box.model.gpt2 import GPT2, KeyValueCache
 
 
@@ -22,6 +23,8 @@ class Choice:
 
 def pick(logits: Tensor, choice: Choice, generator: torch.Generator) -> int:
     """A token from float32 logits (V,) on the CPU, where one seed gives one text on any device."""
+    if not logits.isfinite().all():
+        raise Damaged("the model's logits are not finite", "weights without NaN or infinity")
     if choice.temperature == 0:
         return int(logits.argmax())
     logits = logits / choice.temperature

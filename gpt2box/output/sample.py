@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import codecs
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from gpt2box.config import MODEL_SHAPES
 from gpt2box.data import assets, tokenizer
-from gpt2box.data.tokenizer import Tokenizer
+from gpt2box.data.tokenizer import Tokenizer, prompt_ids
 from gpt2box.errors import BadInput
 from gpt2box.machine.device import choose_device
 from gpt2box.model.generate import Choice, generate
@@ -62,6 +63,9 @@ def load_model(folder: Path, device: str) -> tuple[GPT2, Tokenizer]:
     load_hub(model, folder)
     has_own = any((folder / name).exists() for name in ("vocab.json", "tokenizer.json"))
     words = tokenizer.load(folder) if has_own else tokenizer.from_ranks(assets.fetch(assets.GPT2_RANKS, raw_dir()))
+    if words.vocab_size > shape.vocab_size:
+        raise BadInput(f"{folder}: {words.vocab_size:,} tokens in its tokenizer, {shape.vocab_size:,} in its model")
+    model.shape = replace(shape, vocab_size=words.vocab_size)  # some weights are stored with padding rows
     return model, words
 
 
@@ -73,9 +77,7 @@ def sample(
     Raises:
         BadInput: the prompt has a character that the model lacks.
     """
-    ids = [int(i) for i in words.encode(prompt)]
-    if not ids:  # something to go on from
-        ids = [words.end_of_text] if words.end_of_text is not None else [int(words.encode("\n")[0])]
+    ids = prompt_ids(words, prompt)
     for index in range(num_samples):
         if index:
             print("\n---------------")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from gpt2box.data.assets import sha256_of
@@ -58,23 +58,20 @@ def save(folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: Tra
     temporary = folder / f".{final.name}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".step-*.tmp"):
-            shutil.rmtree(stale)
+        recover(folder)
         temporary.mkdir()
         write_files(temporary, model, optimizer, state, tokenizer)
-        retired = folder / f".{final.name}.old.tmp"
+        retired = folder / f".{final.name}.old"
         if final.exists():  # the same step once more, after its evaluation
             os.rename(final, retired)
         os.rename(temporary, final)
         shutil.rmtree(retired, ignore_errors=True)
         fsync_dir(folder)
-        point(folder, "last", state.step)
-        if state.best_step == state.step:
-            point(folder, "best", state.step)
-    except OSError as error:
+        point_to_last_and_best(folder, state)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise VolumeUnwritable(
-            f"cannot save {final}: {error.strerror or error}",
+            f"cannot save {final}: {getattr(error, 'strerror', None) or error}",
             f"about {12 * model.shape.parameters / 2**30:.2f} GiB free",
             fix_hint(folder),
         ) from error
@@ -108,6 +105,25 @@ def write_files(
     fsync_dir(folder)
 
 
+def recover(folder: Path) -> None:
+    """Undo what a killed save or prune left half-way: an older copy without its successor gets its name back."""
+    for path in folder.glob(".step-*.old"):
+        final = folder / path.name.removeprefix(".").removesuffix(".old")
+        if final.exists():
+            shutil.rmtree(path)
+        else:
+            os.rename(path, final)
+    for path in folder.glob(".step-*.tmp"):
+        shutil.rmtree(path)
+
+
+def point_to_last_and_best(folder: Path, state: TrainState) -> None:
+    """Make the links agree with the state."""
+    point(folder, "last", state.step)
+    if (folder / folder_name(state.best_step)).exists():
+        point(folder, "best", state.best_step)
+
+
 def point(folder: Path, name: str, step: int) -> None:
     """Make `best` or `last` a link to a checkpoint, replaced at once."""
     temporary = folder / f".{name}.tmp"
@@ -117,11 +133,14 @@ def point(folder: Path, name: str, step: int) -> None:
     fsync_dir(folder)
 
 
-def prune(folder: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints and the best."""
-    best = (folder / "best").resolve()
-    for path in sorted(folder.glob("step-*"))[:-keep_last]:
-        if path.resolve() != best:
+def prune(folder: Path, keep_last: int, state: TrainState) -> None:
+    """Remove all but the newest `keep_last` checkpoints and the best.
+
+    Those beyond `state.step` are damaged ones that were passed over: they do not count as newest.
+    """
+    steps = sorted(path for path in folder.glob("step-*") if path.name <= folder_name(state.step))
+    for path in steps[:-keep_last]:
+        if path.name != folder_name(state.best_step):
             # Out of sight first, so that a crash half-way leaves no torn checkpoint by that name.
             retired = path.with_name(f".{path.name}.tmp")
             os.rename(path, retired)
@@ -157,6 +176,7 @@ def newest(folder: Path) -> tuple[Path, TrainState, list[Damaged]] | None:
     Raises:
         Damaged: there are checkpoints, and not one is whole.
     """
+    recover(folder)
     passed_over: list[Damaged] = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:

@@ -80,7 +80,7 @@ def train(job: Job) -> None:
             if new or (improved and (state.step > 0 or job.pretrained)):
                 check_finite(job, guarded_step)
                 checkpoint.save(job.run / "checkpoints", job.model, job.optimizer, state, job.tokenizer)
-                checkpoint.prune(job.run / "checkpoints", plan.keep_last)
+                checkpoint.prune(job.run / "checkpoints", plan.keep_last, state)
                 saved_step = state.step
             if over:
                 break
@@ -215,7 +215,8 @@ def evaluate_and_note(job: Job, metrics: Metrics, display: Display) -> bool:
         state.stopped_early = 0 < plan.patience <= state.evaluations_without_best
     metrics.write(state.step, "eval", val_loss=finite_or_none(val_loss), val_set=val_set, best=improved)
     display.line(f"step {state.step:,}/{plan.max_steps:,}  val_loss {val_loss:.4f}{'  best' if improved else ''}")
-    job.sample(display, state.step)
+    if math.isfinite(val_loss):
+        job.sample(display, state.step)
     return improved
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,8 @@ def test_the_complete_works_have_the_known_count(volumes: Path) -> None:
     parts = manifest["splits"].values()
     assert sum(part["documents"] for part in parts) == 42
     assert sum(part["tokens"] for part in parts) == 1_565_959 + 42  # and an end-of-text token each
-    assert manifest["splits"]["val"]["documents"] == 4
+    held_out = manifest["splits"]["val"]["characters"] / sum(part["characters"] for part in parts)
+    assert 0.09 < held_out <= 0.1
 
 
 def test_doing_it_again_does_nothing_and_changed_text_rebuilds(tmp_path: Path, volumes: Path) -> None:
@@ -104,10 +106,52 @@ def test_a_folder_is_read_recursively_in_order_with_an_end_of_text_after_each(
 
 def test_with_many_documents_whole_ones_are_held_out(tmp_path: Path) -> None:
     for i in range(30):
-        text_file(tmp_path / f"{i:02}.txt", f"document {i}")
+        text_file(tmp_path / f"{i:02}.txt", f"document {i:02}")
     parts = split(own_text([tmp_path]), 0.1)
     assert len(parts["val"]) == 3 and len(parts["train"]) == 27
-    assert sorted(parts["val"] + parts["train"]) == sorted(f"document {i}" for i in range(30))
+    assert sorted(parts["val"] + parts["train"]) == [f"document {i:02}" for i in range(30)]
+
+
+def test_a_text_that_is_most_of_the_corpus_is_cut_and_not_held_out(tmp_path: Path) -> None:
+    text_file(tmp_path / "book.txt", "b" * 10_000)
+    for i in range(12):
+        text_file(tmp_path / f"note{i}.txt", "n" * 10)
+    parts = split(own_text([tmp_path]), 0.1)
+    assert len(parts["train"]) == len(parts["val"]) == 13 and sum(map(len, parts["val"])) == pytest.approx(1012, abs=13)
+
+
+def test_files_of_the_users_under_the_datasets_name_are_never_removed(
+    tmp_path: Path, volumes: Path, gpt2box: Command
+) -> None:
+    folder = volumes / "data" / "mybook"
+    folder.mkdir()
+    shutil.copy(TINYSHAKESPEARE, folder / "input.txt")  # nanoGPT's layout
+    (folder / "notes.pdf").write_text("x")
+    done = gpt2box("prepare", str(folder / "input.txt"), "--name", "mybook", "--tokenizer", "char")
+    assert done.returncode == 2 and "holds input.txt, notes.pdf" in done.stderr and "--name" in done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["input.txt", "notes.pdf"]
+    foreign = volumes / "data" / "openwebtext"
+    foreign.mkdir()
+    np.arange(500, dtype="<u2").tofile(foreign / "train.bin")
+    assert gpt2box("prepare", str(TINYSHAKESPEARE), "--name", "openwebtext").returncode == 2
+    assert (foreign / "train.bin").stat().st_size == 1000
+
+
+def test_an_empty_file_among_others_is_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text_file(tmp_path / "a.txt", "words")
+    text_file(tmp_path / "b.txt", "\n")
+    assert [document.name for document in own_text([tmp_path]).documents] == ["a.txt"]
+    assert "1 of 2 files are empty and left out" in capsys.readouterr().err
+
+
+def test_a_publish_killed_half_way_leaves_the_earlier_dataset(tmp_path: Path, volumes: Path) -> None:
+    source, folder = text_file(tmp_path / "a.txt", "To be, or not to be. " * 100), volumes / "data" / "a"
+    prepare(own_text([source]), CHAR, folder)
+    folder.rename(folder.parent / ".a.old")  # as after the first of the two renames
+    text_file(source, "too short now")
+    with pytest.raises(BadInput):
+        prepare(own_text([source]), CHAR, folder)
+    open_dataset(folder)
 
 
 def test_line_ends_and_a_byte_order_mark_are_read_as_text_mode_does(tmp_path: Path) -> None:
@@ -129,12 +173,12 @@ def test_line_ends_and_a_byte_order_mark_are_read_as_text_mode_does(tmp_path: Pa
 def test_bad_text_is_refused_by_name_and_nothing_is_written(
     tmp_path: Path, volumes: Path, gpt2box: Command, content: bytes, message: str
 ) -> None:
-    before = sorted((volumes / "data").iterdir())
+    before = sorted((volumes / "data").glob("[!.]*"))
     path = text_file(tmp_path / "bad.txt", content)
     done = gpt2box("prepare", str(path), "--tokenizer", "char")
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
-    assert sorted((volumes / "data").iterdir()) == before
+    assert sorted((volumes / "data").glob("[!.]*")) == before
 
 
 def test_bad_arguments_are_refused(tmp_path: Path, volumes: Path, gpt2box: Command) -> None:
@@ -147,6 +191,8 @@ def test_bad_arguments_are_refused(tmp_path: Path, volumes: Path, gpt2box: Comma
         ([str(TINYSHAKESPEARE), "--name", "raw"], "not 'raw'"),
         (["shakespeare", str(TINYSHAKESPEARE)], "together with"),
         ([str(TINYSHAKESPEARE), "--val-fraction", "2"], "val-fraction"),
+        ([str(TINYSHAKESPEARE), "--val-fraction", "nan"], "val-fraction"),
+        ([str(TINYSHAKESPEARE), "--val-fraction", "0.99999"], "too little text"),
     ]:
         done = gpt2box("prepare", *arguments)
         assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr, done.stderr

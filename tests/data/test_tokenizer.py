@@ -41,6 +41,20 @@ def test_transformers_reads_the_gpt2_files_to_the_same_ids(gpt2_tokenizer: Gpt2T
     assert theirs.eos_token_id == gpt2_tokenizer.end_of_text == 50_256
 
 
+def test_a_folder_that_transformers_saved_is_read(gpt2_tokenizer: Gpt2Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    gpt2_tokenizer.save(tmp_path)
+    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "theirs")
+    loaded = tokenizer.load(tmp_path / "theirs")
+    assert isinstance(loaded, Gpt2Tokenizer) and loaded.ranks == gpt2_tokenizer.ranks
+
+
+def test_a_text_that_tiktoken_gives_up_on_is_refused(gpt2_tokenizer: Gpt2Tokenizer) -> None:
+    with pytest.raises(BadInput, match="tiktoken gave up"):
+        gpt2_tokenizer.encode(" " * 1_000_000 + "x")
+
+
 @pytest.mark.parametrize("end_of_text", [True, False])
 def test_transformers_reads_the_character_files_to_the_same_ids(tmp_path: Path, end_of_text: bool) -> None:
     from transformers import AutoTokenizer

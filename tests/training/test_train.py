@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpt2box.data.assets import sha256_of
+from gpt2box.data.corpora import own_text
+from gpt2box.data.prepare import Request, prepare
 from gpt2box.errors import BadInput, Gpt2boxError
 from gpt2box.job import run_job
 from gpt2box.stop import StopRequest
@@ -114,6 +117,64 @@ def test_a_damaged_checkpoint_is_passed_over(volumes: Path, damage: str, capsys:
     said = capsys.readouterr().err
     assert "passed over a damaged checkpoint" in said and "at step 15" in said
     assert digests(volumes, 20) == expected
+
+
+def test_after_a_damaged_checkpoint_pruning_keeps_the_whole_ones(volumes: Path) -> None:
+    train(max_steps=20, save_interval=5, eval_interval=20)
+    folder = volumes / "runs/run/checkpoints"
+    os.truncate(folder / checkpoint.folder_name(20) / "model.safetensors", 1000)
+    os.truncate(folder / checkpoint.folder_name(15) / "model.safetensors", 1000)
+    running = process(volumes, **{**TINY, "name": "run", "save_interval": 1, "eval_interval": 20, "keep_last": 1})
+    wait_for(folder / checkpoint.folder_name(12), running)
+    running.kill()
+    running.communicate()
+    path, state, _ = checkpoint.newest(folder)  # type: ignore[misc]
+    assert 12 <= state.step < 20 and (folder / "last").resolve() == path.resolve()
+    train(max_steps=20, save_interval=1, eval_interval=20, keep_last=1)
+    assert {path.name for path in folder.glob("step-*")} == {checkpoint.folder_name(20)}
+    assert (folder / "best").resolve().name == checkpoint.folder_name(20)
+
+
+@pytest.mark.parametrize("moment", ["between the renames of a second save", "before the links"])
+def test_a_kill_inside_a_save_loses_nothing(volumes: Path, moment: str) -> None:
+    train(max_steps=20)
+    folder = volumes / "runs/run/checkpoints"
+    if moment == "before the links":
+        for name in ("best", "last"):
+            checkpoint.point(folder, name, 10)
+    else:
+        (folder / checkpoint.folder_name(20)).rename(folder / f".{checkpoint.folder_name(20)}.old")
+        (folder / f".{checkpoint.folder_name(20)}.tmp").mkdir()
+    train(max_steps=20)
+    assert os.readlink(folder / "last") == os.readlink(folder / "best") == checkpoint.folder_name(20)
+    assert sorted(path.name for path in folder.iterdir()) == ["best", "last", "step-00000010", "step-00000020"]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_says_what_is_needed(volumes: Path) -> None:
+    train(max_steps=10)
+    before = digests(volumes, 10)
+    code = (
+        "import resource, sys; from gpt2box.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"sys.argv = ['gpt2box', 'train', *{options(name='run', max_steps=20)!r}]; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 78 and "cannot save" in done.stderr and "GiB free" in done.stderr, done.stderr
+    assert digests(volumes, 10) == before
+    assert not list((volumes / "runs/run/checkpoints").glob(".step*"))
+    train(max_steps=20)
+
+
+def test_a_stop_in_the_last_step_still_gets_its_evaluation(volumes: Path) -> None:
+    train(max_steps=20)
+    folder = volumes / "runs/run/checkpoints" / checkpoint.folder_name(20)
+    state = json.loads((folder / "state.json").read_text())
+    best = state["best_val_loss"]
+    state |= {"evaluated_step": 10, "best_val_loss": 9.0, "best_step": 10}  # as a signal there leaves it
+    (folder / "state.json").write_text(json.dumps(state))
+    train(max_steps=20)
+    assert json.loads((folder / "state.json").read_text())["best_val_loss"] == pytest.approx(best, abs=1e-6)
 
 
 def test_with_nothing_whole_it_stops_and_removes_nothing(volumes: Path) -> None:
@@ -240,6 +301,7 @@ def test_training_goes_on_from_a_hugging_face_folder(volumes: Path, capsys: pyte
     flags |= {"block_size": "128", "tokens_per_step": "256", "data_dir": str(volumes / "data/text"), "name": "other"}
     with pytest.raises(BadInput) as raised:
         run_job(None, flags, StopRequest())
+    assert not (volumes / "runs/other").exists()
     assert "the weights allow at most 64" in str(raised.value) and "a vocabulary of 65 tokens" in str(raised.value)
 
 
@@ -266,6 +328,8 @@ def test_eval_only_trains_nothing(volumes: Path, capsys: pytest.CaptureFixture[s
     rows = metrics.read(volumes / "runs/run/metrics.jsonl")
     capsys.readouterr()
     train(eval_only=True)
+    assert "checkpoints/best" in capsys.readouterr().out
+    train(eval_only=True)
     assert f"val_loss {min(r['val_loss'] for r in rows if r['kind'] == 'eval'):.4f}" in capsys.readouterr().out
 
 
@@ -275,12 +339,47 @@ def test_samples_are_written_at_each_evaluation(volumes: Path) -> None:
     assert len(texts) == 3 and all(text.startswith("ROMEO:") and len(text) == 27 for text in texts)
 
 
+def test_a_finetune_goes_on_without_its_first_weights(volumes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(max_steps=10)
+    first = volumes / "models" / "first"
+    first.parent.mkdir()
+    (volumes / "runs/run/checkpoints" / checkpoint.folder_name(10)).rename(first)
+    tuned = {"init_from": "first", "n_layer": "2", "max_steps": 10}
+    train("tuned", **tuned)
+    train("tuned", **tuned, eval_only=True)
+    assert "tuned/checkpoints/best" in capsys.readouterr().out
+    first.rename(volumes / "models" / "gone")
+    train("tuned", **{**tuned, "max_steps": 20})
+    assert "tuned: finished at step 20" in capsys.readouterr().err
+
+
+def test_a_text_without_line_ends_is_sampled(volumes: Path, tmp_path: Path) -> None:
+    (tmp_path / "digits.txt").write_text("0123456789" * 500)
+    corpus = replace(own_text([tmp_path / "digits.txt"]), end_of_text=False)
+    prepare(corpus, Request("char", 0.1), volumes / "data" / "digits")
+    train("digits", dataset="digits", sample_tokens=10)
+    assert len(list((volumes / "runs/digits/samples").glob("*.txt"))) == 3
+    with pytest.raises(BadInput, match="not in this model's 10 characters: 'R'"):
+        train("letters", dataset="digits", sample_tokens=10, sample_prompt="R")
+    assert not (volumes / "runs/letters").exists()
+
+
+def test_a_signal_while_nobody_waits_for_it_ends_the_process(volumes: Path) -> None:
+    running = process(volumes, **EXACT)
+    time.sleep(0.7)  # within the imports
+    running.terminate()
+    running.communicate()
+    assert running.returncode in (143, -15)
+
+
 def test_bad_usage_of_train_is_a_few_lines(volumes: Path, gpt2box) -> None:  # type: ignore[no-untyped-def]
     for arguments, code, part in [
         ([], 2, "one of: demo"),
         (["dmo"], 2, "did you mean demo?"),
         (["nothing.yaml"], 2, "no file nothing.yaml"),
-        (options(dataset="nothing"), 2, "gpt2box prepare nothing"),
+        (options(dataset="shakespeare-char"), 2, "gpt2box prepare shakespeare --tokenizer char"),
+        (["openwebtext", "--device=cpu"], 2, "put nanoGPT's train.bin and val.bin there"),
+        (["--eval-only", "dmo"], 2, "did you mean demo?"),
         (options(device="cuda:7"), 3, "PyTorch sees"),
         (options(device="gpu"), 2, "device: found 'gpu'"),
         (options(block_size=200_000, tokens_per_step=800_000), 2, "block_size at most 111,539"),
