@@ -76,7 +76,7 @@ def train_nanogpt(checkout: Path, dataset: Path, steps: int, seed: int, work: Pa
 
     network = theirs.GPT(theirs.GPTConfig(**saved["model_args"])).eval()
     network.load_state_dict(saved["model"])
-    return val_loss(lambda ids: network(ids, ids)[0], dataset)
+    return val_loss(lambda ids: network(ids.contiguous(), ids.contiguous())[0], dataset)
 
 
 def train_ours(dataset: Path, steps: int, seed: int, work: Path) -> float:
