@@ -257,7 +257,7 @@ class Sampler:
         folder = make_writable(self.run / "samples")
         write_atomically(folder / f"step-{step:08d}.txt", text + "\n")
         first_or_last = step == 0 or step >= self.config.max_steps
-        shown = text.strip().splitlines()[: None if first_or_last else 1]
+        shown = text.strip().splitlines()[: None if first_or_last else 3]
         display.line("\n".join(f"    | {line}" for line in shown))
 
 

@@ -3,7 +3,7 @@
 # PyTorch's CPU build where pip finds one (200 MB), else the index's default build (3 GB on Linux).
 set -eu
 here=$(dirname "$0")
-pip="$1/bin/python -m pip --disable-pip-version-check --quiet"
+pip="$1/bin/python -m pip --disable-pip-version-check -qq"
 
 torch=cpu-torch.lock
 if ! $pip install --dry-run --no-deps --require-hashes -r "$here/$torch" >/dev/null 2>&1; then
