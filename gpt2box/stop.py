@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -38,9 +37,8 @@ class StopRequest:
             self._awaited = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._awaited:
-            sys.exit(128 + number)
-        if self.name:
+        if self.name or not self._awaited:
+            # Not an exception: raised inside an import, some library's `except` would swallow it.
             os._exit(128 + number)
         self.name = signal.Signals(number).name
         say(f"{self.name}: finishing this step, then saving. Once more to stop at once, without saving.")
