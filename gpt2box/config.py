@@ -26,6 +26,7 @@ MODEL_SHAPES = {
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
 SHIPPED = Path(__file__).parent / "configs"
+DEVICES = r"auto|cpu|cuda(:(0|[1-9]\d?))?"
 
 
 def _whole(value: object) -> object:
@@ -118,7 +119,7 @@ class Config(BaseModel):
         "auto, cpu, cuda or cuda:N",
         group="Machine",
         may_change=True,
-        pattern=r"^(auto|cpu|cuda(:(0|[1-9]\d?))?)$",
+        pattern=f"^({DEVICES})$",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "of activations; weights stay float32. auto: bfloat16 where the GPU has it", group="Machine"

@@ -76,10 +76,15 @@ def own_text(inputs: list[Path]) -> Corpus:
             files = sorted(file for file in path.rglob("*") if is_text(file, path))
             if not files:
                 raise BadInput(f"no {' or '.join(SUFFIXES)} file in {path}", "a folder of texts")
-            blank = [file for file in files if not file.read_bytes().strip()]
+            contents = {file: read_content(file) for file in files}
+            blank = [file for file, content in contents.items() if not content.strip()]
             if blank:
                 say(f"note: {len(blank)} of {len(files)} files are empty and left out, such as {blank[0]}")
-            documents += [read_document(file, str(file.relative_to(path))) for file in files if file not in blank]
+            documents += [
+                decode_document(content, str(file.relative_to(path)), str(file))
+                for file, content in contents.items()
+                if content.strip()
+            ]
         else:
             documents.append(read_document(path, path.name))
     return Corpus(inputs[0].stem or "text", ", ".join(str(path) for path in inputs), documents)
@@ -97,12 +102,20 @@ def read_document(path: Path, name: str) -> Document:
     Raises:
         BadInput: it cannot be read, or is empty, binary or not UTF-8.
     """
+    return decode_document(read_content(path), name, str(path))
+
+
+def read_content(path: Path) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         expected = f"a text file, a folder of texts, or one of: {', '.join(CORPORA)}"
         raise BadInput(f"cannot read {path}: {error.strerror}", expected) from error
-    return decode_document(content, name, str(path))
 
 
 def decode_document(content: bytes, name: str, where: str) -> Document:

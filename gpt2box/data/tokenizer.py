@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -67,10 +67,15 @@ class Gpt2Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes(list(ids))
 
+    @cached_property
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """Most of a second to derive; every checkpoint writes them."""
+        return merges_of(self.ranks)
+
     def save(self, folder: Path) -> None:
         vocabulary = {_printable(token): rank for token, rank in self.ranks.items()} | {END_OF_TEXT: len(self.ranks)}
         (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-        merges = "".join(f"{_printable(a)} {_printable(b)}\n" for a, b in merges_of(self.ranks))
+        merges = "".join(f"{_printable(a)} {_printable(b)}\n" for a, b in self.merges)
         (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
         _write_tokenizer_config(folder, {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, **special})

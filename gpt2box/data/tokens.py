@@ -41,6 +41,7 @@ class Dataset:
             return tokenizer.load(self.folder / "tokenizer")
         return tokenizer.from_ranks(assets.fetch(assets.GPT2_RANKS, raw_dir()))
 
+    @cached_property
     def digest(self) -> str:
         """Short identity of the content, for naming the validation set and refusing a changed dataset."""
         if self.manifest:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from gpt2box.config import DEVICES
 from gpt2box.errors import BadInput, MachineCannot
 
 
@@ -23,10 +24,10 @@ def choose_device(wanted: str) -> torch.device:
         BadInput: none of these.
         MachineCannot: no such GPU.
     """
+    if not re.fullmatch(DEVICES, wanted):
+        raise BadInput(f"device {wanted!r}", "auto, cpu, cuda or cuda:N")
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", wanted):
-        raise BadInput(f"device {wanted!r}", "auto, cpu, cuda or cuda:N")
     device = torch.device(wanted)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MachineCannot(

@@ -233,4 +233,4 @@ def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan) -> tuple[float, str]:
             batch = read_windows(file, chosen, plan.shape.block_size, plan.shape.vocab_size).to(plan.device)
             total += model(batch[:, :-1], batch[:, 1:]) * len(chosen)
     model.train(was_training)
-    return float(total) / len(starts), f"{dataset.digest()}/{len(starts)}x{plan.shape.block_size}"
+    return float(total) / len(starts), f"{dataset.digest}/{len(starts)}x{plan.shape.block_size}"
