@@ -1,45 +1,86 @@
-# `make` alone lists the tasks. Each does its own set-up: a .venv from the hash-checked lock.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
-BIN := .venv/bin
+# `make` alone lists the tasks. Those that use containers look first for Docker and say what is missing; CPU=1 does without
+# a GPU, ARGS="…" are options for gpt2box. The others do their own set-up: a .venv from the hash-checked lock.
+# STACK is the image's (cu121, cu13x, cpu), and for `make test` the lock to test, on the Python that it is for.
+python = $(shell ls $$HOME/.pyenv/versions/$(1).*/bin/python$(1) 2>/dev/null | tail -1 | grep . || command -v python$(1))
+VENV := .venv$(if $(filter cu%,$(STACK)),-$(STACK))
+PYTHON ?= $(or $(call python,$(or $(PYTHON_OF_$(STACK)),3.11)),python3)
+PYTHON_OF_cu121 := 3.10
+PYTHON_OF_cu13x := 3.13
+BIN := $(VENV)/bin
+
+export STACK CPU DATA PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-medium sample test lint format lock clean
+.PHONY: help demo image preflight plan shakespeare train-medium finetune sample monitor tensorboard stop test test-gpu test-image lint format \
+	lock clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-.venv/ready: requirements/install.sh $(wildcard requirements/cpu*.lock) pyproject.toml
-	@echo "setting up .venv (about 2 minutes, once)"
-	@$(PYTHON) -m venv .venv
-	@sh requirements/install.sh .venv
+$(VENV)/ready: requirements/install.sh $(wildcard requirements/$(or $(STACK),cpu)*.lock) pyproject.toml
+	@echo "setting up $(VENV) (about 2 minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(if $(filter cu%,$(STACK)),$(BIN)/python -m pip install -qq --require-hashes -r requirements/installer.lock)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" UV_SYSTEM_CERTS=1 sh requirements/install.sh $(VENV) $(or $(STACK),cpu)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: .venv/ready ## train a small GPT on Shakespeare on this CPU (about 4 minutes) and read it
-	@$(BIN)/gpt2box prepare shakespeare --tokenizer char
+demo: $(VENV)/ready ## train a small GPT on Shakespeare on this CPU (about 4 minutes) and read it
 	@$(BIN)/gpt2box train demo
 	@echo; $(BIN)/gpt2box sample demo --prompt "ROMEO" --max-new-tokens 400
 
-train-medium: .venv/ready ## train GPT-2 Medium from scratch on the complete works (needs a GPU with 12 GB)
-	@$(BIN)/gpt2box prepare shakespeare
-	@$(BIN)/gpt2box train shakespeare
+image: ## build the container image (STACK=cu121, cu13x or cpu)
+	@scripts/box.sh image
 
-sample: .venv/ready ## text from the newest run
-	@$(BIN)/gpt2box sample
+preflight: ## check the GPU, driver, memory, disk and network, in the container (JOB=finetune)
+	@scripts/box.sh preflight $(or $(JOB),finetune) $(ARGS)
 
-test: .venv/ready ## run the tests
-	@$(BIN)/python -m pytest
+plan: $(VENV)/ready ## what fits a card, how fast, how long: ARGS="--gpu rtx-4070" (JOB=finetune)
+	@$(BIN)/gpt2box plan $(or $(JOB),finetune) $(ARGS)
 
-lint: .venv/ready ## ruff and mypy
+shakespeare: ## train GPT-2 Medium from scratch on Shakespeare: the first test of a card
+	@DATA= scripts/box.sh job shakespeare $(ARGS)
+
+train-medium: ## train GPT-2 Medium from scratch on OpenWebText
+	@DATA= scripts/box.sh job openwebtext $(ARGS)
+
+finetune: ## fine-tune the published GPT-2 Medium: DATA=mybook.txt (Shakespeare without it); SIZE=large or xl
+	@scripts/box.sh job finetune$(if $(SIZE),-$(SIZE)) $(ARGS)
+
+sample: ## text from the newest run: PROMPT="It was a"
+	@scripts/box.sh run sample $(if $(PROMPT),--prompt "$$PROMPT") $(ARGS)
+
+monitor: ## watch the card and the run, in a second terminal
+	@scripts/box.sh run monitor $(if $(ARGS),monitor $(ARGS))
+
+tensorboard: ## the curves of all runs, on http://localhost:6006
+	@scripts/box.sh run tensorboard
+
+stop: ## what runs in a container saves and ends
+	@scripts/box.sh stop
+
+test: $(VENV)/ready ## run the tests (STACK=cu121 or cu13x: with that lock)
+	@$(BIN)/python -m pytest --ignore tests/image --ignore tests/gpu
+
+test-gpu: $(VENV)/ready ## with STACK=cu121 or cu13x: planned memory against a real card's
+	@$(BIN)/python -m pytest -s tests/gpu
+
+test-image: $(VENV)/ready ## build the images and run the profiles for real, without a GPU (about 20 minutes; installs Docker)
+	@tests/image/run.sh
+
+lint: $(VENV)/ready ## ruff, mypy, hadolint and shellcheck
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/hadolint Dockerfile
+	@$(BIN)/shellcheck scripts/*.sh tests/image/*.sh requirements/install.sh .ci/run
 
-format: .venv/ready ## let ruff rewrite the sources
+format: $(VENV)/ready ## let ruff rewrite the sources
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 lock: ## write the lock files anew (needs uv)
-	@cd requirements && $(PYTHON) lock.py
+	@cd requirements && $(PYTHON) lock.py $(ARGS)
 
 clean: ## remove .venv and caches; volumes stay
-	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -47,8 +47,9 @@ def ours(arguments: argparse.Namespace, recompute: str) -> Step:
 
     def step(ids: torch.Tensor) -> None:
         loss = model(ids[:, :-1], ids[:, 1:])
+        guarded.before_backward(0, 0, LEARNING_RATE, loss)
         loss.backward()
-        guarded(LEARNING_RATE, loss.detach())
+        guarded(loss.detach())
 
     return step
 

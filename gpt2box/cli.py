@@ -76,8 +76,8 @@ def prepare(inputs: tuple[str, ...], name: str | None, tokenizer: str, val_fract
     """
     from gpt2box.data.corpora import CORPORA, own_text
     from gpt2box.data.prepare import Request
-    from gpt2box.data.prepare import prepare as prepare_dataset
-    from gpt2box.paths import checked_name, dataset_dir
+    from gpt2box.data.prepare import prepare as make_dataset
+    from gpt2box.paths import checked_name, dataset_dir, slug
     from gpt2box.progress import say
 
     if name is not None:
@@ -86,9 +86,9 @@ def prepare(inputs: tuple[str, ...], name: str | None, tokenizer: str, val_fract
     if known and len(inputs) > 1:
         raise BadInput(f"{known[0]} together with other inputs", "one known corpus, or files and folders of your own")
     corpus = CORPORA[known[0]]() if known else own_text([Path(item) for item in inputs])
-    default_name = corpus.name.replace(" ", "-") + ("-char" if tokenizer == "char" else "")
+    default_name = slug(corpus.name) + ("-char" if tokenizer == "char" else "")
     folder = dataset_dir(checked_name(name or default_name, "dataset"))
-    manifest, written = prepare_dataset(corpus, Request(tokenizer, val_fraction), folder)
+    manifest, written = make_dataset(corpus, Request(tokenizer, val_fraction), folder)
     counts = ", ".join(f"{split} {part['tokens']:,} tokens" for split, part in manifest["splits"].items())
     vocabulary = manifest["tokenizer"]["vocab_size"]
     if not written:
@@ -99,6 +99,10 @@ def prepare(inputs: tuple[str, ...], name: str | None, tokenizer: str, val_fract
 class SettingsCommand(click.Command):
     """A command with one option for each setting of config.py, and nanoGPT's names for them, hidden."""
 
+    def __init__(self, *args: Any, show_settings: bool = True, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.show_settings = show_settings
+
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         from gpt2box.config import Config, about
         from gpt2box.nanogpt import FLAGS
@@ -107,7 +111,8 @@ class SettingsCommand(click.Command):
         for key in Config.model_fields:
             meaning, values, default = about(key)
             text = meaning + (f" [{default}]" if default else "")
-            options.append(click.Option([f"--{plain_names(key)}", key], help=text, metavar=values))
+            names, hidden = [f"--{plain_names(key)}", key], not self.show_settings
+            options.append(click.Option(names, help=text, metavar=values, hidden=hidden))
         options += [
             click.Option([f"--{plain_names(key)}", key], hidden=True) for key in FLAGS if key not in Config.model_fields
         ]
@@ -154,21 +159,41 @@ def train(config: str | None, **flags: str | None) -> None:
     \b
     gpt2box train demo
     gpt2box train shakespeare --micro-batch-size 2
+    gpt2box train finetune --dataset mybook.txt
     gpt2box train my_nanogpt_config.py --batch_size=2
     """
     from gpt2box.stop import StopRequest
 
     stop = StopRequest().install()
-    given = {key: value for key, value in flags.items() if value is not None}
-    if config is None and not given:
-        from gpt2box.config import shipped
-
-        raise BadInput(
-            "no config", f"a YAML file, a nanoGPT config, or one of: {', '.join(shipped())}", "gpt2box train demo"
-        )
     from gpt2box.job import run_job
 
-    run_job(config, given, stop)
+    run_job(config, given(config, flags), stop)
+
+
+def given(config: str | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were given as options."""
+    chosen = {key: value for key, value in flags.items() if value is not None}
+    if config is None and not chosen:
+        from gpt2box.config_file import shipped
+
+        choices = ", ".join(shipped())
+        raise BadInput("no config", f"a YAML file, a nanoGPT config, or one of: {choices}", "gpt2box train demo")
+    return chosen
+
+
+@cli.command(cls=SettingsCommand, show_settings=False)
+@click.argument("config")
+def fetch(config: str, **flags: str | None) -> None:
+    """Bring all that training CONFIG needs: its dataset and the weights it begins from.
+
+    `train` does so itself; this is for doing it beforehand, where there is network but no GPU. It looks first
+    whether there is space for the whole job. Takes all options of `train`; --dataset can be a text.
+    """
+    from gpt2box import config_file, inputs, paths
+
+    settings, _ = config_file.load(config, given(config, flags))
+    inputs.check_space(settings)
+    inputs.bring(settings, paths.text_path(flags["dataset"] or ""))
 
 
 @cli.command()
@@ -228,18 +253,81 @@ def sample(
     from gpt2box.model.generate import Choice
     from gpt2box.output.sample import find_model, load_model
     from gpt2box.output.sample import sample as write_samples
+    from gpt2box.preflight import check_gpu
     from gpt2box.progress import say
 
     folder = find_model(model, checkpoint)
+    check_gpu(device)
     say(f"from {folder}")
     network, words = load_model(folder, device)
     write_samples(network, words, prompt, num_samples, max_new_tokens, Choice(temperature, top_k, top_p), seed)
 
 
+@cli.command(cls=SettingsCommand, show_settings=False)
+@click.argument("config", required=False)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def preflight(config: str | None, as_json: bool, **flags: str | None) -> None:
+    """Check this machine, for training CONFIG or in general: it tries things. Takes all options of `train`.
+
+    Driver, card and its memory, PyTorch, bfloat16, torch.compile, memory, disk, volumes, vocabulary, network.
+    Exit code 3 when a check fails.
+    """
+    from gpt2box import config_file, paths
+    from gpt2box import preflight as checks
+
+    settings = config_file.load(config, given(config, flags))[0] if config else None
+    device = settings.device if settings else flags["device"] or "cuda"
+    checks.preflight(settings, paths.text_path(flags["dataset"] or ""), device, as_json)
+
+
+@cli.command(cls=SettingsCommand, show_settings=False)
+@click.argument("config", required=False)
+@click.option("--gpu", help="A card by name, such as rtx-4070 [default: the one that is here].")
+@click.option("--vram-gib", type=Between(0, 10_000, min_open=True), help="Or only its memory.")
+@click.option("--all-sizes", is_flag=True, help="The same for each published size, 124M to XL.")
+@click.option("--explain", is_flag=True, help="How the bytes come about.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def plan(
+    config: str | None,
+    gpu: str | None,
+    vram_gib: float | None,
+    all_sizes: bool,
+    explain: bool,
+    as_json: bool,
+    **flags: str | None,
+) -> None:
+    """Say before training what fits, how fast it is and how long it takes. Takes all options of `train`.
+
+    \b
+    gpt2box plan shakespeare
+    gpt2box plan openwebtext --gpu rtx-4070 --block-size 512
+    gpt2box plan finetune --vram-gib 8 --all-sizes
+
+    Estimated from the model's shape and the card's data sheet, not measured. Exit code 3 when nothing fits.
+    """
+    from gpt2box import config_file, planner
+
+    flags["dataset"] = flags["dataset"] or (None if config else "any")  # a plan needs no text
+    chosen = given(config, flags)
+    settings, _ = config_file.load(config, chosen)
+    target = planner.target(gpu, vram_gib, settings)
+    planner.show(settings, target, all_sizes, explain, as_json)
+
+
+@cli.command()
+@click.argument("run", required=False)
+@click.option("--once", is_flag=True, help="Show it once and end.")
+def monitor(run: str | None, once: bool) -> None:
+    """Watch the card and RUN (the newest by default) beside the training, in a second terminal."""
+    from gpt2box.output.monitor import monitor as show
+
+    show(run, once)
+
+
 def main() -> None:
     """Run a command; an expected failure is a few lines and its exit code, a bug a traceback."""
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="gpt2box", standalone_mode=False)
     except Gpt2boxError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

@@ -1,21 +1,18 @@
 """The settings of a training run: one definition for YAML files, flags, help and checks.
 
-`load` merges defaults, a file and flags (later wins), checks the whole and returns a frozen
-`Config`. What follows from the settings (accumulation, warm-up, shape) is derived once, in
-planning/plan.py; nothing further down has a default of its own.
+config_file.py reads them; `validate` checks the whole and returns a frozen `Config`. What follows
+from the settings (accumulation, warm-up, shape) is derived once, in planning/plan.py; nothing
+further down has a default of its own.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from gpt2box import nanogpt, paths
 from gpt2box.errors import BadInput
 
 # Radford et al. 2019, table 2, with the head counts of the published checkpoints.
@@ -25,7 +22,6 @@ MODEL_SHAPES = {
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
-SHIPPED = Path(__file__).parent / "configs"
 DEVICES = r"auto|cpu|cuda(:(0|[1-9]\d?))?"
 
 
@@ -50,8 +46,18 @@ def _auto_or_bool(value: object) -> object:
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
+def _auto_or_whole(value: object) -> object:
+    if value == "auto":
+        return value
+    number = _whole(value)
+    if int(str(number)) < 1:
+        raise ValueError("a positive number is expected")
+    return int(str(number))
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+AutoWhole = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_whole)]
 AutoBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
 
 
@@ -85,8 +91,11 @@ class Config(BaseModel):
     )
     bias: bool = setting(True, "biases in linear layers and layer norms, as in the published GPT-2", group="Model")
 
-    micro_batch_size: Whole = setting(
-        4, "sequences in one forward and backward pass: what memory allows", group="Batch", may_change=True, ge=1
+    micro_batch_size: AutoWhole = setting(
+        "auto",
+        "sequences in one forward and backward pass. auto: the fastest that fits",
+        group="Batch",
+        may_change=True,
     )
     tokens_per_step: Whole = setting(
         65_536, "tokens in one optimizer step; accumulation follows from it", group="Batch", ge=1
@@ -113,6 +122,14 @@ class Config(BaseModel):
     grad_clip: Number = setting(
         1.0, "highest global norm of a step's gradient; 0: no clipping", group="Optimizer", ge=0
     )
+    optimizer_states: Literal["float32", "int8"] = setting(
+        "float32", "AdamW's averages. int8: a quarter of their memory; changes the numbers", group="Optimizer"
+    )
+    optimizer_in_backward: bool = setting(
+        False,
+        "take each gradient in and free it as it is made. Exact without accumulation below grad_clip; not compiled",
+        group="Optimizer",
+    )
 
     device: str = setting(
         "auto",
@@ -122,14 +139,19 @@ class Config(BaseModel):
         pattern=f"^({DEVICES})$",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "of activations; weights stay float32. auto: bfloat16 where the GPU has it", group="Machine"
+        "auto", "of activations. auto: bfloat16 where the GPU has it", group="Machine"
+    )
+    weights_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32",
+        "of the matrices. bfloat16: half their memory, rounded by chance; changes the numbers",
+        group="Machine",
     )
     compile: AutoBool = setting("auto", "torch.compile. auto: on a GPU", group="Machine", may_change=True)
-    activation_checkpointing: Literal["none", "selective", "full"] = setting(
-        "none", "recompute in the backward pass: less memory, more time", group="Machine", may_change=True
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = setting(
+        "auto", "recompute in the backward pass: less memory, more time", group="Machine", may_change=True
     )
     loss_chunk_tokens: Whole = setting(
-        1024, "tokens whose logits exist at a time", group="Machine", may_change=True, ge=1
+        512, "tokens whose logits exist at a time", group="Machine", may_change=True, ge=1
     )
 
     eval_interval: Whole = setting(500, "steps between evaluations", group="Evaluation", may_change=True, ge=1)
@@ -162,6 +184,11 @@ class Config(BaseModel):
         10, "steps between lines of metrics.jsonl and the log", group="Checkpoints", may_change=True, ge=1
     )
 
+    @property
+    def may_compile(self) -> bool:
+        """A compiled backward pass hands out all gradients at once, which is what optimizer_in_backward is to avoid."""
+        return self.compile is not False and not self.optimizer_in_backward
+
     def shape(self) -> dict[str, int]:
         """n_layer, n_head and n_embd with the overrides applied."""
         own = {key: getattr(self, key) for key in ("n_layer", "n_head", "n_embd")}
@@ -185,6 +212,8 @@ def about(key: str) -> About:
         values = "[true|false]"
     elif key == "compile":
         values = "[auto|true|false]"
+    elif key == "micro_batch_size":
+        values = "[auto|N ≥ 1]"
     elif all(isinstance(kind, str) for kind in kinds):
         values = f"[{'|'.join(kinds)}]"
     elif field.annotation is not str:
@@ -232,116 +261,24 @@ def _contradictions(config: Config) -> list[str]:
     shape = config.shape()
     if shape["n_embd"] % shape["n_head"]:
         faults.append(f"n_embd: found {shape['n_embd']}; expected a multiple of n_head, {shape['n_head']}")
-    per_micro_step = config.micro_batch_size * config.block_size
+    micro_batch_size = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
+    per_micro_step = micro_batch_size * config.block_size
     if config.tokens_per_step % per_micro_step:
         below = config.tokens_per_step // per_micro_step * per_micro_step
         choices = f"{below} or {below + per_micro_step}" if below else str(per_micro_step)
         faults.append(
             f"tokens_per_step: found {config.tokens_per_step}; expected a multiple of micro_batch_size × block_size "
-            f"({config.micro_batch_size} × {config.block_size} = {per_micro_step} tokens), such as {choices}"
+            f"({micro_batch_size} × {config.block_size} = {per_micro_step} tokens), such as {choices}"
         )
     if config.lr_schedule != "constant" and config.min_lr is not None and config.min_lr > config.learning_rate:
         faults.append(f"min_lr: found {config.min_lr}; expected at most learning_rate, {config.learning_rate}")
     if config.warmup_steps and config.warmup_steps > (config.decay_steps or config.max_steps) > 0:
         faults.append(f"warmup_steps: found {config.warmup_steps}; expected at most decay_steps or max_steps")
+    if config.compile is True and config.optimizer_in_backward:
+        faults.append("compile: found true; expected auto or false with optimizer_in_backward")
     if not config.dataset:
         faults.append("dataset: missing; expected the name of a prepared dataset (gpt2box prepare --help)")
     return faults
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, which plain YAML silently overwrites."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {str(key) for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.MarkedYAMLError(problem=f"given twice: {', '.join(sorted(twice))}", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings of a YAML file, unchecked.
-
-    Raises:
-        BadInput: not readable, not YAML or not a mapping.
-    """
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {path}: {error}", "a YAML file of settings") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise BadInput(
-            f"{path} is not YAML: {' '.join(str(error).split())}", "lines such as `block_size: 512`"
-        ) from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise BadInput(f"{path} holds a {type(values).__name__}", "lines such as `block_size: 512`")
-    return values
-
-
-def shipped() -> list[str]:
-    """Names of the configs that come with gpt2box."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
-
-
-def load(argument: str | None, flags: dict[str, Any]) -> tuple[Config, list[str]]:
-    """The settings of a CONFIG argument (see `find`) with flags over them, and notes for the user.
-
-    Raises:
-        BadInput: the file or any value is wrong.
-    """
-    base: dict[str, Any] = {}
-    notes: list[str] = []
-    path = find(argument) if argument else None
-    if path and path.suffix == ".py":
-        base, notes = nanogpt.parse(path)
-    elif path:
-        base = read_yaml(path)
-    values, translated = nanogpt.merge(base, flags, foreign=bool(path and path.suffix == ".py"))
-    config = validate(values, str(path or "flags"))
-    name = config.name or (path.stem if path else default_name(config))
-    return config.model_copy(update={"name": paths.checked_name(name, "run")}), notes + translated
-
-
-def default_name(config: Config) -> str:
-    """A run's name where neither a file nor a flag gives one."""
-    start = Path(config.init_from).name if config.init_from != "scratch" else config.model
-    return f"{start}-{Path(config.dataset).name}"
-
-
-def find(config: str) -> Path:
-    """The file that a CONFIG argument means: a path, or the name of a shipped one.
-
-    Raises:
-        BadInput: neither.
-    """
-    path = Path(config)
-    if path.suffix in (".yaml", ".yml", ".py") or "/" in config:
-        if path.is_file():
-            return path
-        raise BadInput(f"no file {config}", f"a YAML file, a nanoGPT config, or one of: {', '.join(shipped())}")
-    if config in shipped():
-        return SHIPPED / f"{config}.yaml"
-    near = difflib.get_close_matches(config, shipped(), 1)
-    raise BadInput(
-        f"no config {config!r}" + (f"; did you mean {near[0]}?" if near else ""),
-        f"a YAML file, a nanoGPT config, or one of: {', '.join(shipped())}",
-    )
-
-
-def to_yaml(config: Config) -> str:
-    """All settings as resolved, grouped, for the run's own config.yaml."""
-    lines: list[str] = []
-    group = ""
-    for key, field in Config.model_fields.items():
-        extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra["group"] != group:
-            group = str(extra["group"])
-            lines.append(f"{'' if not lines else chr(10)}# {group}")
-        lines.append(yaml.safe_dump({key: getattr(config, key)}, allow_unicode=True, width=1000).rstrip())
-    return "\n".join(lines) + "\n"
 
 
 def may_change(key: str) -> bool:

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpt2box import config as settings
-from gpt2box.config import Config
+from gpt2box import config_file
+from gpt2box.config import Config, may_change, validate
 from gpt2box.data.batches import check_long_enough
+from gpt2box.data.published import pretrained_folder, shape_from, shape_in
 from gpt2box.data.tokenizer import prompt_ids
 from gpt2box.data.tokens import SPLITS, Dataset, open_dataset
 from gpt2box.errors import BadInput, MachineCannot
+from gpt2box.fitting import choose_way, place_of, ways_down
+from gpt2box.inputs import bring, has_dataset
 from gpt2box.machine.device import choose_compile, choose_device, choose_dtype, describe
 from gpt2box.machine.provenance import provenance
 from gpt2box.model.generate import Choice, generate
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.weights import load_hub, pretrained_folder, shape_in
+from gpt2box.model.weights import load_hub
 from gpt2box.output.report import loss_png
-from gpt2box.paths import dataset_dir, locked, make_writable, run_dir, write_atomically
+from gpt2box.paths import dataset_dir, in_image, locked, make_writable, run_dir, shown, text_path, write_atomically
 from gpt2box.planning.plan import RunPlan, make_plan
 from gpt2box.planning.shape import ModelShape
+from gpt2box.preflight import check_gpu
 from gpt2box.progress import duration, say, size
 from gpt2box.stop import StopRequest
 from gpt2box.training import checkpoint
 from gpt2box.training.checkpoint import TrainState
-from gpt2box.training.loop import Job, evaluate, train
+from gpt2box.training.loop import HalfDoneStep, Job, evaluate, train
 from gpt2box.training.metrics import Display
 from gpt2box.training.optim import make_optimizer
 
@@ -40,17 +46,23 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> N
     Raises:
         Gpt2boxError: see errors.py; nothing is written before settings, dataset and device are checked.
     """
-    config, notes = settings.load(argument, flags)
+    config, notes = config_file.load(argument, flags)
+    text = text_path(str(flags.get("dataset") or ""))
+    check_gpu(config.device)
+    if text or not has_dataset(config):
+        bring(config, text)
     dataset = open_dataset(dataset_dir(config.dataset))
     check_long_enough({split: dataset.tokens(split) for split in SPLITS}, config.block_size)
     prompt_ids(dataset.tokenizer, config.sample_prompt)
     device = choose_device(config.device)
-    compile_model, note = choose_compile(config.compile, device)
+    compile_model, note = choose_compile(config.compile if config.may_compile else False, device)
     for line in [*notes, *([note] if note else [])]:
         say(f"note: {line}")
     weights, shape = model_shape(config, dataset)
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
-    plan = make_plan(config, shape, dataset.tokens("train"), str(device), dtype, compile_model)
+    place = place_of(device, dtype, compile_model)
+    option = choose_way(config, shape, place)
+    plan = make_plan(config, shape, dataset.tokens("train"), str(device), dtype, compile_model, option)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where a product is float32
     describe_plan(config, plan, describe(device))
@@ -69,23 +81,38 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> N
             state.stopped_early = False  # the patience was raised
         unevaluated = state.step == plan.max_steps != state.evaluated_step  # stopped by a signal in the last step
         if (state.step < plan.max_steps or unevaluated) and not state.stopped_early:
-            model = GPT2.empty(shape, config.dropout, device)
-            configure(model, plan)
-            optimizer = make_optimizer(model, plan)
-            if found:
-                checkpoint.restore(found[0], model, optimizer, state)
-            else:
-                initialise(model, config, weights)
+            with saying_out_of_memory(plan):
+                model = empty_model(plan)
+                optimizer = make_optimizer(model, plan)
+                if found:
+                    checkpoint.restore(found[0], model, optimizer, state)
+                else:
+                    initialise(model, config, weights)
             write_records(run, config, plan, dataset, describe(device))
             sampler = Sampler(config, model, dataset, run)
             pretrained = config.init_from != "scratch"
-            job = Job(run, plan, model, optimizer, dataset, dataset.tokenizer, state, stop, sampler, pretrained)
+            ways = ways_down(config, shape, place)
+            job = Job(run, plan, model, optimizer, dataset, dataset.tokenizer, state, stop, sampler, pretrained, ways)
             try:
                 with stop.awaited():
-                    train(job)
+                    train_again_where_half_done(job)
             except torch.cuda.OutOfMemoryError as error:
-                raise out_of_memory(plan) from error
+                raise out_of_memory(job.plan) from error
+            state = job.state
         report(config, argument, run, state, stop, plan)
+
+
+def train_again_where_half_done(job: Job) -> None:
+    """Train; where memory ran out inside a step that was half taken, go on from the last checkpoint."""
+    while True:
+        try:
+            return train(job)
+        except HalfDoneStep:
+            found = checkpoint.newest(job.run / "checkpoints")
+            assert found, "with optimizer_in_backward, the first evaluation saves"
+            job.state = found[1]
+            checkpoint.restore(found[0], job.model, job.optimizer, job.state)
+            say(f"  some weights had taken that step already: going on from {shown(found[0])}")
 
 
 def model_shape(config: Config, dataset: Dataset) -> tuple[Path | None, ModelShape]:
@@ -103,22 +130,7 @@ def model_shape(config: Config, dataset: Dataset) -> tuple[Path | None, ModelSha
     if checkpoints and not config.eval_only:  # going on; the first weights may be gone
         return None, shape_in(checkpoints[-1].parent)
     folder = pretrained_folder(config.init_from)
-    stored = shape_in(folder)
-    faults = [
-        f"{key}: found {value} in the settings, {getattr(stored, key)} in {folder}"
-        for key in ("n_layer", "n_head", "n_embd")
-        if (value := getattr(config, key)) not in (None, getattr(stored, key))
-    ]
-    if config.block_size > stored.block_size:
-        faults.append(f"block_size: found {config.block_size}; the weights allow at most {stored.block_size}")
-    if dataset.tokenizer.vocab_size != stored.vocab_size:
-        faults.append(
-            f"dataset {config.dataset} has a vocabulary of {dataset.tokenizer.vocab_size:,} tokens "
-            f"({dataset.tokenizer.kind}), the weights one of {stored.vocab_size:,}"
-        )
-    if faults:
-        raise BadInput("\n    ".join(faults), f"settings and data that fit {config.init_from}")
-    return folder, replace(stored, block_size=config.block_size)
+    return folder, shape_from(config, shape_in(folder), str(folder), dataset.tokenizer.vocab_size)
 
 
 def initialise(model: GPT2, config: Config, weights: Path | None) -> None:
@@ -127,6 +139,13 @@ def initialise(model: GPT2, config: Config, weights: Path | None) -> None:
         load_hub(model, weights)
     else:
         model.initialise(config.seed)
+
+
+def empty_model(plan: RunPlan) -> GPT2:
+    """The network without values, as the plan has it."""
+    model = GPT2.empty(plan.shape, plan.dropout, plan.device, getattr(torch, plan.weights_dtype))
+    configure(model, plan)
+    return model
 
 
 def configure(model: GPT2, plan: RunPlan) -> None:
@@ -147,20 +166,31 @@ def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
         f"{plan.grad_accum_steps} micro-steps; {plan.max_steps:,} steps = {plan.epochs:.2g} passes over the text"
     )
     compiled = "compiled" if plan.compile else "not compiled"
-    say(f"  {device}; {plan.dtype}, {compiled}; a checkpoint is {size(plan.checkpoint_bytes)}")
+    recompute = "" if plan.activation_checkpointing == "none" else f", {plan.activation_checkpointing} recompute"
+    say(f"  {device}; {plan.dtype}, {compiled}{recompute}; a checkpoint is {size(plan.checkpoint_bytes)}")
+    if plan.device != "cpu":
+        pace = plan.expected_tokens_per_sec
+        seconds = plan.max_steps * plan.tokens_per_step / pace if pace else 0
+        speed = f"; {pace:,.0f} tokens/s, {duration(seconds)} to the end" if pace else ""
+        say(f"  estimated: {size(sum(plan.memory.values()))} of the card's memory{speed}")
+
+
+@contextmanager
+def saying_out_of_memory(plan: RunPlan) -> Iterator[None]:
+    """Outside training there is no way down."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise out_of_memory(plan) from error
 
 
 def out_of_memory(plan: RunPlan) -> MachineCannot:
-    """What to do where the GPU's memory does not suffice."""
-    smaller = max(plan.micro_batch_size // 2, 1)
-    hint = f"--micro-batch-size {smaller}" if plan.micro_batch_size > 1 else "--activation-checkpointing full"
-    if plan.micro_batch_size > 1 and plan.activation_checkpointing == "none":
-        hint += " or --activation-checkpointing selective"
+    """What to do where even the way that takes least does not fit."""
     return MachineCannot(
-        f"out of GPU memory with micro_batch_size {plan.micro_batch_size}, block_size {plan.shape.block_size}, "
-        f"activation_checkpointing {plan.activation_checkpointing}",
-        "a micro-batch that fits (other programs' share counts: nvidia-smi)",
-        f"{hint}; the same command then goes on from the last checkpoint, with the same tokens_per_step",
+        f"out of memory with micro_batch_size {plan.micro_batch_size}, block_size {plan.shape.block_size}, "
+        f"activation_checkpointing {plan.activation_checkpointing}, and no way is left that takes less",
+        "memory for one sequence (other programs' share counts: gpt2box monitor)",
+        "close other programs; the same command then goes on from the last checkpoint",
     )
 
 
@@ -168,15 +198,15 @@ def evaluate_only(config: Config, plan: RunPlan, dataset: Dataset, weights: Path
     """val_loss of the run's best checkpoint, or, where no such run began so, of the weights it would begin from."""
     run = run_dir(config.name)
     best = run / "checkpoints" / "best"
-    began = settings.read_yaml(run / "config.yaml").get("init_from") if (run / "config.yaml").exists() else None
+    began = config_file.read_yaml(run / "config.yaml").get("init_from") if (run / "config.yaml").exists() else None
     of_run = best.exists() and began == config.init_from
-    model = GPT2.empty(plan.shape, 0.0, plan.device)
-    if of_run:
-        load_hub(model, best)
-    else:
-        initialise(model, config, weights)
-    configure(model, plan)
-    val_loss, val_set = evaluate(model, dataset, plan)
+    with saying_out_of_memory(plan):
+        model = empty_model(plan)
+        if of_run:
+            load_hub(model, best)
+        else:
+            initialise(model, config, weights)
+        val_loss, val_set = evaluate(model, dataset, plan)
     print(f"val_loss {val_loss:.4f} ({best if of_run else config.init_from}, windows {val_set})")
 
 
@@ -196,9 +226,9 @@ def check_unchanged(config: Config, dataset: Dataset, run: Path) -> None:
     path = run / "config.yaml"
     if not path.exists():
         return
-    before = settings.validate(settings.read_yaml(path), str(path))
+    before = validate(config_file.read_yaml(path), str(path))
     differing = [key for key in Config.model_fields if getattr(before, key) != getattr(config, key)]
-    if refused := [key for key in differing if not settings.may_change(key)]:
+    if refused := [key for key in differing if not may_change(key)]:
         lines = [f"{key}: {getattr(before, key)} before, {getattr(config, key)} now" for key in refused]
         raise BadInput(
             f"the run {config.name} began with other settings:\n    " + "\n    ".join(lines),
@@ -230,7 +260,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
 
 def write_records(run: Path, config: Config, plan: RunPlan, dataset: Dataset, device: str) -> None:
     """config.yaml, plan.json and manifest.json; the last keeps what each session ran on."""
-    write_atomically(run / "config.yaml", settings.to_yaml(config))
+    write_atomically(run / "config.yaml", config_file.to_yaml(config))
     write_atomically(run / "plan.json", json.dumps(asdict(plan), indent=2) + "\n")
     summary = {key: dataset.manifest.get(key) for key in ("source", "tokenizer", "splits")}
     session = {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **provenance(device)}
@@ -270,7 +300,7 @@ def report(
     if stop:
         kept = "saved" if (run / "checkpoints" / "last").exists() else "with nothing to save yet"
         say(f"stopped by {stop.name} at step {state.step:,} of {plan.max_steps:,}, {kept}")
-        say(f"  to go on        the same command again: {command}")
+        say(f"  to go on        the same command again{'' if in_image() else ': ' + command}")
         return
     ended = "stopped early, no better val_loss" if state.stopped_early else "finished"
     say(f"{config.name}: {ended} at step {state.step:,} after {duration(state.seconds)} of training")
@@ -279,9 +309,9 @@ def report(
             "" if config.expected_val_loss is None else f" (published for this config: {config.expected_val_loss:.4f})"
         )
         say(f"  best val_loss   {state.best_val_loss:.4f} at step {state.best_step:,}{published}")
-    say(f"  loss curve      {picture}")
+    say(f"  loss curve      {shown(picture)}")
     best = run / "checkpoints" / "best"
     model = best if best.exists() else run / "checkpoints" / "last"
-    say(f"  model           {model} (a Hugging Face folder)")
-    say(f"  everything      {run}")
-    say(f"  next            gpt2box sample {config.name}")
+    say(f"  model           {shown(model)} (a Hugging Face folder)")
+    say(f"  everything      {shown(run)}")
+    say(f"  next            {'make sample' if in_image() else f'gpt2box sample {config.name}'}")

@@ -126,6 +126,11 @@ def folder_path(folder: Any) -> str:
     return str(folder) if "/" in str(folder) else f"./{folder}"
 
 
+def numeric(micro_batch_size: Any) -> Any:
+    """The micro-batch where it is a number; None for `auto` and where none is given."""
+    return None if micro_batch_size in (None, "auto") else micro_batch_size
+
+
 def merge(base: dict[str, Any], flags: dict[str, Any], foreign: bool) -> tuple[dict[str, Any], list[str]]:
     """Flags over the values of a file as our settings, and notes on what was translated.
 
@@ -139,7 +144,7 @@ def merge(base: dict[str, Any], flags: dict[str, Any], foreign: bool) -> tuple[d
         base.pop("dataset", None)
     base = rename(base, "the config")
     values = {**rename(DEFAULTS, "nanoGPT"), **base} if foreign else base
-    from_file = values.get("micro_batch_size", 4)
+    from_file = numeric(values.get("micro_batch_size"))
     if foreign and "dataset" not in flags and "data_dir" not in flags:
         values["dataset"] = DATASETS.get(values["dataset"], values["dataset"])
     values = {**values, **rename({k: v for k, v in flags.items() if k not in NO_MEANING}, "flags")}
@@ -150,7 +155,14 @@ def merge(base: dict[str, Any], flags: dict[str, Any], foreign: bool) -> tuple[d
     ):
         # Without an accumulation flag the file's step stays, whatever micro-batch a flag asks for:
         # cutting the batch alone changes the training (nanoGPT's issue 411).
-        sequences = values.get("micro_batch_size", 4) if "gradient_accumulation_steps" in flags else from_file
+        now = numeric(values.get("micro_batch_size"))
+        sequences = now if "gradient_accumulation_steps" in flags else from_file
+        if sequences is None:
+            raise BadInput(
+                "gradient_accumulation_steps without a batch_size",
+                "both, whose product is the step, or neither",
+                "give --batch-size too, or --tokens-per-step alone",
+            )
         tokens = whole(sequences, "batch_size") * whole(values.get("block_size", 1024), "block_size")
         values["tokens_per_step"] = tokens * whole(accumulation, "gradient_accumulation_steps")
         notes.append(
@@ -158,7 +170,7 @@ def merge(base: dict[str, Any], flags: dict[str, Any], foreign: bool) -> tuple[d
         )
     eval_iters = values.pop("eval_iters", None)
     if eval_iters is not None and "eval_windows" not in (flags if "eval_iters" in flags else given):
-        values["eval_windows"] = whole(eval_iters, "eval_iters") * whole(from_file, "batch_size")
+        values["eval_windows"] = whole(eval_iters, "eval_iters") * whole(from_file or 4, "batch_size")
         notes.append(f"eval_iters: {values['eval_windows']:,} fixed validation windows instead of random batches")
     if not is_on(values.pop("decay_lr", True)):
         values |= {"lr_schedule": "constant", "warmup_steps": 0}

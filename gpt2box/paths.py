@@ -10,14 +10,21 @@ $GPT2BOX_VOLUMES moves them all; the default is ./volumes.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
+import unicodedata
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gpt2box.errors import BadInput, VolumeUnwritable
 
+TEXT_SUFFIXES = (".txt", ".md")
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 RAW = "raw"  # under data/, so no dataset may have this name
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -37,6 +44,28 @@ def dataset_dir(name: str) -> Path:
     if "/" in name:
         return Path(name)
     return volumes() / "data" / checked_name(name, "dataset")
+
+
+def dataset_name(given: str) -> str:
+    """What a user gives as a dataset: its name, its folder elsewhere, or the text it is made from (named after it)."""
+    if text_path(given) or Path(given).suffix.lower() in TEXT_SUFFIXES:
+        return slug(Path(given).stem)
+    return given
+
+
+def text_path(given: str) -> Path | None:
+    """The text that is given in a dataset's place, if that is what it is: a file, or a folder that is no dataset."""
+    path = Path(given)
+    is_dataset = (path / "train.bin").exists() or (path / "dataset.json").exists()
+    known = "/" not in given and (volumes() / "data" / given).is_dir()
+    return path if given and path.exists() and not is_dataset and not known else None
+
+
+def slug(title: str) -> str:
+    """A folder's name from any title; of a title without a Latin letter or digit, a number that stands for it."""
+    plain = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode()
+    words = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")[:80]
+    return words or f"text-{zlib.crc32(title.encode()):08x}"
 
 
 def model_dir(name: str) -> Path:
@@ -74,8 +103,14 @@ def make_writable(folder: Path) -> Path:
     """Create `folder` and its parents.
 
     Raises:
-        VolumeUnwritable: it cannot be created or written.
+        VolumeUnwritable: it cannot be created or written, or would be lost with the container.
     """
+    if in_image() and folder.is_relative_to(volumes()) and not mounted(folder):
+        raise VolumeUnwritable(
+            f"nothing is mounted at {volumes()}: what is written there would be lost with the container",
+            "a folder of the host",
+            f'mkdir -p volumes && docker run -v "$PWD/volumes:{volumes()}" --user "$(id -u):$(id -g)" …',
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -87,9 +122,34 @@ def make_writable(folder: Path) -> Path:
     return folder
 
 
+def in_image() -> bool:
+    """Whether this is the container image, which says so itself."""
+    return bool(os.environ.get("GPT2BOX_IMAGE"))
+
+
+def mounted(folder: Path) -> bool:
+    """Whether a mount point lies between `folder` and the root."""
+    return any(os.path.ismount(part) for part in [folder, *folder.parents][:-1])
+
+
 def fix_hint(folder: Path) -> str:
     """The command that makes `folder` writable for the present user."""
-    return f"sudo chown -R {os.getuid()}:{os.getgid()} {folder}, or set GPT2BOX_VOLUMES to another folder"
+    there = next((part for part in [folder, *folder.parents] if part.exists()), folder)
+    if os.statvfs(there).f_flag & os.ST_RDONLY:
+        return f"{folder} is on a read-only file system or mount: mount it for writing"
+    owner = f"{os.getuid()}:{os.getgid()}"
+    if not in_image():
+        return f"sudo chown -R {owner} {there}, or set GPT2BOX_VOLUMES to another folder"
+    state = there.stat()
+    hint = f"on the host: sudo chown -R {owner} {shown(there)}"
+    return hint + (f"; or start with --user {state.st_uid}:{state.st_gid}, who owns it" if state.st_uid else "")
+
+
+def shown(path: Path) -> str:
+    """A path as the user knows it: from inside the image, where compose.yaml has it on the host."""
+    if in_image() and path.is_relative_to(volumes()):
+        return str("volumes" / path.relative_to(volumes()))
+    return str(path)
 
 
 @contextmanager
@@ -120,6 +180,15 @@ def fsync_dir(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file's object; nothing where it is missing, unreadable or no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_atomically(path: Path, text: str) -> None:

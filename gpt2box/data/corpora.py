@@ -10,10 +10,8 @@ from pathlib import Path
 
 from gpt2box.data import assets
 from gpt2box.errors import BadInput
-from gpt2box.paths import raw_dir
+from gpt2box.paths import TEXT_SUFFIXES, raw_dir
 from gpt2box.progress import say
-
-SUFFIXES = (".txt", ".md")
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def own_text(inputs: list[Path]) -> Corpus:
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if is_text(file, path))
             if not files:
-                raise BadInput(f"no {' or '.join(SUFFIXES)} file in {path}", "a folder of texts")
+                raise BadInput(f"no {' or '.join(TEXT_SUFFIXES)} file in {path}", "a folder of texts")
             contents = {file: read_content(file) for file in files}
             blank = [file for file, content in contents.items() if not content.strip()]
             if blank:
@@ -93,7 +91,7 @@ def own_text(inputs: list[Path]) -> Corpus:
 def is_text(file: Path, root: Path) -> bool:
     """A text file inside `root`, with nothing hidden on the way to it."""
     hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
+    return file.suffix.lower() in TEXT_SUFFIXES and not hidden and file.is_file()
 
 
 def read_document(path: Path, name: str) -> Document:

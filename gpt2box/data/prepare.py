@@ -18,7 +18,7 @@ from gpt2box.data.corpora import Corpus
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.data.tokens import FORMAT, ID_BYTES, SPLITS
 from gpt2box.errors import BadInput, VolumeUnwritable
-from gpt2box.paths import fix_hint, fsync_dir, locked, make_writable, raw_dir
+from gpt2box.paths import fix_hint, fsync_dir, locked, make_writable, raw_dir, read_object
 from gpt2box.progress import bytes_bar
 
 SPLIT_SEED = 2357  # nanoGPT's, for OpenWebText
@@ -109,11 +109,7 @@ def identity(corpus: Corpus, request: Request) -> dict[str, Any]:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """dataset.json, or nothing where it is missing or unreadable (the dataset is then made anew)."""
-    try:
-        content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_object(folder / "dataset.json")
 
 
 def complete(folder: Path, manifest: dict[str, Any]) -> bool:

@@ -16,6 +16,12 @@ import torch
 from gpt2box.config import DEVICES
 from gpt2box.errors import BadInput, MachineCannot
 
+# Read when CUDA starts. Cards are numbered as NVML does; CUDA's own order is the fastest first.
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+# One growing segment in place of many fixed ones, so that what is planned fits without gaps. The name changed in 2.9.
+SINCE_2_9 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
+os.environ.setdefault("PYTORCH_ALLOC_CONF" if SINCE_2_9 else "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 
 def choose_device(wanted: str) -> torch.device:
     """The device for `auto`, `cpu`, `cuda` or `cuda:N`.

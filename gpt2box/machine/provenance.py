@@ -20,6 +20,7 @@ def provenance(device: str) -> dict[str, Any]:
     return {
         "gpt2box": gpt2box.__version__,
         "git": git_state(),
+        "image": os.environ.get("GPT2BOX_IMAGE", ""),  # stack, version, revision and the lock's sha256
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device,

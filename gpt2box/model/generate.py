@@ -48,7 +48,7 @@ def generate(
     Where the context is full, the newer half of it becomes the prompt of a fresh cache: positions
     are learned, so cached keys cannot be shifted, and half a context keeps the cost of that small.
     """
-    device, dtype = model.wte.weight.device, model.wte.weight.dtype
+    device, dtype = model.wte.weight.device, model.sums
     generator = torch.Generator().manual_seed(seed)
     block_size = model.shape.block_size
     was_training = model.training

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2box.model.loss import chunked_cross_entropy
-from gpt2box.model.recompute import gelu_linear, norm_linear
+from gpt2box.model.recompute import gelu_linear, linear, norm_linear
 from gpt2box.planning.shape import ModelShape
 
 
@@ -58,7 +58,7 @@ class Attention(nn.Module):
             query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1
         )
         y = y.transpose(1, 2).reshape(B, T, C)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        return F.dropout(linear(y, self.c_proj), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -72,7 +72,7 @@ class MLP(nn.Module):
 
     def forward(self, widened: Tensor, selective: bool) -> Tensor:
         """Of c_fc's output (B, T, 4 · C); returns (B, T, C)."""
-        x = gelu_linear(widened, self.c_proj) if selective else self.c_proj(F.gelu(widened, approximate="tanh"))
+        x = gelu_linear(widened, self.c_proj) if selective else linear(F.gelu(widened, approximate="tanh"), self.c_proj)
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -88,15 +88,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None, selective: bool = False) -> Tensor:
         """`selective`: norms and GELU are made again in the backward pass instead of kept."""
-        linear = norm_linear if selective else _norm_then_linear
-        x = x + self.attn(linear(x, self.ln_1, self.attn.c_attn), cache)
-        out: Tensor = x + self.mlp(linear(x, self.ln_2, self.mlp.c_fc), selective)
+        project = norm_linear if selective else _norm_then_linear
+        x = x + self.attn(project(x, self.ln_1, self.attn.c_attn), cache)
+        out: Tensor = x + self.mlp(project(x, self.ln_2, self.mlp.c_fc), selective)
         return out
 
 
-def _norm_then_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
-    out: Tensor = linear(norm(x))
-    return out
+def _norm_then_linear(x: Tensor, norm: nn.LayerNorm, layer: nn.Linear) -> Tensor:
+    return linear(norm(x), layer)
 
 
 class GPT2(nn.Module):
@@ -113,11 +112,20 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(shape.n_embd, bias=shape.bias)
 
     @classmethod
-    def empty(cls, shape: ModelShape, dropout: float, device: torch.device | str) -> GPT2:
-        """On a device, without values: for weights that are read or drawn right after."""
+    def empty(
+        cls, shape: ModelShape, dropout: float, device: torch.device | str, matrices: torch.dtype = torch.float32
+    ) -> GPT2:
+        """On a device, without values: for weights that are read or drawn right after. Vectors stay in float32."""
         with torch.device("meta"):
             model = cls(shape, dropout)
+            model.matrices_to(matrices)
         return model.to_empty(device=device)
+
+    def matrices_to(self, dtype: torch.dtype) -> None:
+        """Biases and norms stay as they are."""
+        for parameter in self.parameters():
+            if parameter.dim() >= 2:
+                parameter.data = parameter.data.to(dtype)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -138,7 +146,8 @@ class GPT2(nn.Module):
         """Final hidden states (B, T, C) of token ids (B, T); with a cache, of the new positions."""
         first = cache.length if cache is not None else 0
         positions = torch.arange(first, first + ids.size(1), device=ids.device)
-        x = F.dropout(self.wte(ids) + self.wpe(positions), self.dropout, self.training)  # (B, T, C)
+        embedded = self.wte(ids).to(self.sums) + self.wpe(positions).to(self.sums)
+        x = F.dropout(embedded, self.dropout, self.training)  # (B, T, C)
         for block in self.h:
             if self.training and self.activation_checkpointing == "full":
                 x = checkpoint(block, x, use_reentrant=False)
@@ -158,4 +167,9 @@ class GPT2(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (…, V) of hidden states (…, C)."""
-        return F.linear(hidden, self.wte.weight)[..., : self.shape.vocab_size]
+        return F.linear(hidden, self.wte.weight.to(hidden.dtype))[..., : self.shape.vocab_size]
+
+    @property
+    def sums(self) -> torch.dtype:
+        """Of the residual stream and of keys and values: float32 also where matrices are bfloat16."""
+        return self.ln_f.weight.dtype

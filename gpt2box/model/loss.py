@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -1  # a target that counts for nothing
+VOCAB_PART = 16_384  # rows of the output layer whose gradient is formed at a time
 
 
 def chunked_cross_entropy(
@@ -28,7 +29,7 @@ def chunked_cross_entropy(
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-    arguments = (hidden, weight, targets, vocab_size, chunk_tokens, scale, dtype)
+    arguments = (hidden, weight, targets, vocab_size, chunk_tokens, scale, dtype, torch.is_grad_enabled())
     result: Tensor = _ChunkedCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
     return result
 
@@ -46,9 +47,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         scale: float,
         dtype: torch.dtype,
+        grad_enabled: bool,
     ) -> Tensor:
         sums = torch.promote_types(torch.float32, hidden.dtype)
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        wanted = grad_enabled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         counted = targets != IGNORE  # (M,)
         factor = scale / counted.sum().clamp(min=1).to(sums)  # of each token's loss
         weight_low = weight.to(dtype)
@@ -69,18 +71,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss += ((total.log() - at_target) * share).sum()
             if grad_hidden is None:
                 continue
-            grad = exp.mul_(share / total)  # softmax, weighted
-            grad.scatter_add_(1, target, -share)
-            grad = grad.to(dtype)
+            exp.mul_(share / total).scatter_add_(1, target, -share)  # softmax, weighted, less the target
+            grad = exp.to(dtype)
+            del logits, exp  # else they would live on beside those of the next chunk
             grad_hidden[rows] = grad @ weight_low
             if grad_weight is None:
-                grad_weight = (grad.t() @ chunk).to(weight.dtype)
-            elif dtype == weight.dtype:
+                grad_weight = torch.zeros_like(weight, dtype=sums)
+            if dtype == sums:
                 grad_weight.addmm_(grad.t(), chunk)
-            else:
-                grad_weight += grad.t() @ chunk
+            else:  # a part of the vocabulary at a time: the product is a matrix of its own
+                for begin_row in range(0, weight.size(0), VOCAB_PART):
+                    part = slice(begin_row, begin_row + VOCAB_PART)
+                    grad_weight[part] += grad[:, part].t() @ chunk
+            del grad
         if wanted:
-            ctx.save_for_backward(grad_hidden, grad_weight)
+            assert grad_weight is not None
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return loss
 
     @staticmethod
@@ -88,5 +94,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         outer = grad_outputs[0]
         if not torch.compiler.is_compiling() and outer.device.type == "cpu" and outer == 1:
-            return grad_hidden, grad_weight, None, None, None, None, None  # spares a pass over the largest gradient
-        return grad_hidden.mul_(outer), grad_weight.mul_(outer), None, None, None, None, None
+            return (
+                grad_hidden,
+                grad_weight,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+            )  # spares a pass over the largest gradient
+        return grad_hidden.mul_(outer), grad_weight.mul_(outer), None, None, None, None, None, None

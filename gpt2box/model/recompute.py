@@ -18,6 +18,17 @@ from torch import Tensor, nn
 aten = torch.ops.aten
 
 
+def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """layer(x); a copy of the weight in another dtype is not kept but made again in the backward pass."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if not autocast and layer.weight.dtype == x.dtype:
+        plain: Tensor = layer(x)
+        return plain
+    low = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
+    out: Tensor = _CastLinear.apply(low, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+    return out
+
+
 def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
     """linear(norm(x)), keeping x and the norm's mean and deviation."""
     out: Tensor = _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias)  # type: ignore[no-untyped-call]
@@ -30,12 +41,31 @@ def gelu_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     return out
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In autocast's dtype, or that of x."""
+    return F.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype), bias)
+
+
 def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x, weight and bias; products in the dtype of `grad`, which autocast chose."""
     rows = grad.flatten(0, -2)  # (M, out)
     grad_x = grad @ weight.to(grad.dtype)
-    grad_weight = rows.t() @ x.to(grad.dtype).flatten(0, -2)
-    return grad_x, grad_weight.to(weight.dtype), rows.sum(0).to(weight.dtype) if has_bias else None
+    grad_weight = (rows.t() @ x.to(grad.dtype).flatten(0, -2)).to(weight.dtype)
+    # Biases are float32 also where matrices are bfloat16.
+    return grad_x, grad_weight, rows.sum(0).to(torch.promote_types(weight.dtype, torch.float32)) if has_bias else None
+
+
+class _CastLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return _linear_backward(grad_outputs[0], x, weight, ctx.has_bias)
 
 
 class _NormLinear(torch.autograd.Function):
@@ -46,7 +76,7 @@ class _NormLinear(torch.autograd.Function):
         normed, mean, rstd = torch.native_layer_norm(x, [x.size(-1)], scale, shift, eps)
         ctx.save_for_backward(x, scale, shift, mean, rstd, weight)
         ctx.eps, ctx.has_bias = eps, bias is not None
-        return F.linear(normed, weight, bias)
+        return _product(normed, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -64,7 +94,7 @@ class _GeluLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+        return _product(F.gelu(x, approximate="tanh"), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from gpt2box.config import MODEL_SHAPES
 from gpt2box.data import assets, tokenizer
+from gpt2box.data.published import pretrained_folder, shape_in
 from gpt2box.data.tokenizer import Tokenizer, prompt_ids
 from gpt2box.errors import BadInput
 from gpt2box.machine.device import choose_device
 from gpt2box.model.generate import Choice, generate
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.weights import load_hub, pretrained_folder, shape_in
+from gpt2box.model.weights import load_hub
 from gpt2box.paths import NAME, raw_dir, runs_dir
 
 

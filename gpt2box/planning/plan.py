@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpt2box.config import Config
+from gpt2box.planning.choose import Option
 from gpt2box.planning.shape import ModelShape
 
 
@@ -20,6 +21,9 @@ class RunPlan:
     compile: bool
     activation_checkpointing: str
     loss_chunk_tokens: int
+    weights_dtype: str
+    optimizer_states: str
+    optimizer_in_backward: bool
 
     micro_batch_size: int
     grad_accum_steps: int
@@ -48,12 +52,26 @@ class RunPlan:
 
     parameters: int
     checkpoint_bytes: int
+    memory: dict[str, int]  # expected bytes by part, and how fast; estimated
+    expected_tokens_per_sec: float
+
+
+def in_this_way(plan: RunPlan, way: Option) -> RunPlan:
+    """The same steps, done otherwise."""
+    return replace(
+        plan,
+        micro_batch_size=way.micro_batch_size,
+        grad_accum_steps=way.grad_accum_steps,
+        activation_checkpointing=way.activation_checkpointing,
+        memory=way.memory.parts(),
+        expected_tokens_per_sec=way.tokens_per_sec,
+    )
 
 
 def make_plan(
-    config: Config, shape: ModelShape, train_tokens: int, device: str, dtype: str, compile_model: bool
+    config: Config, shape: ModelShape, train_tokens: int, device: str, dtype: str, compile_model: bool, option: Option
 ) -> RunPlan:
-    """The plan of a run on a device that has been looked at (see machine/device.py)."""
+    """The plan of a run on a device that has been looked at (see machine/device.py), in the way that was chosen."""
     sequences = config.tokens_per_step // config.block_size
     warmup = config.warmup_steps
     if warmup is None:
@@ -65,10 +83,13 @@ def make_plan(
         device=device,
         dtype=dtype,
         compile=compile_model,
-        activation_checkpointing=config.activation_checkpointing,
+        activation_checkpointing=option.activation_checkpointing,
         loss_chunk_tokens=config.loss_chunk_tokens,
-        micro_batch_size=config.micro_batch_size,
-        grad_accum_steps=sequences // config.micro_batch_size,
+        weights_dtype=config.weights_dtype,
+        optimizer_states=config.optimizer_states,
+        optimizer_in_backward=config.optimizer_in_backward,
+        micro_batch_size=option.micro_batch_size,
+        grad_accum_steps=option.grad_accum_steps,
         sequences_per_step=sequences,
         tokens_per_step=config.tokens_per_step,
         epochs=config.max_steps * config.tokens_per_step / max(train_tokens, 1),
@@ -90,5 +111,7 @@ def make_plan(
         keep_last=config.keep_last,
         log_interval=config.log_interval,
         parameters=shape.parameters,
-        checkpoint_bytes=12 * shape.parameters,  # float32 weights and AdamW's two averages
+        checkpoint_bytes=shape.checkpoint_bytes(config.weights_dtype, config.optimizer_states),
+        memory=option.memory.parts(),
+        expected_tokens_per_sec=option.tokens_per_sec,
     )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 PAD_TO = 64  # vocabulary rows: matrix units want multiples of 64 (nanoGPT measured 50,304 against 50,257)
 
+EIGHT_BIT_BLOCK = 256  # numbers in 8 bits that share a scale of 4 bytes
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -30,6 +32,12 @@ class ModelShape:
         block = 12 * C * C + 2 * C + (11 * C if self.bias else 0)
         final = 2 * C if self.bias else C
         return (self.vocab_size + self.block_size) * C + self.n_layer * block + final
+
+    def checkpoint_bytes(self, weights_dtype: str, optimizer_states: str) -> int:
+        """Size of a checkpoint on disk: weights and AdamW's two averages."""
+        weight = 2 if weights_dtype == "bfloat16" else 4
+        averages = 2 * (1 + 4 / EIGHT_BIT_BLOCK) if optimizer_states == "int8" else 8
+        return round((weight + averages) * self.parameters)
 
     @property
     def flops_per_token(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from gpt2box.data.assets import sha256_of
 from gpt2box.data.tokenizer import Tokenizer
@@ -23,9 +24,11 @@ from gpt2box.errors import Damaged, VolumeUnwritable
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.weights import copy_from_hub, hub_config, hub_state, load_hub, to_hub
 from gpt2box.paths import fix_hint, fsync_dir
+from gpt2box.training.lean import LeanAdamW, reset
 
 FORMAT = 1
 AVERAGES = ("exp_avg", "exp_avg_sq")
+SCALES = ("exp_avg_scale", "exp_avg_sq_scale")  # of averages in 8 bits
 
 
 @dataclass
@@ -72,7 +75,7 @@ def save(folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: Tra
         shutil.rmtree(temporary, ignore_errors=True)
         raise VolumeUnwritable(
             f"cannot save {final}: {getattr(error, 'strerror', None) or error}",
-            f"about {12 * model.shape.parameters / 2**30:.2f} GiB free",
+            f"about {checkpoint_bytes(model, optimizer) / 2**30:.2f} GiB free",
             fix_hint(folder),
         ) from error
     return final
@@ -82,15 +85,12 @@ def write_files(
     folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: TrainState, tokenizer: Tokenizer
 ) -> None:
     """All files of a checkpoint, synced, state.json last."""
-    config = hub_config(model.shape, model.dropout, tokenizer.end_of_text)
+    config = hub_config(model.shape, model.dropout, tokenizer.end_of_text, model.wte.weight.dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(folder)
     save_file(hub_state(model), folder / "model.safetensors", metadata={"format": "pt"})
-    averages = {}
-    for name, parameter in model.named_parameters():
-        for key in AVERAGES:
-            if key in optimizer.state[parameter]:
-                averages[f"{key}.{name}"] = to_hub(name, optimizer.state[parameter][key], model.shape.vocab_size)
+    # Before the first step all averages are zero.
+    averages = optimizer_state(model, optimizer) if state.optimizer_steps else {}
     save_file(averages, folder / "optimizer.safetensors")
     files = {}
     for path in sorted(folder.iterdir()):
@@ -103,6 +103,28 @@ def write_files(
         file.flush()
         os.fsync(file.fileno())
     fsync_dir(folder)
+
+
+def optimizer_state(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's averages: in the layout of the weights, or in 8 bits (training/eight_bit.py) as they lie in memory."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        entry = optimizer.state[parameter]
+        if isinstance(optimizer, LeanAdamW):  # whose tensors may have left out different steps
+            tensors[f"step.{name}"] = entry["step"].cpu()
+        for key in (*AVERAGES, *SCALES):
+            if key in entry:
+                flat = SCALES[0] in entry
+                tensors[f"{key}.{name}"] = (
+                    entry[key].cpu() if flat else to_hub(name, entry[key], model.shape.vocab_size)
+                )
+    return tensors
+
+
+def checkpoint_bytes(model: GPT2, optimizer: torch.optim.Optimizer) -> int:
+    """Size of a checkpoint on disk."""
+    tensors = [*model.parameters(), *(tensor for entry in optimizer.state.values() for tensor in entry.values())]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def recover(folder: Path) -> None:
@@ -199,11 +221,14 @@ def restore(folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: 
     with safe_open(folder / "optimizer.safetensors", framework="pt") as tensors:
         stored = set(tensors.keys())
         for name, parameter in parameters.items():
-            if f"{AVERAGES[0]}.{name}" not in stored:
+            entry = optimizer.state[parameter]
+            if f"{AVERAGES[0]}.{name}" not in stored:  # of step 0
+                reset(entry)
                 continue
-            steps = torch.tensor(float(state.optimizer_steps), device=parameter.device)
-            entry: dict[str, torch.Tensor] = {"step": steps}
-            for key in AVERAGES:
-                entry[key] = torch.zeros_like(parameter)
-                copy_from_hub(name, entry[key], tensors.get_tensor(f"{key}.{name}"))
-            optimizer.state[parameter] = entry
+            steps = tensors.get_tensor(f"step.{name}") if f"step.{name}" in stored else state.optimizer_steps
+            entry["step"].fill_(float(steps))
+            for key in (*AVERAGES, *SCALES):
+                if SCALES[0] in entry:
+                    entry[key].copy_(tensors.get_tensor(f"{key}.{name}"))
+                elif key in entry:
+                    copy_from_hub(name, entry[key], tensors.get_tensor(f"{key}.{name}"))

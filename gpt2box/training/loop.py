@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,15 +18,23 @@ from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.data.tokens import Dataset, TokenFile
 from gpt2box.errors import BadInput
 from gpt2box.machine.device import peak_memory_bytes
+from gpt2box.machine.host import memory_bytes
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.planning.plan import RunPlan
+from gpt2box.planning.choose import Option, lower
+from gpt2box.planning.memory import Memory
+from gpt2box.planning.plan import RunPlan, in_this_way
 from gpt2box.stop import StopRequest
 from gpt2box.training import checkpoint
 from gpt2box.training.checkpoint import TrainState
-from gpt2box.training.metrics import Display, Metrics
-from gpt2box.training.optim import GuardedStep, learning_rate
+from gpt2box.training.lean import LeanAdamW, StepInBackward
+from gpt2box.training.metrics import Display, Interval, Metrics, finite_or_none
+from gpt2box.training.optim import GuardedStep, Optimizer, learning_rate, make_update
 
 MOST_BAD_STEPS = 5  # non-finite steps in a row after which a run stops
+
+RETRY_STEPS = 100  # after memory ran out, until the way before is tried again; twice as many each time it ran out
+
+Update = GuardedStep | StepInBackward
 
 
 @dataclass
@@ -35,50 +44,62 @@ class Job:
     run: Path
     plan: RunPlan
     model: GPT2
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizer
     dataset: Dataset
     tokenizer: Tokenizer
     state: TrainState
     stop: StopRequest
     sample: Callable[[Display, int], None]  # called after each evaluation
     pretrained: bool  # the weights before the first step are worth keeping
+    ways: list[Option]  # to do the same steps, fastest first: where to turn when memory runs out
+    left: list[Option] = field(default_factory=list)  # the ways that were given up, the first at the beginning
+    retry_steps: int = field(default_factory=lambda: RETRY_STEPS)
+    retry_at: int = 0
+
+
+class HalfDoneStep(Exception):
+    """Memory ran out when some weights had taken the step and others had not: back to the last checkpoint."""
 
 
 def train(job: Job) -> None:
     """Train until max_steps, a lack of progress, or a request to stop; the last checkpoint holds the end.
 
+    Where memory runs out, the step is done again in a way that takes less, with the same tokens.
+
     Raises:
         BadInput: losses or gradients were not finite several steps in a row.
+        torch.cuda.OutOfMemoryError: no way is left that takes less; the steps so far are saved.
+        HalfDoneStep: see there; the plan has stepped down.
         VolumeUnwritable, Damaged: see checkpoint.save, TokenFile.read.
     """
-    plan, state, device = job.plan, job.state, torch.device(job.plan.device)
-    windows = TrainWindows(job.dataset.tokens("train"), plan.shape.block_size, plan.seed)
-    batches = micro_batches(
-        job.dataset.folder / "train.bin",
-        windows,
-        plan.shape.vocab_size,
-        first_sequence=state.step * plan.sequences_per_step,
-        micro_batch_size=plan.micro_batch_size,
-        pin=device.type == "cuda",
-    )
+    plan, state = job.plan, job.state
+    batches = open_batches(job)
     forward = torch.compile(job.model) if plan.compile else job.model
-    guarded_step = GuardedStep(job.optimizer, plan.grad_clip, device)
+    update = make_update(job.optimizer, plan)
     metrics = Metrics(job.run / "metrics.jsonl", state.step, state.evaluated_step)
     display = Display(state.step, plan.max_steps)
-    interval = Interval(device)
-    saved_step = state.step
+    interval = Interval()
+    # LeanAdamW's step may break off half-way; then there must be a checkpoint to go back to.
+    saved_step = -1 if isinstance(job.optimizer, LeanAdamW) and state.step == 0 else state.step
     job.model.train()
-    with closing(batches), closing(metrics), closing(display):
+    with ExitStack() as stack, closing(metrics), closing(display):
+        stack.callback(lambda: batches.close())
+        stack.callback(lambda: update.close())
         while True:
             begun = time.monotonic()
             improved = False
             if evaluation_due(job) and not job.stop:
-                check_finite(job, guarded_step)
-                improved = evaluate_and_note(job, metrics, display)
+                check_finite(job, update)
+                try:
+                    improved = evaluate_and_note(job, metrics, display)
+                except torch.cuda.OutOfMemoryError:
+                    if state.step != saved_step:
+                        checkpoint.save(job.run / "checkpoints", job.model, job.optimizer, state, job.tokenizer)
+                    raise
             over = bool(job.stop) or state.step >= plan.max_steps or state.stopped_early
             new = state.step != saved_step and (over or state.step % plan.save_interval == 0)
             if new or (improved and (state.step > 0 or job.pretrained)):
-                check_finite(job, guarded_step)
+                check_finite(job, update)
                 checkpoint.save(job.run / "checkpoints", job.model, job.optimizer, state, job.tokenizer)
                 checkpoint.prune(job.run / "checkpoints", plan.keep_last, state)
                 saved_step = state.step
@@ -86,53 +107,137 @@ def train(job: Job) -> None:
                 break
             interval.leave_out(time.monotonic() - begun)
 
-            if plan.dropout:
-                torch.manual_seed(plan.seed + state.step)  # so that resuming needs no generator's state
-            loss = torch.zeros((), device=device)
-            for _ in range(plan.grad_accum_steps):
-                batch = next(batches).to(device, non_blocking=True)  # (B, T + 1)
-                with autocast(plan):
-                    micro_loss = forward(batch[:, :-1], batch[:, 1:], 1.0 / plan.grad_accum_steps)
-                micro_loss.backward()
-                loss += micro_loss.detach()
-            lr = learning_rate(state.step, plan)
-            grad_norm = guarded_step(lr, loss)
-            state.step += 1
-            interval.add(loss)
+            done = None
+            with suppress(torch.cuda.OutOfMemoryError):  # while it is handled, it holds on to the step's tensors
+                done = take_step(job, forward, batches, update)
+            if done is None:
+                half_done = getattr(job.optimizer, "half_done", False)
+                if state.step != saved_step and not half_done:
+                    check_finite(job, update)
+                    checkpoint.save(job.run / "checkpoints", job.model, job.optimizer, state, job.tokenizer)
+                    saved_step = state.step
+                step_down(job, display)
+                if half_done:
+                    raise HalfDoneStep
+            else:
+                loss, lr, grad_norm = done
+                state.step += 1
+                interval.add(loss)
+            if done is not None and job.left and state.step >= job.retry_at:
+                if (
+                    isinstance(job.optimizer, LeanAdamW) and state.step != saved_step
+                ):  # if it fails half-way, back to here
+                    check_finite(job, update)
+                    checkpoint.save(job.run / "checkpoints", job.model, job.optimizer, state, job.tokenizer)
+                    saved_step = state.step
+                step_up(job, display)
+            if plan is not job.plan:
+                plan = job.plan
+                update.close()
+                update = make_update(job.optimizer, plan, update)
+                batches.close()
+                batches = open_batches(job)
+            if done is None:
+                continue
 
             if state.step % plan.log_interval == 0 or state.step == plan.max_steps:
-                log(job, metrics, display, interval, guarded_step, lr, grad_norm)
+                log(job, metrics, display, interval, update, lr, grad_norm)
+
+
+def open_batches(job: Job) -> Generator[Tensor, None, None]:
+    """The micro-batches from the present step on."""
+    plan = job.plan
+    windows = TrainWindows(job.dataset.tokens("train"), plan.shape.block_size, plan.seed)
+    return micro_batches(
+        job.dataset.folder / "train.bin",
+        windows,
+        plan.shape.vocab_size,
+        first_sequence=job.state.step * plan.sequences_per_step,
+        micro_batch_size=plan.micro_batch_size,
+        pin=torch.device(plan.device).type == "cuda",
+    )
+
+
+def take_step(
+    job: Job, forward: Callable[..., Tensor], batches: Iterator[Tensor], update: Update
+) -> tuple[Tensor, float, Tensor]:
+    """One optimizer step; returns its loss, learning rate and gradient norm.
+
+    With PyTorch's AdamW weights change in its last act alone; LeanAdamW may have got half-way (`half_done`).
+    """
+    plan, device = job.plan, torch.device(job.plan.device)
+    if plan.dropout:
+        torch.manual_seed(plan.seed + job.state.step)  # so that resuming needs no generator's state
+    loss = torch.zeros((), device=device)
+    lr = learning_rate(job.state.step, plan)
+    for micro_step in range(plan.grad_accum_steps):
+        batch = next(batches).to(device, non_blocking=True)  # (B, T + 1)
+        with autocast(plan):
+            micro_loss = forward(batch[:, :-1], batch[:, 1:], 1.0 / plan.grad_accum_steps)
+        update.before_backward(job.state.step, micro_step, lr, micro_loss)
+        micro_loss.backward()  # type: ignore[no-untyped-call]
+        loss += micro_loss.detach()
+    return loss, lr, update(loss)
+
+
+def step_down(job: Job, display: Display) -> None:
+    """Give memory back and take the fastest way that needs less.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: there is none.
+    """
+    job.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+    way = lower(job.ways, job.plan.memory)
+    if way is None:
+        raise torch.cuda.OutOfMemoryError(f"at step {job.state.step}")
+    job.left.append(way_of(job.plan))
+    job.retry_at = job.state.step + job.retry_steps
+    job.retry_steps *= 2
+    take_way(job, way)
+    display.line(
+        f"out of memory in step {job.state.step + 1:,}: doing it again with {way.words()}; "
+        f"a step stays {job.plan.tokens_per_step:,} tokens"
+    )
+
+
+def step_up(job: Job, display: Display) -> None:
+    """Return to the way before memory ran out, where there seems to be memory for it again."""
+    way = job.left[-1]
+    further = way.memory.total - way_of(job.plan).memory.total
+    device = torch.device(job.plan.device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_bytes()[1]
+    job.retry_at = job.state.step + RETRY_STEPS
+    if free < further:
+        return
+    job.left.pop()
+    take_way(job, way)
+    display.line(f"memory is free again: from step {job.state.step + 1:,} with {way.words()}")
+
+
+def take_way(job: Job, way: Option) -> None:
+    """The same steps, done otherwise from now on."""
+    job.plan = in_this_way(job.plan, way)
+    job.model.activation_checkpointing = way.activation_checkpointing
+
+
+def way_of(plan: RunPlan) -> Option:
+    """How the plan does its steps."""
+    memory = Memory(**plan.memory, moment="")
+    return Option(
+        plan.micro_batch_size,
+        plan.grad_accum_steps,
+        plan.activation_checkpointing,
+        memory,
+        plan.expected_tokens_per_sec,
+    )
 
 
 def autocast(plan: RunPlan) -> AbstractContextManager[object]:
     """bfloat16 products where the plan says so; weights stay float32."""
     wanted = plan.dtype == "bfloat16"
-    return torch.autocast(torch.device(plan.device).type, torch.bfloat16, enabled=wanted)
-
-
-class Interval:
-    """Steps, loss and time since the last log line, with evaluation and saving left out of the time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._loss = torch.zeros((), device=device)
-        self._steps = 0
-        self._begun = time.monotonic()
-
-    def add(self, loss: Tensor) -> None:
-        self._loss = self._loss + loss
-        self._steps += 1
-
-    def leave_out(self, seconds: float) -> None:
-        self._begun += seconds
-
-    def take(self) -> tuple[float, int, float]:
-        """Mean loss, steps and seconds; begins anew. Waits for the device."""
-        steps = self._steps
-        loss = float(self._loss) / max(steps, 1)
-        seconds = time.monotonic() - self._begun
-        self._loss, self._steps, self._begun = torch.zeros((), device=self._device), 0, time.monotonic()
-        return loss, steps, seconds
+    return torch.autocast(torch.device(plan.device).type, torch.bfloat16, enabled=wanted, cache_enabled=False)
 
 
 def log(
@@ -140,18 +245,18 @@ def log(
     metrics: Metrics,
     display: Display,
     interval: Interval,
-    guarded_step: GuardedStep,
+    update: Update,
     lr: float,
     grad_norm: Tensor,
 ) -> None:
     """Note the interval's figures; here, and only here, the loop waits for the device."""
     plan, state = job.plan, job.state
     loss, steps, seconds = interval.take()
-    check_finite(job, guarded_step)
+    check_finite(job, update)
     state.seconds += seconds
     tokens_per_sec = steps * plan.tokens_per_step / max(seconds, 1e-9)
     memory = peak_memory_bytes(torch.device(plan.device))
-    skipped = int(guarded_step.skipped)
+    skipped = int(update.skipped)
     metrics.write(
         state.step,
         "train",
@@ -166,12 +271,7 @@ def log(
     display.train(state.step, loss, tokens_per_sec, left, memory)
 
 
-def finite_or_none(value: float) -> float | None:
-    """NaN and infinity are not JSON."""
-    return value if math.isfinite(value) else None
-
-
-def check_finite(job: Job, guarded_step: GuardedStep) -> None:
+def check_finite(job: Job, update: Update) -> None:
     """Count the steps that reached the weights; stop a run whose losses are no longer finite.
 
     Raises:
@@ -179,18 +279,18 @@ def check_finite(job: Job, guarded_step: GuardedStep) -> None:
     """
     state = job.state
     state.optimizer_steps = optimizer_steps(job.optimizer)
-    in_a_row = int(guarded_step.skipped_in_a_row)
+    in_a_row = int(update.skipped_in_a_row)
     if in_a_row >= MOST_BAD_STEPS:
         last = job.run / "checkpoints" / "last"
         raise BadInput(
-            f"step {state.step}: loss or gradient not finite, {in_a_row} steps in a row (none reached the weights)",
+            f"step {state.step}: loss or gradient not finite, {in_a_row} steps in a row ({update.left_out})",
             "finite numbers; a too high learning rate or damaged weights are the usual cause",
             f"try --learning-rate {job.plan.learning_rate / 2:g} or --dtype float32 under another --name"
             + (f"; the last good checkpoint is {last.resolve()}" if last.exists() else ""),
         )
 
 
-def optimizer_steps(optimizer: torch.optim.AdamW) -> int:
+def optimizer_steps(optimizer: Optimizer) -> int:
     """Steps that AdamW has counted, which leaves out non-finite ones."""
     return max((int(entry["step"]) for entry in list(optimizer.state.values())[:1]), default=0)
 
@@ -216,7 +316,10 @@ def evaluate_and_note(job: Job, metrics: Metrics, display: Display) -> bool:
     metrics.write(state.step, "eval", val_loss=finite_or_none(val_loss), val_set=val_set, best=improved)
     display.line(f"step {state.step:,}/{plan.max_steps:,}  val_loss {val_loss:.4f}{'  best' if improved else ''}")
     if math.isfinite(val_loss):
-        job.sample(display, state.step)
+        try:
+            job.sample(display, state.step)
+        except torch.cuda.OutOfMemoryError:
+            display.line("no sample this time: out of memory")
     return improved
 
 
@@ -227,10 +330,19 @@ def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan) -> tuple[float, str]:
     total = torch.zeros((), device=plan.device)
     was_training = model.training
     model.eval()
+    begin, count = 0, plan.micro_batch_size
     with closing(TokenFile(dataset.folder / "val.bin")) as file, autocast(plan):
-        for begin in range(0, len(starts), plan.micro_batch_size):
-            chosen = [int(start) for start in starts[begin : begin + plan.micro_batch_size]]
+        while begin < len(starts):
+            chosen = [int(start) for start in starts[begin : begin + count]]
             batch = read_windows(file, chosen, plan.shape.block_size, plan.shape.vocab_size).to(plan.device)
-            total += model(batch[:, :-1], batch[:, 1:]) * len(chosen)
+            loss = None
+            with suppress(*([torch.cuda.OutOfMemoryError] if count > 1 else [])):
+                loss = model(batch[:, :-1], batch[:, 1:])
+            if loss is None:
+                torch.cuda.empty_cache()
+                count = max(count // 2, 1)
+                continue
+            total += loss * len(chosen)
+            begin += len(chosen)
     model.train(was_training)
     return float(total) / len(starts), f"{dataset.digest}/{len(starts)}x{plan.shape.block_size}"

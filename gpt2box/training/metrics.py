@@ -1,4 +1,4 @@
-"""What a run writes down while it goes: metrics.jsonl, and a bar or lines for the user.
+"""What a run writes down while it goes: metrics.jsonl, the same for TensorBoard, and a bar or lines for the user.
 
 metrics.jsonl, one object a line. Every line has `step`, `kind` and `time` (Unix seconds).
     train   loss (mean since the last line), learning_rate, grad_norm (of the last step), tokens_per_sec,
@@ -9,44 +9,61 @@ metrics.jsonl, one object a line. Every line has `step`, `kind` and `time` (Unix
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 from gpt2box.paths import write_atomically
 from gpt2box.progress import LINE_SECONDS, duration, say, size
 
 
 class Metrics:
-    """Appends to metrics.jsonl; begins by dropping lines from steps that will be done again, and a torn last line."""
+    """Appends to metrics.jsonl; begins by dropping lines from steps that will be done again, and a torn last line.
+
+    Every number goes to TensorBoard's events beside it, too, under the same name.
+    """
 
     def __init__(self, path: Path, step: int, evaluated_step: int) -> None:
         kept = [row for row in read(path) if row["step"] <= (step if row["kind"] == "train" else evaluated_step)]
         if path.exists():
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed with the run
+        from torch.utils.tensorboard.writer import SummaryWriter  # a second to import
+
+        self._events = SummaryWriter(str(path.parent / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, kind: str, **values: Any) -> None:
         """Append a line and hand it to the system at once."""
         self._file.write(json.dumps({"step": step, "kind": kind, **values, "time": round(time.time(), 3)}) + "\n")
         self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         self._file.close()
+        self._events.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, without a torn one."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-                rows.append({**row, "step": int(row["step"]), "kind": str(row["kind"])})
-            except (ValueError, KeyError, TypeError):
-                continue
-    return rows
+    return list(parse(path.read_text(encoding="utf-8", errors="replace"))) if path.exists() else []
+
+
+def parse(text: str) -> Iterator[dict[str, Any]]:
+    """The whole lines in a piece of a metrics.jsonl."""
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+            yield {**row, "step": int(row["step"]), "kind": str(row["kind"])}
+        except (ValueError, KeyError, TypeError):
+            continue
 
 
 class Display:
@@ -88,3 +105,32 @@ class Display:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class Interval:
+    """Steps, loss and time since the last log line, with evaluation and saving left out of the time."""
+
+    def __init__(self) -> None:
+        self._loss: Tensor | float = 0.0
+        self._steps = 0
+        self._begun = time.monotonic()
+
+    def add(self, loss: Tensor) -> None:
+        self._loss = self._loss + loss
+        self._steps += 1
+
+    def leave_out(self, seconds: float) -> None:
+        self._begun += seconds
+
+    def take(self) -> tuple[float, int, float]:
+        """Mean loss, steps and seconds; begins anew. Waits for the device."""
+        steps = self._steps
+        loss = float(self._loss) / max(steps, 1)
+        seconds = time.monotonic() - self._begun
+        self._loss, self._steps, self._begun = 0.0, 0, time.monotonic()
+        return loss, steps, seconds
+
+
+def finite_or_none(value: float) -> float | None:
+    """NaN and infinity are not JSON."""
+    return value if math.isfinite(value) else None

@@ -9,14 +9,46 @@ from torch import Tensor
 
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.plan import RunPlan
+from gpt2box.training.lean import LeanAdamW, StepInBackward
+
+Optimizer = torch.optim.AdamW | LeanAdamW
 
 
-def make_optimizer(model: GPT2, plan: RunPlan) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices only, not on biases and norms."""
+def make_optimizer(model: GPT2, plan: RunPlan) -> Optimizer:
+    """AdamW, PyTorch's fused one where the plan is plain; weight decay on matrices only, not on biases and norms.
+
+    Its averages are made here and not in the first step, which might find no memory for them half-way.
+    """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(plan.beta1, plan.beta2), fused=True)
+    betas = (plan.beta1, plan.beta2)
+    if plan.optimizer_in_backward or plan.optimizer_states != "float32" or plan.weights_dtype != "float32":
+        return LeanAdamW(groups, plan.learning_rate, betas, plan.optimizer_states, plan.seed)
+    optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=betas, fused=True)
+    for parameter in [*matrices, *vectors]:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def make_update(
+    optimizer: Optimizer, plan: RunPlan, before: GuardedStep | StepInBackward | None = None
+) -> GuardedStep | StepInBackward:
+    """What turns gradients into a step; it counts on from the one before."""
+    device = torch.device(plan.device)
+    update: GuardedStep | StepInBackward
+    if plan.optimizer_in_backward:
+        assert isinstance(optimizer, LeanAdamW)
+        update = StepInBackward(optimizer, plan.grad_clip, plan.grad_accum_steps, device)
+    else:
+        update = GuardedStep(optimizer, plan.grad_clip, device)
+    if before:
+        update.skipped, update.skipped_in_a_row = before.skipped, before.skipped_in_a_row
+    return update
 
 
 def learning_rate(step: int, plan: RunPlan) -> float:
@@ -42,25 +74,35 @@ class GuardedStep:
     for the device. How many steps in a row were left out is read when the loop looks anyway.
     """
 
-    def __init__(self, optimizer: torch.optim.AdamW, grad_clip: float, device: torch.device) -> None:
+    left_out = "none reached the weights"
+
+    def __init__(self, optimizer: Optimizer, grad_clip: float, device: torch.device) -> None:
         self.optimizer, self.grad_clip = optimizer, grad_clip
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.skipped_in_a_row = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
 
-    def __call__(self, lr: float, loss: Tensor) -> Tensor:
-        """Step with the gradients present, then free them; returns their global norm (a device scalar)."""
+    def before_backward(self, step: int, micro_step: int, lr: float, micro_loss: Tensor) -> None:
+        """Called before each backward pass."""
+        if isinstance(self.optimizer, LeanAdamW):
+            self.optimizer.begin(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        """Step with the gradients present, then free them; returns their global norm (a device scalar)."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
         bad = 1.0 - (norm.isfinite() & loss.isfinite()).float()
-        self.optimizer.grad_scale = (  # type: ignore[attr-defined]  # gradients are divided by it
+        self.optimizer.grad_scale = (  # type: ignore[union-attr]  # gradients are divided by it
             (norm / self.grad_clip).clamp(min=1.0) if self.grad_clip else torch.ones_like(norm)
         )
-        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        self.optimizer.found_inf = bad  # type: ignore[union-attr]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
         self.skipped = self.skipped + bad
         return norm
+
+    def close(self) -> None:
+        """Nothing is held."""

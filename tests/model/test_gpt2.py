@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2LMHeadModel
 
+from gpt2box.data.published import shape_in
 from gpt2box.data.tokenizer import CharTokenizer
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.model.generate import Choice, generate, pick
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.loss import chunked_cross_entropy
-from gpt2box.model.weights import hub_state, load_hub, shape_in
+from gpt2box.model.weights import hub_state, load_hub
 from gpt2box.planning.shape import ModelShape
 from gpt2box.training import checkpoint
 from gpt2box.training.checkpoint import TrainState

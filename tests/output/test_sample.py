@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt2box.data.published import shape_in
 from gpt2box.job import run_job
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.weights import load_hub, shape_in
+from gpt2box.model.weights import load_hub
 from gpt2box.stop import StopRequest
 from tests.conftest import TINY, Command
 

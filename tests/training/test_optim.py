@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gpt2box import config
+from gpt2box import config_file
+from gpt2box.config import Config
+from gpt2box.planning.choose import Place, options
 from gpt2box.planning.plan import RunPlan, make_plan
 from gpt2box.planning.shape import ModelShape
 from gpt2box.training.optim import GuardedStep, learning_rate, make_optimizer
@@ -15,8 +17,13 @@ from tests.conftest import tiny_model
 
 
 def plan(**flags: str) -> RunPlan:
-    settings = config.load(None, {"dataset": "x", "max_steps": "1000", "warmup_steps": "100", **flags})[0]
-    return make_plan(settings, ModelShape(3, 4, 32, 24, 101), 10_000, "cpu", "float32", False)
+    settings = config_file.load(None, {"dataset": "x", "max_steps": "1000", "warmup_steps": "100", **flags})[0]
+    return planned(settings, ModelShape(3, 4, 32, 24, 101), 10_000)
+
+
+def planned(settings: Config, shape: ModelShape, train_tokens: int) -> RunPlan:
+    way = options(settings, shape, Place("a CPU", 0, None, "float32", on_gpu=False, compiled=False))[0]
+    return make_plan(settings, shape, train_tokens, "cpu", "float32", False, way)
 
 
 def test_a_clipped_step_is_pytorchs_own() -> None:
@@ -26,8 +33,9 @@ def test_a_clipped_step_is_pytorchs_own() -> None:
     other = make_optimizer(reference, plan())
     for _ in range(3):
         loss = ours(x, x.roll(-1, 1))
+        step.before_backward(0, 0, 1e-3, loss)
         loss.backward()
-        norm = step(1e-3, loss)
+        norm = step(loss)
         reference(x, x.roll(-1, 1)).backward()
         expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.01)
         for group in other.param_groups:
@@ -36,7 +44,7 @@ def test_a_clipped_step_is_pytorchs_own() -> None:
         other.zero_grad()
         assert torch.allclose(norm, expected) and norm > 0.1
     for a, b in zip(ours.parameters(), reference.parameters(), strict=True):
-        assert (a - b).abs().max() < 1e-6
+        assert (a - b).abs().max() < 1e-5  # of 3e-3 moved
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -49,10 +57,11 @@ def test_a_non_finite_step_reaches_neither_weights_nor_averages(bad: float, wher
 
     def one(spoil: bool) -> None:
         loss = model(x, x.roll(-1, 1))
+        step.before_backward(0, 0, 1e-3, loss)
         loss.backward()
         if spoil and where == "gradient":
             model.wpe.weight.grad[3, 3] = bad
-        step(1e-3, loss * bad if spoil and where == "loss" else loss)
+        step(loss * bad if spoil and where == "loss" else loss)
 
     def everything() -> list[torch.Tensor]:
         return [t.clone() for p in model.parameters() for t in (p, *optimizer.state[p].values())]
@@ -85,8 +94,9 @@ def test_padding_rows_stay_zero_through_steps() -> None:
     x = torch.randint(0, 101, (4, 24))
     for _ in range(3):
         loss = model(x, x.roll(-1, 1))
+        step.before_backward(0, 0, 1e-2, loss)
         loss.backward()
-        step(1e-2, loss)
+        step(loss)
     assert (model.wte.weight[101:] == 0).all() and (model.wte.weight[:101] != 0).any()
 
 
@@ -107,9 +117,7 @@ def test_the_learning_rate_rises_and_falls(schedule: str, middle: float) -> None
 def test_what_is_left_out_is_derived_once() -> None:
     p = plan()
     assert p.min_lr == pytest.approx(p.learning_rate / 10) and p.decay_steps == p.max_steps
-    derived = make_plan(
-        config.load(None, {"dataset": "x", "max_steps": "5000"})[0], p.shape, 1, "cpu", "float32", False
-    )
+    derived = planned(config_file.load(None, {"dataset": "x", "max_steps": "5000"})[0], p.shape, 1)
     assert derived.warmup_steps == 100 and derived.save_interval == derived.eval_interval
     assert derived.grad_accum_steps * derived.micro_batch_size == derived.sequences_per_step == 64
     assert learning_rate(0, replace(p, warmup_steps=0)) == pytest.approx(p.learning_rate)

@@ -1,0 +1,128 @@
+"""Settings from a file and from flags: which file a CONFIG argument means, and how the two are merged.
+
+`load` takes defaults, a file and flags (later wins) and has the whole checked (config.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gpt2box import nanogpt, paths
+from gpt2box.config import Config, validate
+from gpt2box.errors import BadInput
+
+SHIPPED = Path(__file__).parent / "configs"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, which plain YAML silently overwrites."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.MarkedYAMLError(problem=f"given twice: {', '.join(sorted(twice))}", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file, unchecked.
+
+    Raises:
+        BadInput: not readable, not YAML or not a mapping.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {path}: {error}", "a YAML file of settings") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise BadInput(
+            f"{path} is not YAML: {' '.join(str(error).split())}", "lines such as `block_size: 512`"
+        ) from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise BadInput(f"{path} holds a {type(values).__name__}", "lines such as `block_size: 512`")
+    return values
+
+
+def folders() -> list[Path]:
+    """Where configs are looked for by name: $GPT2BOX_CONFIGS (mounted into a container), then those that come along."""
+    own = os.environ.get("GPT2BOX_CONFIGS")
+    return [*([Path(own)] if own else []), SHIPPED]
+
+
+def shipped() -> list[str]:
+    """Names of the configs that need no path."""
+    return sorted({path.stem for folder in folders() for path in folder.glob("*.yaml")})
+
+
+def load(argument: str | None, flags: dict[str, Any]) -> tuple[Config, list[str]]:
+    """The settings of a CONFIG argument (see `find`) with flags over them, and notes for the user.
+
+    Raises:
+        BadInput: the file or any value is wrong.
+    """
+    base: dict[str, Any] = {}
+    notes: list[str] = []
+    path = find(argument) if argument else None
+    if path and path.suffix == ".py":
+        base, notes = nanogpt.parse(path)
+    elif path:
+        base = read_yaml(path)
+    if not flags.get("dataset"):
+        flags = {key: value for key, value in flags.items() if key != "dataset"}  # an empty variable of a script
+    values, translated = nanogpt.merge(base, flags, foreign=bool(path and path.suffix == ".py"))
+    if isinstance(values.get("dataset"), str):
+        values["dataset"] = paths.dataset_name(values["dataset"])
+    config = validate(values, str(path or "flags"))
+    name = config.name or default_name(config, path, base.get("dataset"))
+    return config.model_copy(update={"name": paths.checked_name(name, "run")}), notes + translated
+
+
+def default_name(config: Config, path: Path | None, usual_dataset: str | None) -> str:
+    """A run's name where neither the file nor a flag gives one: the file's, with the dataset's if it is another."""
+    dataset = Path(config.dataset).name
+    if path:
+        return path.stem if usual_dataset in (None, config.dataset) else f"{path.stem}-{dataset}"
+    start = Path(config.init_from).name if config.init_from != "scratch" else config.model
+    return f"{start}-{dataset}"
+
+
+def find(config: str) -> Path:
+    """The file that a CONFIG argument means: a path, or the name of a shipped one.
+
+    Raises:
+        BadInput: neither.
+    """
+    path = Path(config)
+    if path.suffix in (".yaml", ".yml", ".py") or "/" in config:
+        if path.is_file():
+            return path
+        raise BadInput(f"no file {config}", f"a YAML file, a nanoGPT config, or one of: {', '.join(shipped())}")
+    for folder in folders():
+        if (folder / f"{config}.yaml").is_file():
+            return folder / f"{config}.yaml"
+    near = difflib.get_close_matches(config, shipped(), 1)
+    raise BadInput(
+        f"no config {config!r}" + (f"; did you mean {near[0]}?" if near else ""),
+        f"a YAML file, a nanoGPT config, or one of: {', '.join(shipped())}",
+    )
+
+
+def to_yaml(config: Config) -> str:
+    """All settings as resolved, grouped, for the run's own config.yaml."""
+    lines: list[str] = []
+    group = ""
+    for key, field in Config.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra["group"] != group:
+            group = str(extra["group"])
+            lines.append(f"{'' if not lines else chr(10)}# {group}")
+        lines.append(yaml.safe_dump({key: getattr(config, key)}, allow_unicode=True, width=1000).rstrip())
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,100 @@
+"""The published GPT-2 weights: where they come from, what they must hash to, their shape. Importable without torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from gpt2box.config import MODEL_SHAPES, Config
+from gpt2box.data import assets
+from gpt2box.errors import BadInput, Damaged
+from gpt2box.paths import model_dir
+from gpt2box.planning.shape import ModelShape
+
+HUB_REVISIONS = {
+    "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+}
+HUB_PINS = {
+    "gpt2": (548_105_171, "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
+    "gpt2-medium": (1_519_984_962, "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd"),
+}
+
+
+def pretrained_folder(init_from: str) -> Path:
+    """The folder an `init_from` means; a published size is downloaded unless its folder is filled.
+
+    Raises:
+        BadInput: no such folder.
+        TryAgain, Damaged: see assets.fetch.
+    """
+    if init_from not in MODEL_SHAPES:
+        folder = Path(init_from) if "/" in init_from else model_dir(init_from)
+        if not (folder / "config.json").is_file():
+            raise BadInput(
+                f"init_from {init_from}: no config.json in {folder}",
+                f"scratch, one of {', '.join(MODEL_SHAPES)}, or a folder in the Hugging Face layout",
+            )
+        return folder
+    folder = model_dir(init_from)
+    if (folder / "config.json").is_file():
+        return folder  # put there by the user
+    if init_from not in HUB_PINS:
+        raise BadInput(
+            f"no weights of {init_from} in {folder}; this version has no pinned checksum to download them by",
+            "config.json and model.safetensors of openai-community/" + init_from,
+            f"put them into {folder}",
+        )
+    size_bytes, sha256 = HUB_PINS[init_from]
+    url = f"{assets.hub_endpoint()}/openai-community/{init_from}/resolve/{HUB_REVISIONS[init_from]}/model.safetensors"
+    assets.fetch(assets.Asset("model.safetensors", size_bytes, sha256, url), folder)
+    return folder
+
+
+def shape_from(config: Config, stored: ModelShape, where: str, vocab_size: int | None) -> ModelShape:
+    """The shape of a run that begins from weights of that shape, on a dataset of that vocabulary, where it is known.
+
+    Raises:
+        BadInput: the settings and the weights, or the weights and the dataset, do not fit.
+    """
+    faults = [
+        f"{key}: found {value} in the settings, {getattr(stored, key)} in {where}"
+        for key in ("n_layer", "n_head", "n_embd")
+        if (value := getattr(config, key)) not in (None, getattr(stored, key))
+    ]
+    if config.block_size > stored.block_size:
+        faults.append(f"block_size: found {config.block_size}; the weights allow at most {stored.block_size}")
+    if vocab_size not in (None, stored.vocab_size):
+        faults.append(
+            f"dataset {config.dataset} has a vocabulary of {vocab_size:,} tokens, the weights one of "
+            f"{stored.vocab_size:,}"
+        )
+    if faults:
+        raise BadInput("\n    ".join(faults), f"settings and data that fit {config.init_from}")
+    return replace(stored, block_size=config.block_size)
+
+
+def shape_in(folder: Path) -> ModelShape:
+    """The shape of the model in a Hugging Face folder (or one that pretrained_folder downloaded).
+
+    Raises:
+        BadInput: not GPT-2's architecture.
+        Damaged: config.json is unreadable.
+    """
+    path = folder / "config.json"
+    if not path.exists() and folder.name in MODEL_SHAPES:
+        sizes = MODEL_SHAPES[folder.name]
+        return ModelShape(**sizes, block_size=1024, vocab_size=50_257, bias=True)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("model_type") != "gpt2":
+            raise BadInput(f"{path}: model_type {config.get('model_type')!r}", "'gpt2'")
+        for key, expected in {"activation_function": "gelu_new", "n_inner": None, "layer_norm_epsilon": 1e-5}.items():
+            if config.get(key, expected) not in (expected, 4 * config["n_embd"] if key == "n_inner" else expected):
+                raise BadInput(f"{path}: {key} {config[key]!r}", f"{expected!r}, as in the published GPT-2")
+        sizes = {key: int(config[key]) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+        bias = bool(config.get("gpt2box", {}).get("bias", True))
+        return ModelShape(**sizes, block_size=int(config["n_positions"]), bias=bias)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path} is damaged ({error!r})", "a GPT-2 config as transformers writes it") from error

@@ -1,0 +1,71 @@
+"""A run's micro-batch and recompute on the device that is here, with the memory that is free now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from gpt2box.config import Config
+from gpt2box.machine.device import describe
+from gpt2box.machine.gpu import Card, ask_driver
+from gpt2box.machine.host import memory_bytes
+from gpt2box.paths import read_object, run_dir
+from gpt2box.planning.cards import card_found
+from gpt2box.planning.choose import Option, Place, choose, options
+from gpt2box.planning.memory import CUDA_CONTEXT
+from gpt2box.planning.shape import ModelShape
+
+
+def place_of(device: torch.device, dtype: str, compiled: bool) -> Place:
+    """The device, with what is free there now."""
+    card = card_of(device)
+    if device.type == "cuda":
+        free = card.free_bytes if card else None
+        if free is None:  # asked through PyTorch, CUDA's own share is already taken
+            free = torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT
+    else:
+        free = memory_bytes()[1]
+    kind = card_found(card.name, card.total_bytes) if card else None
+    return Place(describe(device), free, kind, dtype, device.type == "cuda", compiled)
+
+
+def choose_way(config: Config, shape: ModelShape, place: Place) -> Option:
+    """Micro-batch and recompute: those the run had before, where they still fit, else the fastest that fits.
+
+    Raises:
+        MachineCannot: nothing that the settings leave open fits into the memory that is free now.
+    """
+    found = options(config, shape, place)
+    if config.eval_only or not steps_remain(config):
+        return found[0]  # nothing is trained
+    before = recorded_way(run_dir(config.name))
+    found.sort(key=lambda option: (option.micro_batch_size, option.activation_checkpointing) != before)
+    return choose(found, config, shape, place)
+
+
+def ways_down(config: Config, shape: ModelShape, place: Place) -> list[Option]:
+    """All ways to do the steps, for when memory runs out, the fixed settings' own as well."""
+    open_ = config.model_copy(update={"micro_batch_size": "auto", "activation_checkpointing": "auto"})
+    return options(open_, shape, place)
+
+
+def card_of(device: torch.device) -> Card | None:
+    """What the driver says of the device's card."""
+    cards = ask_driver().cards if device.type == "cuda" else []
+    return cards[device.index or 0] if len(cards) > (device.index or 0) else None
+
+
+def steps_remain(config: Config) -> bool:
+    """Whether the run has steps left to do, as far as its newest checkpoint's name tells."""
+    folders = (run_dir(config.name) / "checkpoints").glob("step-*")
+    done = [int(path.name[5:]) for path in folders if path.name[5:].isdigit()]
+    return max(done, default=-1) < config.max_steps
+
+
+def recorded_way(run: Path) -> tuple[int, str] | None:
+    """Micro-batch and recompute in a run's plan.json."""
+    content = read_object(run / "plan.json")
+    if not {"micro_batch_size", "activation_checkpointing"} <= content.keys():
+        return None
+    return content["micro_batch_size"], content["activation_checkpointing"]

@@ -1,0 +1,117 @@
+"""What a training job needs from outside (its dataset, the weights to begin from): what is missing, and bringing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt2box.config import MODEL_SHAPES, Config
+from gpt2box.data.corpora import CORPORA, own_text
+from gpt2box.data.prepare import Request, prepare
+from gpt2box.data.published import HUB_PINS, pretrained_folder
+from gpt2box.data.tokens import open_dataset
+from gpt2box.errors import VolumeUnwritable
+from gpt2box.machine import host
+from gpt2box.paths import dataset_dir, make_writable, model_dir, run_dir, volumes
+from gpt2box.planning.shape import ModelShape
+from gpt2box.progress import say, size
+
+VOLUMES = ("data", "models", "runs")
+VAL_FRACTION = 0.1  # of `prepare`, too
+CHAR = "-char"  # what a dataset of characters is called by default
+CORPUS_BYTES = {"shakespeare": 9_000_000, "tinyshakespeare": 3_000_000}  # of the raw text and the tokens
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something that a job will write to a volume."""
+
+    volume: str  # data, models or runs
+    what: str
+    size_bytes: int
+    hub: bool = False  # whether it comes from the Hugging Face Hub
+
+
+def needs(config: Config) -> list[Need]:
+    """What is not there yet, and what the run itself will write."""
+    found = []
+    corpus = corpus_of(config.dataset)
+    if not has_dataset(config) and corpus:
+        found.append(Need("data", f"the dataset {config.dataset}", CORPUS_BYTES[corpus]))
+    weights = config.init_from
+    if weights in HUB_PINS and not any((model_dir(weights) / n).exists() for n in ("model.safetensors", "config.json")):
+        found.append(Need("models", f"the weights of {weights}", HUB_PINS[weights][0], hub=True))
+    sizes = MODEL_SHAPES.get(weights) or config.shape()
+    shape = ModelShape(**sizes, block_size=config.block_size, vocab_size=50_257, bias=True)
+    bytes_each = shape.checkpoint_bytes(config.weights_dtype, config.optimizer_states)
+    kept = config.keep_last + 2  # the best, and the one being written
+    there = sum(path.stat().st_size for path in (run_dir(config.name) / "checkpoints").glob("step-*/*"))
+    found.append(Need("runs", f"{kept} checkpoints", max(kept * bytes_each - there, 0)))
+    return found
+
+
+def by_disk(config: Config | None) -> list[tuple[list[str], int, list[Need]]]:
+    """Volumes that share a disk: their names, the bytes free on it, and what the job writes there.
+
+    Raises:
+        VolumeUnwritable: a volume cannot be created or written.
+    """
+    wanted = needs(config) if config else []
+    disks: dict[int, list[str]] = {}
+    for volume in VOLUMES:
+        disks.setdefault(make_writable(volumes() / volume).stat().st_dev, []).append(volume)
+    return [
+        (names, host.free_bytes(volumes() / names[0]), [need for need in wanted if need.volume in names])
+        for names in disks.values()
+    ]
+
+
+def check_space(config: Config) -> None:
+    """Before a long preparation: whether the volumes can be written and hold what the job will write.
+
+    Raises:
+        VolumeUnwritable: with the bytes missing.
+    """
+    for names, free, wanted in by_disk(config):
+        needed = sum(need.size_bytes for need in wanted)
+        if needed > free:
+            listed = ", ".join(f"{need.what} {size(need.size_bytes)}" for need in wanted)
+            raise VolumeUnwritable(
+                f"{size(free)} free for {', '.join(names)} in {volumes()}; the job writes {size(needed)} ({listed})",
+                f"{size(needed - free)} more",
+                "free space, or set GPT2BOX_VOLUMES to a folder on a larger disk",
+            )
+
+
+def has_dataset(config: Config) -> bool:
+    """Whether the dataset's tokens are there."""
+    return (dataset_dir(config.dataset) / "train.bin").exists()
+
+
+def corpus_of(dataset: str) -> str:
+    """The known corpus that a dataset's default name stands for, or nothing."""
+    name = dataset.removesuffix(CHAR)
+    return name if name in CORPORA else ""
+
+
+def bring(config: Config, text: Path | None) -> None:
+    """Make the dataset, from `text` or the known corpus of its name, and download the weights, unless they are there.
+
+    Raises:
+        BadInput: the dataset is not there and nothing says what to make it from.
+        TryAgain, Damaged, VolumeUnwritable: see assets.fetch.
+    """
+    folder = dataset_dir(config.dataset)
+    corpus = corpus_of(config.dataset)
+    if text:
+        _, written = prepare(own_text([text]), Request("gpt2", VAL_FRACTION), folder)
+    elif not has_dataset(config) and corpus:
+        tokenizer = "char" if config.dataset.endswith(CHAR) else "gpt2"
+        _, written = prepare(CORPORA[corpus](), Request(tokenizer, VAL_FRACTION), folder)
+    else:
+        written = False
+    dataset = open_dataset(folder)  # says what to do where it is missing
+    made = "made" if written else "there"
+    say(f"dataset {config.dataset}: {made}, {dataset.tokens('train'):,} tokens to train on")
+    if config.init_from in MODEL_SHAPES:
+        say(f"weights of {config.init_from}: {pretrained_folder(config.init_from)}")

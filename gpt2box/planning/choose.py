@@ -1,0 +1,170 @@
+"""Which micro-batch and how much recompute: the fastest plan that fits the memory. `tokens_per_step` never changes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gpt2box.config import Config
+from gpt2box.errors import MachineCannot
+from gpt2box.planning.cards import CARDS, CardKind
+from gpt2box.planning.memory import Memory, Step, training_memory
+from gpt2box.planning.shape import ModelShape
+from gpt2box.planning.throughput import tokens_per_sec
+from gpt2box.progress import size
+
+RECOMPUTE = ("none", "selective", "full")
+MOST_TOKENS = 65_536  # of a micro-batch: more make no card faster
+CPU_SEQUENCES = 4  # on a CPU a larger micro-batch only falls out of the caches
+BF16_FROM = (8, 0)  # compute capability with bfloat16 in hardware
+USUAL = CARDS["rtx-4070"]  # whose balance of arithmetic and bandwidth orders the choices where the card is unknown
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to do the same steps."""
+
+    micro_batch_size: int
+    grad_accum_steps: int
+    activation_checkpointing: str
+    memory: Memory
+    tokens_per_sec: float  # expected; 0: no figure for this device
+
+    def words(self) -> str:
+        """As settings."""
+        return f"micro_batch_size {self.micro_batch_size}, activation_checkpointing {self.activation_checkpointing}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the steps are to be done."""
+
+    name: str
+    free_bytes: int
+    kind: CardKind | None  # None: a card that the table lacks, or a CPU
+    dtype: str
+    on_gpu: bool
+    compiled: bool  # whether the model is compiled there, where the settings allow it
+
+
+# Settings that take less memory, the mildest first.
+RUNGS: list[dict[str, Any]] = [
+    {"micro_batch_size": "auto", "activation_checkpointing": "auto"},
+    {"compile": False},
+    {"optimizer_states": "int8"},
+    {"optimizer_states": "int8", "compile": False},
+    {"optimizer_states": "int8", "optimizer_in_backward": True},
+    {"optimizer_states": "int8", "optimizer_in_backward": True, "weights_dtype": "bfloat16"},
+]
+CHANGES_NUMBERS = {"optimizer_states", "optimizer_in_backward", "weights_dtype"}
+
+
+def options(config: Config, shape: ModelShape, place: Place) -> list[Option]:
+    """Every way that the settings leave open, fastest first; a setting that is not `auto` is obeyed."""
+    found = list(ways(config, shape, place))
+    if place.on_gpu:
+        ranking = place.kind if place.kind and place.kind.bf16_tflops else USUAL
+        compiled = place.compiled and config.may_compile
+        found.sort(key=lambda option: -rate(config, shape, ranking, option, compiled))
+    else:  # less recompute first, then the largest micro-batch up to what suits a CPU
+        found.sort(key=lambda o: (RECOMPUTE.index(o.activation_checkpointing), abs(CPU_SEQUENCES - o.micro_batch_size)))
+    return found
+
+
+def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:
+    """The options in no order."""
+    compiled = place.compiled and config.may_compile
+    sequences = config.tokens_per_step // config.block_size
+    most = min(sequences, max(MOST_TOKENS // shape.block_size, 1) if place.on_gpu else CPU_SEQUENCES)
+    sizes = [n for n in range(1, most + 1) if sequences % n == 0]
+    if config.micro_batch_size != "auto":
+        sizes = [config.micro_batch_size]
+    modes = ["none", "full"] if compiled else list(RECOMPUTE)  # compiled, selective is undone (see memory.py)
+    if config.activation_checkpointing != "auto":
+        modes = [config.activation_checkpointing]
+    for count, mode in itertools.product(sizes, modes):
+        accumulation = sequences // count
+        step = Step(
+            micro_batch_size=count,
+            accumulates=accumulation > 1,
+            dtype=place.dtype,
+            activation_checkpointing=mode,
+            loss_chunk_tokens=config.loss_chunk_tokens,
+            dropout=config.dropout > 0,
+            on_gpu=place.on_gpu,
+            compiled=compiled,
+            weights_dtype=config.weights_dtype,
+            optimizer_states=config.optimizer_states,
+            optimizer_in_backward=config.optimizer_in_backward,
+        )
+        option = Option(count, accumulation, mode, training_memory(shape, step), 0.0)
+        known = place.kind and place.on_gpu and place.dtype == "bfloat16"
+        yield (
+            replace(option, tokens_per_sec=rate(config, shape, place.kind, option, compiled))
+            if known and place.kind
+            else option
+        )
+
+
+def rate(config: Config, shape: ModelShape, kind: CardKind, option: Option, compiled: bool) -> float:
+    """Expected tokens a second."""
+    lean = config.optimizer_states != "float32" or config.weights_dtype != "float32"
+    updates = option.grad_accum_steps if config.optimizer_in_backward else int(lean)
+    way = (option.micro_batch_size, option.grad_accum_steps, option.activation_checkpointing)
+    return tokens_per_sec(shape, kind, *way, compiled, updates)
+
+
+def lower(found: list[Option], too_much: dict[str, int]) -> Option | None:
+    """The fastest of the options that takes clearly less than what turned out to be too much (bytes by part)."""
+
+    def varying(parts: dict[str, int]) -> int:
+        return sum(parts[name] for name in ("weights", "gradients", "optimizer", "activations", "loss"))
+
+    return next((option for option in found if varying(option.memory.parts()) < 0.95 * varying(too_much)), None)
+
+
+def fitting(found: list[Option], place: Place) -> Option | None:
+    """The first of the options that fits into what is free; `options` has the fastest first."""
+    return next((option for option in found if option.memory.total <= place.free_bytes), None)
+
+
+def rungs(config: Config, shape: ModelShape, place: Place) -> Iterator[tuple[str, Option, bool]]:
+    """Other settings with which something fits: as flags, the fastest way with them, whether numbers change."""
+    tried: list[dict[str, Any]] = [{}]
+    compiles = place.compiled and config.may_compile
+    for changes in RUNGS:
+        if config.compile is True and "optimizer_in_backward" in changes:  # the two exclude each other
+            changes = changes | {"compile": "auto"}
+        changed = {key: value for key, value in changes.items() if getattr(config, key) != value}
+        if not compiles:
+            changed.pop("compile", None)
+        if changed in tried:
+            continue
+        tried.append(changed)
+        other = config.model_copy(update=changed)
+        if way := fitting(options(other, shape, place), place):
+            flags = " ".join(f"--{key.replace('_', '-')} {str(value).lower()}" for key, value in changed.items())
+            yield flags, way, bool(changed.keys() & CHANGES_NUMBERS)
+
+
+def choose(found: list[Option], config: Config, shape: ModelShape, place: Place) -> Option:
+    """The first of the options that fits.
+
+    Raises:
+        MachineCannot: none does; says which comes nearest, and the mildest change of settings that does fit.
+    """
+    if way := fitting(found, place):
+        return way
+    nearest = min(found, key=lambda option: option.memory.total)
+    flags, way, changes = next(rungs(config, shape, place), ("", nearest, False))
+    cost = "; changes the numbers, see docs/memory.md: a run that has begun goes on as it was" if changes else ""
+    raise MachineCannot(
+        f"{place.name} has {size(max(place.free_bytes, 0))} free; the least that these settings need is "
+        f"{size(nearest.memory.total)} ({nearest.words()}; estimated)",
+        "a plan that fits",
+        f"{flags} fits ({size(way.memory.total)}, {way.words()}{cost})"
+        if flags
+        else "a smaller model or block_size; or close other programs",
+    )

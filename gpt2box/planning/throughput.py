@@ -1,0 +1,44 @@
+"""Expected speed on a card, from its data sheet: a roofline with a stated efficiency. An estimate."""
+
+from __future__ import annotations
+
+from gpt2box.planning.cards import CardKind
+from gpt2box.planning.memory import padded_parameters
+from gpt2box.planning.shape import ModelShape
+
+EFFICIENCY = 0.6  # of the tensor cores' dense rate; a 4070 was seen at 0.82 with 124M, larger cards at 0.4 to 0.6
+EAGER = (
+    0.65  # of that when not compiled: nanoGPT's README has 1.85 times as fast compiled on an A100; less is at stake on
+)
+# cards whose memory is fast for their arithmetic
+BANDWIDTH_EFFICIENCY = 0.8
+LEAN_BYTES = 400  # a parameter, read and written by some 40 operations; counted, not measured
+FULL_GPU_TOKENS = 1024  # a micro-batch of so many tokens reaches half of it
+# Arithmetic over that of a plain step, in which the backward pass is two thirds.
+RECOMPUTED = {"none": 1.0, "selective": 1.02, "full": 4 / 3}
+
+
+def tokens_per_sec(
+    shape: ModelShape,
+    kind: CardKind,
+    micro_batch_size: int,
+    grad_accum_steps: int,
+    activation_checkpointing: str,
+    compiled: bool,
+    lean_updates: int = 0,
+) -> float:
+    """Expected tokens a second in training, with bfloat16; 0 for a card without bfloat16.
+
+    `lean_updates`: how often in a step training/lean.py goes through all parameters.
+    """
+    if not kind.bf16_tflops:
+        return 0.0
+    M = micro_batch_size * shape.block_size
+    share = EFFICIENCY * (1.0 if compiled else EAGER) * M / (M + FULL_GPU_TOKENS / 4)
+    arithmetic = M * shape.flops_per_token * RECOMPUTED[activation_checkpointing] / (kind.bf16_tflops * 1e12 * share)
+    N = padded_parameters(shape)
+    per_byte = 1 / (kind.bandwidth_gb_s * 1e9 * BANDWIDTH_EFFICIENCY)
+    weights = 24 * N * per_byte  # a micro-step reads weights twice, writes two copies, adds to the gradients
+    # The optimizer's step: weights, gradients, two averages, read and written; lean.py's, operation by operation.
+    update = (LEAN_BYTES * lean_updates if lean_updates else 32) * N * per_byte
+    return grad_accum_steps * M / (grad_accum_steps * (arithmetic + weights) + update)

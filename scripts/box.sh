@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# What the Makefile's container tasks do: look first whether Docker can do it, then run, and return the job's exit code.
+#   scripts/box.sh image [OPTION...]           options go to `docker build`
+#   scripts/box.sh preflight JOB [OPTION...]
+#   scripts/box.sh job JOB [OPTION...]         preflight, fetch, train; options go to each of them
+#   scripts/box.sh run SERVICE [ARGUMENT...]   one service of compose.yaml, such as sample
+#   scripts/box.sh stop                        what runs saves and ends
+# CPU=1 does without a GPU. STACK, GPU, DATA and the rest come from the environment or .env.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+fail() { # found, next, exit code
+    printf 'error: %s\n  next: %s\n' "$1" "$2" >&2
+    exit "${3:-3}"
+}
+
+# --- place and identity, for compose.yaml ---------------------------------------------------------------------------
+setting() { # a variable of the environment, else of .env, else the default
+    local value=${!1:-}
+    if [ -z "$value" ] && [ -f .env ]; then
+        value=$(sed -n "s/^$1=//p" .env | tail -1 | sed 's/\r$//; s/[[:space:]]#.*//; s/[[:space:]]*$//; s/^"\(.*\)"$/\1/')
+    fi
+    printf '%s' "${value:-$2}"
+}
+STACK=$(setting STACK cu121)
+[ "${CPU:-}" != 1 ] || STACK=cpu
+case $STACK in
+cu121 | cu13x) files=(-f compose.yaml) on_cpu=() ;;
+cpu) files=(-f compose.yaml -f compose.cpu.yaml) on_cpu=(--device cpu) ;;
+*) fail "STACK=$STACK" 'STACK=cu121, cu13x or cpu' 2 ;;
+esac
+DATA=$(setting DATA '')
+GPT2BOX_UID=$(setting GPT2BOX_UID "$(id -u)")
+GPT2BOX_GID=$(setting GPT2BOX_GID "$(id -g)")
+VERSION=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' gpt2box/__init__.py)
+REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)
+LOCK_SHA256=$(cat requirements/"$STACK"*.lock | sha256sum | cut -d' ' -f1)
+export STACK DATA GPT2BOX_UID GPT2BOX_GID VERSION REVISION LOCK_SHA256
+image=$(setting GPT2BOX_NAME gpt2box):$STACK
+
+# --- what must be there ---------------------------------------------------------------------------------------------
+check_docker() {
+    local cpu_way='or train without Docker, on the CPU: make demo' compose
+    command -v docker >/dev/null || fail 'Docker is not installed' "install Docker Engine (docs/containers.md); $cpu_way"
+    docker info >/dev/null 2>&1 ||
+        fail "the Docker engine does not answer: $(docker info 2>&1 | tail -1)" "start it, or join the group docker; $cpu_way"
+    compose=$(docker compose version --short 2>/dev/null || echo 0)
+    printf '2.24.0\n%s\n' "${compose#v}" | sort -VC ||
+        fail "Docker Compose ${compose/#0/(none)}; at least 2.24 is needed" "install it (docs/containers.md); $cpu_way"
+    docker buildx version >/dev/null 2>&1 ||
+        fail 'Docker has no buildx, which builds the image' "install it (docs/containers.md); $cpu_way"
+}
+
+check_nvidia() {
+    [ "$STACK" != cpu ] || return 0
+    local cpu_way='or without a GPU: the same with CPU=1, or make demo' answer
+    # Where the driver is broken, no container with a card starts, so preflight could not say it.
+    if command -v nvidia-smi >/dev/null && ! answer=$(nvidia-smi -L 2>&1); then
+        fail "the NVIDIA driver does not answer: ${answer##*$'\n'}" "reboot after an update, or install it anew; $cpu_way"
+    fi
+    docker info --format '{{json .Runtimes}}' 2>/dev/null | grep -q nvidia && return
+    command -v nvidia-container-runtime-hook nvidia-container-cli >/dev/null && return
+    compgen -G '/etc/cdi/nvidia*' >/dev/null && return
+    compgen -G '/var/run/cdi/nvidia*' >/dev/null && return
+    fail 'Docker has no NVIDIA runtime, so no container sees the GPU' \
+        "install the NVIDIA Container Toolkit (docs/containers.md); $cpu_way"
+}
+
+make_image() {
+    local extra=(--tag "$image")
+    # A folder of wheels of one's own, as pip knows it.
+    [ "$STACK" != cpu ] || [ ! -d "${PIP_FIND_LINKS:-}" ] || extra+=(--build-context "wheelhouse=$PIP_FIND_LINKS")
+    [ "$STACK" = cpu ] || extra+=(--tag "${image%:*}:latest")
+    docker build --build-arg STACK --build-arg VERSION --build-arg REVISION --build-arg LOCK_SHA256 "${extra[@]}" "$@" .
+}
+
+ensure_image() { # there, and of this revision: a rebuild after a change of the source takes seconds
+    local built
+    built=$(docker image inspect "$image" --format '{{index .Config.Labels "org.opencontainers.image.revision"}}' \
+        2>/dev/null || echo none)
+    if [ "$built" = none ] || { [ "$REVISION" != unknown ] && [ "$built" != "$REVISION" ]; }; then
+        echo "building the image $image" >&2
+        make_image >&2
+    fi
+}
+
+service() { # a service to its end, in the terminal where there is one; its exit code
+    docker compose "${files[@]}" run --rm --no-deps "$@"
+}
+
+task=$1
+shift
+if [ -n "$DATA" ]; then
+    [ -e "$DATA" ] || fail "no file or folder $DATA" 'DATA=mybook.txt, or a folder of texts' 2
+    DATA=$(realpath "$DATA")
+fi
+check_docker
+case $task in
+image)
+    make_image "$@"
+    ;;
+preflight | job)
+    job=$1
+    base=${job%-large} && base=${base%-xl} # finetune-large and finetune-xl run in the services of finetune
+    shift
+    check_nvidia
+    ensure_image
+    mkdir -p volumes/data volumes/models volumes/runs
+    options=("$job" ${DATA:+"--dataset=/input/$DATA"} ${on_cpu[@]+"${on_cpu[@]}"} "$@")
+    service "$base-preflight" preflight "${options[@]}"
+    if [ "$task" = job ]; then
+        service "$base-prepare" fetch "${options[@]}"
+        service "$base" train "${options[@]}"
+    fi
+    ;;
+run)
+    [ "$1" = tensorboard ] || check_nvidia
+    ensure_image
+    if [ "$1" = tensorboard ]; then set -- --service-ports "$@"; fi
+    service "$@"
+    ;;
+stop)
+    project=$(docker compose "${files[@]}" config --format json | sed -n 's/^  "name": "\(.*\)",$/\1/p')
+    docker ps --quiet --filter "label=com.docker.compose.project=$project" | xargs --no-run-if-empty docker stop --time 300
+    ;;
+*)
+    fail "no task $task" 'image, preflight, job, run or stop' 2
+    ;;
+esac

@@ -1,0 +1,99 @@
+"""On a GPU: planned memory against PyTorch's own count, and running out of it for real. `make test-gpu`.
+
+A larger card is made one of 12 GB by a cap on this process. Not yet run on any card.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2box.errors import MachineCannot
+from gpt2box.job import configure, run_job
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.planning.memory import GIB
+from gpt2box.stop import StopRequest
+from gpt2box.training.loop import autocast
+from gpt2box.training.optim import make_optimizer, make_update
+from tests.conftest import TINY
+from tests.planning.test_plan import planned, shape_of
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+LEAN = {"optimizer_states": "int8", "weights_dtype": "bfloat16", "optimizer_in_backward": "true"}
+
+
+@pytest.fixture
+def twelve_gib() -> Iterator[None]:
+    """This process gets no more than a 12 GB card has."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(11.3 * GIB / total, 1.0))
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "micro_batch_size", "mode", "settings"),
+    [
+        ("gpt2", 8, "none", {}),
+        ("gpt2-medium", 4, "none", {}),
+        ("gpt2-medium", 8, "selective", {}),
+        ("gpt2-medium", 32, "full", {}),
+        ("gpt2-large", 4, "full", {"optimizer_states": "int8"}),
+        ("gpt2-xl", 4, "full", LEAN),
+    ],
+)
+def test_planned_memory_is_what_the_card_gives(
+    size: str,
+    micro_batch_size: int,
+    mode: str,
+    settings: dict[str, object],
+    twelve_gib: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan, way = planned(shape_of(size), micro_batch_size, mode, "bfloat16", **settings)
+    plan = replace(plan, device="cuda")
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    model = GPT2.empty(plan.shape, 0.0, "cuda", getattr(torch, plan.weights_dtype))
+    model.initialise(0)
+    configure(model, plan)
+    update = make_update(make_optimizer(model, plan), plan)
+    for step in range(2):
+        loss = torch.zeros((), device="cuda")
+        for micro_step in range(plan.grad_accum_steps):
+            batch = torch.randint(0, 50_257, (micro_batch_size, 1025), device="cuda")
+            with autocast(plan):
+                micro_loss = model(batch[:, :-1], batch[:, 1:], 1.0 / plan.grad_accum_steps)
+            update.before_backward(step, micro_step, 1e-5, micro_loss)
+            micro_loss.backward()
+            loss += micro_loss.detach()
+            del micro_loss
+        update(loss)
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    with capsys.disabled():
+        print(
+            f"\n{size} {micro_batch_size} {mode}: planned ÷ measured {way.memory.allocated / allocated:.3f} allocated "
+            f"({allocated / GIB:.2f} GiB), {way.memory.reserved / reserved:.3f} reserved ({reserved / GIB:.2f} GiB)"
+        )
+    assert 1.0 <= way.memory.reserved / reserved <= 1.2
+
+
+def test_real_exhaustion_steps_down_and_ends_well(volumes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {**TINY, "name": "run", "device": "cuda", "n_embd": 512, "n_layer": 8, "n_head": 8, "block_size": 512}
+    settings |= {"micro_batch_size": 64, "tokens_per_step": 64 * 512, "max_steps": 2, "compile": False}
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(1.5 * GIB / total)
+    try:
+        run_job(None, {key: str(value) for key, value in settings.items()}, StopRequest())
+    except MachineCannot as error:
+        pytest.fail(str(error))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory in step" in capsys.readouterr().err

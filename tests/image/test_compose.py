@@ -1,0 +1,231 @@
+"""The profiles of compose.yaml and the Makefile's tasks, really run, on the CPU override with a tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.image.conftest import Project, docker
+
+
+def state(project: Project, run: str) -> dict[str, object]:
+    return json.loads(project.path("runs", run, "checkpoints", "last", "state.json").read_text())  # type: ignore[no-any-return]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.2)
+
+
+def test_shakespeare_runs_to_the_end_and_says_so_when_started_again(project: Project) -> None:
+    project.config("shakespeare", dataset="shakespeare")
+    done = project.compose("--profile", "shakespeare", "up", "--no-color")
+    assert done.returncode == 0 and "finished at step 30" in done.stderr + done.stdout, done.stderr
+    assert state(project, "shakespeare")["step"] == 30
+    assert project.path("runs", "shakespeare", "loss.png").stat().st_uid == project.owner
+    manifest = json.loads(project.path("runs", "shakespeare", "manifest.json").read_text())
+    assert manifest["sessions"][0]["image"].startswith("cpu ")
+    again = project.compose("--profile", "shakespeare", "up", "--no-color")
+    assert again.returncode == 0 and "finished at step 30" in again.stderr + again.stdout
+    sample = project.compose("run", "--rm", "-T", "sample", "--prompt", "KING", "--max-new-tokens", "5")
+    assert sample.returncode == 0 and sample.stdout.startswith("KING")
+
+
+def test_openwebtext_trains_on_files_as_nanogpt_writes_them(project: Project) -> None:
+    project.config("openwebtext", dataset="openwebtext")
+    folder = project.path("data", "openwebtext")
+    folder.mkdir()
+    tokens = np.random.default_rng(0).integers(0, 50_257, 20_000).astype("<u2")
+    tokens.tofile(folder / "train.bin")
+    tokens[:2_000].tofile(folder / "val.bin")
+    done = project.compose("--profile", "openwebtext", "up", "--no-color")
+    assert done.returncode == 0 and state(project, "openwebtext")["step"] == 30, done.stderr
+
+
+@pytest.fixture
+def pretrained(project: Project) -> Path:
+    """A small random GPT-2 as transformers saves it, in volumes/models."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = project.path("models", "small")
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64, attn_implementation="eager")
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    subprocess.run(["chown", "-R", "1234:1234", folder], check=True)
+    return folder
+
+
+def test_finetune_learns_ones_own_text_named_by_one_variable(project: Project, pretrained: Path) -> None:
+    settings = {"dataset": "shakespeare", "init_from": "small", "n_layer": None, "n_head": None, "n_embd": None}
+    project.config("finetune", **settings)
+    text = project.folder.parent / "my book.txt"
+    text.write_text("It was a bright cold day in April. " * 400)
+    text.chmod(0o644)
+    done = project.compose("--profile", "finetune", "up", "--no-color", DATA=str(text))
+    assert done.returncode == 0, done.stderr
+    assert state(project, "finetune-my-book")["step"] == 30
+    assert project.path("data", "my-book", "train.bin").exists()
+    shutil.copy(text, project.folder / "notes.md")
+    done = project.compose("--profile", "finetune", "up", "--no-color", DATA="./notes.md")
+    assert done.returncode == 0 and state(project, "finetune-notes")["step"] == 30, done.stderr
+
+
+def test_stop_saves_and_up_goes_on(project: Project) -> None:
+    project.config("shakespeare", dataset="shakespeare", max_steps=100_000)
+    assert project.compose("--profile", "shakespeare", "up", "--detach").returncode == 0
+    metrics = project.path("runs", "shakespeare", "metrics.jsonl")
+    wait_for(lambda: metrics.exists() and '"train"' in metrics.read_text())
+    assert project.compose("--profile", "shakespeare", "stop").returncode == 0
+    logs = project.compose("--profile", "shakespeare", "logs", "--no-color", "shakespeare").stdout
+    assert "stopped by SIGTERM" in logs and "saved" in logs
+    step = state(project, "shakespeare")["step"]
+    assert isinstance(step, int) and step > 0
+    project.config("shakespeare", dataset="shakespeare", max_steps=step + 10)
+    again = project.compose("--profile", "shakespeare", "up", "--no-color")
+    assert f"at step {step:,}" in again.stderr + again.stdout and state(project, "shakespeare")["step"] == step + 10
+
+
+def test_training_has_no_network_and_writes_to_its_runs_alone(project: Project) -> None:
+    program = (
+        "import pathlib, socket\n"
+        "print([name for _, name in socket.if_nameindex()])\n"
+        "places = '/volumes/data /volumes/models /configs /opt /volumes/runs /tmp /tmp/cache'\n"
+        "for place in places.split():\n"
+        "    try:\n"
+        "        pathlib.Path(place, 'x').write_text('')\n"
+        "        print('written', place)\n"
+        "    except OSError:\n"
+        "        pass\n"
+    )
+    done = project.compose("run", "--rm", "-T", "--no-deps", "shakespeare", "python", "-c", program)
+    written = [f"written {place}" for place in ("/volumes/runs", "/tmp", "/tmp/cache")]
+    assert done.stdout.splitlines() == ["['lo']", *written], done.stderr
+
+
+def test_a_wrong_owner_stops_before_any_work(project: Project) -> None:
+    project.config("shakespeare", dataset="shakespeare")
+    done = project.compose("--profile", "shakespeare", "up", "--no-color", GPT2BOX_UID="4321", GPT2BOX_GID="4321")
+    output = done.stdout + done.stderr
+    assert done.returncode != 0 and "sudo chown -R 4321:4321 volumes/runs" in output
+    assert not list(project.path("data").iterdir())
+
+
+def test_a_missing_volume_is_not_made_by_docker_as_root(project: Project) -> None:
+    project.config("shakespeare", dataset="shakespeare")
+    project.path("models").rmdir()
+    done = project.compose("--profile", "shakespeare", "up", "--no-color")
+    assert done.returncode != 0 and "bind source path does not exist" in done.stderr
+    assert not project.path("models").exists()
+
+
+@pytest.fixture
+def small_disk(project: Project) -> Iterator[Path]:
+    """A disk of 24 MB in place of volumes/runs: room for one checkpoint of 19."""
+    runs = project.path("runs")
+    options = f"size=24m,uid={project.owner},gid={project.owner},mode=755"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", runs]).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield runs
+    project.compose("--profile", "shakespeare", "down", "--timeout", "1")
+    subprocess.run(["umount", runs], check=True)
+
+
+def test_a_full_disk_is_said_before_the_work_and_spoils_no_checkpoint(project: Project, small_disk: Path) -> None:
+    project.config("shakespeare", dataset="shakespeare")
+    done = project.compose("--profile", "shakespeare", "up", "--no-color")
+    assert done.returncode != 0 and "the job writes" in done.stdout + done.stderr
+    assert not list(project.path("data").iterdir())
+    # Told to train all the same, it keeps the checkpoint that it has.
+    alone = ("run", "--rm", "-T", "--no-deps")
+    assert project.compose(*alone, "shakespeare-prepare", "prepare", "shakespeare").returncode == 0
+    done = project.compose(*alone, "shakespeare")
+    assert done.returncode == 78 and "Traceback" not in done.stderr, done.stderr
+    kept = sorted(path.name for path in (small_disk / "shakespeare" / "checkpoints").iterdir())
+    assert kept == ["best", "last", "step-00000010"] and state(project, "shakespeare")["step"] == 10
+
+
+def test_without_an_nvidia_runtime_make_says_what_to_install_before_any_work(project: Project) -> None:
+    project.config("shakespeare", dataset="shakespeare")
+    for task in ("shakespeare", "train-medium", "finetune", "sample", "monitor", "preflight"):
+        done = project.run("make", task)
+        assert done.returncode != 0 and "NVIDIA Container Toolkit" in done.stderr and "CPU=1" in done.stderr
+    assert not list(project.path("data").iterdir()) and not list(project.path("runs").iterdir())
+    done = project.run("make", "shakespeare", PATH="/usr/local/sbin:/bin", DOCKER_HOST="unix:///nowhere.sock")
+    assert done.returncode != 0 and "Docker" in done.stderr and "make demo" in done.stderr
+
+
+def test_a_service_that_wants_a_card_fails_before_the_preparation(project: Project) -> None:
+    project.config("shakespeare", dataset="shakespeare")
+    done = project.run("docker", "compose", "--profile", "shakespeare", "up", "--no-color")
+    assert done.returncode != 0 and "could not select device driver" in done.stderr
+    assert not list(project.path("data").iterdir())
+
+
+def test_make_does_the_same_with_options_and_hands_on_failures(project: Project) -> None:
+    project.config("shakespeare", dataset="shakespeare")
+    done = project.run("make", "shakespeare", "CPU=1", "ARGS=--max-steps 12 --name short")
+    assert done.returncode == 0 and state(project, "short")["step"] == 12, done.stderr
+    done = project.run("scripts/box.sh", "job", "shakespeare", "--dropout", "3", CPU="1")
+    assert done.returncode == 2 and "dropout" in done.stderr
+    done = project.run("make", "sample", "CPU=1", 'PROMPT=He said "stop; echo it"', "ARGS=--max-new-tokens 4")
+    assert done.returncode == 0 and done.stdout.startswith('He said "stop; echo it"'), done.stderr
+    done = project.run("make", "monitor", "CPU=1", "ARGS=--once")
+    assert done.returncode == 0 and "short  step 12/12" in done.stdout
+    done = project.run("make", "finetune", "CPU=1", "DATA=nothing.txt")
+    assert done.returncode != 0 and "no file or folder nothing.txt" in done.stderr
+    done = project.run("scripts/box.sh", "image", STACK="cu12")
+    assert done.returncode == 2 and "STACK=cu121, cu13x or cpu" in done.stderr
+
+
+def test_make_finetune_reads_dotenv_and_passes_options_to_every_step(project: Project, pretrained: Path) -> None:
+    project.config("finetune", dataset="shakespeare", init_from="missing", n_layer=None, n_head=None, n_embd=None)
+    (project.folder / "Über uns (1).text").write_text("It was a bright cold day in April. " * 400)
+    (project.folder / ".env").write_text('STACK="cpu"  # no card\r\nDATA="Über uns (1).text"\n')
+    done = project.run("make", "finetune", "ARGS=--init-from small --max-steps 10")
+    assert done.returncode == 0 and state(project, "finetune-Uber-uns-1")["step"] == 10, done.stderr
+
+
+def test_make_stop_saves_what_make_started(project: Project) -> None:
+    project.config("shakespeare", dataset="shakespeare", max_steps=100_000)
+    command = ["make", "shakespeare", "CPU=1"]
+    with project.start(*command) as job:
+        metrics = project.path("runs", "shakespeare", "metrics.jsonl")
+        wait_for(lambda: metrics.exists() and '"train"' in metrics.read_text())
+        assert project.run("make", "stop", "CPU=1").returncode == 0
+        assert job.wait(timeout=120) == 0
+    assert int(str(state(project, "shakespeare")["step"])) > 0
+
+
+def test_the_demo_profile_needs_no_card(project: Project) -> None:
+    project.config("demo", dataset="shakespeare-char", device="cpu")
+    done = project.run("docker", "compose", "--profile", "cpu-demo", "up", "--no-color")
+    assert done.returncode == 0 and state(project, "demo")["step"] == 30, done.stderr
+
+
+def test_tensorboard_serves_the_curves_on_this_machine_alone(project: Project) -> None:
+    project.config("shakespeare", dataset="shakespeare")
+    assert project.compose("--profile", "shakespeare", "up").returncode == 0
+    assert project.compose("--profile", "tensorboard", "up", "--detach").returncode == 0
+    answer: dict[str, dict[str, object]] = {}
+
+    def serves() -> bool:
+        try:
+            with urllib.request.urlopen("http://127.0.0.1:6006/data/plugin/scalars/tags", timeout=5) as response:
+                answer.update(json.load(response))
+        except OSError:
+            return False
+        return bool(answer)
+
+    wait_for(serves)
+    assert "eval/val_loss" in answer["shakespeare/tensorboard"] and "train/loss" in answer["shakespeare/tensorboard"]
+    ports = docker("ps", "--format", "{{.Ports}}", "--filter", f"name={project.folder.parent.name}").stdout
+    assert "127.0.0.1:6006" in ports and "0.0.0.0" not in ports
