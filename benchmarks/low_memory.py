@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from gpt2box.data.corpora import own_text
-from gpt2box.data.prepare import Request, prepare
+from gpt2box.data.few import Request, prepare_few
 from gpt2box.job import run_job
 from gpt2box.stop import StopRequest
 
@@ -80,7 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         volumes = Path(folder)
         os.environ["GPT2BOX_VOLUMES"] = folder
-        prepare(own_text([TEXT]), Request("char", 0.1), volumes / "data" / "text")
+        prepare_few(own_text([str(TEXT)]), Request("char", 0.1), volumes / "data" / "text")
         scratch: dict[str, list[list[tuple[int, float]]]] = {way: [] for way in WAYS}
         tuned: dict[str, list[float]] = {way: [] for way in WAYS}
         for seed in arguments.seeds:

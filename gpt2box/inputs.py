@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2box.config import MODEL_SHAPES, Config
-from gpt2box.data.corpora import CORPORA, own_text
-from gpt2box.data.prepare import Request, prepare
+from gpt2box.data.corpora import KNOWN, OPENWEBTEXT
+from gpt2box.data.prepare import Options, prepare
 from gpt2box.data.published import HUB_PINS, pretrained_folder
 from gpt2box.data.tokens import open_dataset
 from gpt2box.errors import VolumeUnwritable
@@ -17,9 +17,13 @@ from gpt2box.planning.shape import ModelShape
 from gpt2box.progress import say, size
 
 VOLUMES = ("data", "models", "runs")
-VAL_FRACTION = 0.1  # of `prepare`, too
 CHAR = "-char"  # what a dataset of characters is called by default
-CORPUS_BYTES = {"shakespeare": 9_000_000, "tinyshakespeare": 3_000_000}  # of the raw text and the tokens
+CORPUS_BYTES = {  # of the tokens, and of raw text that is there at the same time
+    "shakespeare": 9_000_000,
+    "tinyshakespeare": 3_000_000,
+    "openwebtext": 19_500_000_000,
+    "openwebtext-10k": 1_000_000_000,
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ def needs(config: Config) -> list[Need]:
     found = []
     corpus = corpus_of(config.dataset)
     if not has_dataset(config) and corpus:
-        found.append(Need("data", f"the dataset {config.dataset}", CORPUS_BYTES[corpus]))
+        found.append(Need("data", f"the dataset {config.dataset}", CORPUS_BYTES[corpus], hub=corpus in OPENWEBTEXT))
     weights = config.init_from
     if weights in HUB_PINS and not any((model_dir(weights) / n).exists() for n in ("model.safetensors", "config.json")):
         found.append(Need("models", f"the weights of {weights}", HUB_PINS[weights][0], hub=True))
@@ -91,7 +95,7 @@ def has_dataset(config: Config) -> bool:
 def corpus_of(dataset: str) -> str:
     """The known corpus that a dataset's default name stands for, or nothing."""
     name = dataset.removesuffix(CHAR)
-    return name if name in CORPORA else ""
+    return name if name in KNOWN and (name == dataset or name not in OPENWEBTEXT) else ""
 
 
 def bring(config: Config, text: Path | None) -> None:
@@ -104,10 +108,10 @@ def bring(config: Config, text: Path | None) -> None:
     folder = dataset_dir(config.dataset)
     corpus = corpus_of(config.dataset)
     if text:
-        _, written = prepare(own_text([text]), Request("gpt2", VAL_FRACTION), folder)
+        _, written = prepare([str(text)], Options(), folder=folder)
     elif not has_dataset(config) and corpus:
         tokenizer = "char" if config.dataset.endswith(CHAR) else "gpt2"
-        _, written = prepare(CORPORA[corpus](), Request(tokenizer, VAL_FRACTION), folder)
+        _, written = prepare([corpus], Options(tokenizer), folder=folder)
     else:
         written = False
     dataset = open_dataset(folder)  # says what to do where it is missing

@@ -48,9 +48,15 @@ def dataset_dir(name: str) -> Path:
 
 def dataset_name(given: str) -> str:
     """What a user gives as a dataset: its name, its folder elsewhere, or the text it is made from (named after it)."""
-    if text_path(given) or Path(given).suffix.lower() in TEXT_SUFFIXES:
-        return slug(Path(given).stem)
+    path = Path(given)
+    if text_path(given) or (path.suffix.lower() in (*TEXT_SUFFIXES, *RECORD_SUFFIXES, *COMPRESSED)):
+        return slug(title_of(path))
     return given
+
+
+def title_of(path: Path) -> str:
+    """A file's name without what its suffixes say of how to read it."""
+    return (Path(path.stem) if path.suffix.lower() in COMPRESSED else path).stem or "text"
 
 
 def text_path(given: str) -> Path | None:

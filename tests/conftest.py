@@ -14,7 +14,7 @@ import torch
 
 from gpt2box.data import assets
 from gpt2box.data.corpora import own_text, tinyshakespeare
-from gpt2box.data.prepare import Request, prepare
+from gpt2box.data.few import Request, prepare_few
 from gpt2box.data.tokenizer import Gpt2Tokenizer, from_ranks
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.shape import ModelShape
@@ -65,8 +65,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, ranks_file: Path) -> Path
     shutil.copy(ranks_file, raw)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPT2BOX_VOLUMES", str(volumes))
-        prepare(tinyshakespeare(), Request("char", 0.1), volumes / "data" / "text")
-        prepare(own_text([TINYSHAKESPEARE]), Request("gpt2", 0.1), volumes / "data" / "bpe")
+        prepare_few(tinyshakespeare(), Request("char", 0.1), volumes / "data" / "text")
+        prepare_few(own_text([str(TINYSHAKESPEARE)]), Request("gpt2", 0.1), volumes / "data" / "bpe")
     return volumes
 
 

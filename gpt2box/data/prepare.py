@@ -1,202 +1,244 @@
-"""Text to a dataset folder: split, tokenise, write beside, publish by one rename."""
+"""`gpt2box prepare`: whatever is given, to a dataset; what it is; whether it is whole."""
 
 from __future__ import annotations
 
-import json
-import os
-import random
 import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import gpt2box
-from gpt2box.data import assets, tokenizer
-from gpt2box.data.corpora import Corpus
-from gpt2box.data.tokenizer import Tokenizer
-from gpt2box.data.tokens import FORMAT, ID_BYTES, SPLITS
-from gpt2box.errors import BadInput, VolumeUnwritable
-from gpt2box.paths import fix_hint, fsync_dir, locked, make_writable, raw_dir, read_object
-from gpt2box.progress import bytes_bar
+from gpt2box.config_file import load
+from gpt2box.data import collection
+from gpt2box.data.corpora import CORPORA, KNOWN, OPENWEBTEXT, is_small, own_files, own_text
+from gpt2box.data.few import Request, prepare_few
+from gpt2box.data.folder import Made, damaged_splits, read_manifest
+from gpt2box.data.many import Choices, prepare_many
+from gpt2box.data.tokens import SPLITS, open_dataset
+from gpt2box.errors import BadInput, Damaged
+from gpt2box.paths import checked_name, dataset_dir, make_writable, raw_dir, slug, title_of
+from gpt2box.progress import say
 
-SPLIT_SEED = 2357  # nanoGPT's, for OpenWebText
-SMALLEST_WINDOW = 64  # tokens of a split without which no loss means anything
-WHOLE_DOCUMENTS = 10  # from this many on, whole documents are held out
+HUB = "hub:"
+STDIN = "-"
+SLICE_DOCUMENTS = 10_000  # openwebtext-10k
+VAL_FRACTION_OF_FEW, VAL_FRACTION_OF_MANY = 0.1, 0.01
+# Twenty tokens a parameter (Hoffmann et al. 2022), of which four passes over the same text are nearly as good as fresh
+# text (Muennighoff et al. 2023).
+ENOUGH_FOR_MEDIUM = 355_000_000 * 20 // 4
+ENOUGH_TO_TUNE = 100_000
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is asked of `prepare` besides the text."""
+class Options:
+    """What can be asked besides the text."""
 
-    tokenizer: str  # gpt2 or char
-    val_fraction: float
-
-
-def prepare(corpus: Corpus, request: Request, folder: Path) -> tuple[dict[str, Any], bool]:
-    """Make the dataset in `folder` unless it is there from the same text and settings.
-
-    Returns: the manifest, and whether anything was written.
-
-    Raises:
-        BadInput: too little text.
-        VolumeUnwritable: no space or no permission.
-    """
-    wanted = identity(corpus, request)
-    if (
-        (present := read_manifest(folder))
-        and {key: present.get(key) for key in wanted} == wanted
-        and complete(folder, present)
-    ):
-        return present, False
-    make_writable(folder.parent)
-    with locked(folder.parent / f".{folder.name}.lock", f"the dataset {folder.name} is being made"):
-        return make(corpus, request, folder, wanted), True
+    tokenizer: str = "gpt2"  # or char
+    val_fraction: float | None = None
+    text_column: str = ""
+    split: str = "content"  # or nanogpt
+    max_docs: int | None = None
+    shards: tuple[int, int] | None = None  # of a corpus of many files: the first, and the one after the last
+    folder: Path | None = None  # where OpenWebText's files are
+    keep_raw: bool = False
+    keep_duplicates: bool = False
+    workers: int = 0
+    hub_config: str = ""
+    hub_split: str = ""
 
 
-def make(corpus: Corpus, request: Request, folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Write the dataset beside and publish it; returns its manifest."""
-    retired, temporary = (folder.parent / f".{folder.name}.{suffix}" for suffix in ("old", "tmp"))
-    if retired.exists() and not folder.exists():  # killed between publish's two renames
-        os.rename(retired, folder)
-    check_replaceable(folder)
-    shutil.rmtree(retired, ignore_errors=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        manifest = wanted | write(corpus, request, temporary)
-        (temporary / "dataset.json").write_text(
-            json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        publish(temporary, folder, retired)
-    except OSError as error:
-        raise VolumeUnwritable(f"cannot write {folder}: {error.strerror}", "free space", fix_hint(folder)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return manifest
-
-
-def check_replaceable(folder: Path) -> None:
-    """Whether what bears the dataset's name is an earlier dataset and nothing else.
+def prepare(inputs: Sequence[str], options: Options, name: str | None = None, folder: Path | None = None) -> Made:
+    """Make the dataset of the inputs in `folder`, or called `name`, or after them; says what it is.
 
     Raises:
-        BadInput: it holds other files, which publishing would remove.
+        BadInput: inputs or options that cannot be, or that do not go together.
+        Damaged, TryAgain, VolumeUnwritable: what files, network and disk have.
     """
-    if not folder.exists():
+    item = known_among(inputs)
+    check_apart(item, options)
+    target = folder or dataset_dir(checked_name(name or usual_name(inputs[0], options), "dataset"))
+    if item in OPENWEBTEXT or item.startswith(HUB):
+        made = prepare_many(large(item, options), choices_of(item, options), target)
+    else:
+        made = own(item, inputs, options, target)
+    manifest, written = made
+    if not written:
+        say("nothing to do: it is there already, made from the same text")
+    say("\n".join(summary(target, manifest)))
+    return made
+
+
+def known_among(inputs: Sequence[str]) -> str:
+    """The input that is a corpus known by name or on the Hub, or nothing.
+
+    Raises:
+        BadInput: with others beside it.
+    """
+    known = [item for item in inputs if item in KNOWN or item.startswith(HUB)]
+    if known and len(inputs) > 1:
+        raise BadInput(f"{known[0]} together with other inputs", "one known corpus, or files and folders of your own")
+    if known and known[0] == HUB:
+        raise BadInput(f"no dataset after {HUB}", f"{HUB}OWNER/NAME")
+    return known[0] if known else ""
+
+
+def usual_name(first: str, options: Options) -> str:
+    """What a dataset is called after its (first) input."""
+    if first.startswith(HUB):
+        title = first.rpartition("/")[2].removeprefix(HUB)
+    else:
+        title = first if first in KNOWN else "stdin" if first == STDIN else title_of(Path(first))
+    parts = [slug(title)]
+    parts += ["char"] if options.tokenizer == "char" else []
+    parts += list(map(str, options.shards or ()))
+    parts += ["first", str(options.max_docs)] if options.max_docs else []
+    return "-".join(parts)
+
+
+def check_apart(item: str, options: Options) -> None:
+    """Whether each option has a meaning for this input.
+
+    Raises:
+        BadInput: one has none.
+    """
+    kind = "hub" if item.startswith(HUB) else "openwebtext" if item in OPENWEBTEXT else "corpus" if item else "own"
+    given = {name for name, value in vars(options).items() if value != getattr(Options(), name)}
+    for_all = {"tokenizer", "val_fraction"}
+    for_many = for_all | {"text_column", "split", "max_docs", "keep_duplicates", "workers"}
+    allowed = {
+        "corpus": for_all,
+        "own": for_many,
+        "openwebtext": for_many - {"tokenizer"} | {"shards", "folder", "keep_raw"},
+        "hub": for_many - {"tokenizer"} | {"shards", "keep_raw", "hub_config", "hub_split"},
+    }[kind]
+    if options.tokenizer == "char":
+        allowed -= {"max_docs", "split"}
+    if wrong := sorted(given - allowed):
+        flag = "from" if wrong[0] == "folder" else wrong[0].replace("_", "-")
+        of = item or "files" + (" in characters" if options.tokenizer == "char" else "")
+        raise BadInput(f"--{flag} has no meaning for {of}", "see gpt2box prepare --help")
+
+
+def large(item: str, options: Options) -> collection.Collection:
+    """OpenWebText or a dataset of the Hub."""
+    shards = options.shards or ((0, 1) if item == "openwebtext-10k" else None)
+    files = slice(*shards) if shards else slice(None)
+    if item in OPENWEBTEXT:
+        return collection.openwebtext(options.folder, files, options.keep_raw)
+    split = options.hub_split or "train"
+    return collection.from_hub(item.removeprefix(HUB), options.hub_config, split, files, options.keep_raw)
+
+
+def choices_of(item: str, options: Options) -> Choices:
+    """The part of the options that the bytes follow from."""
+    return Choices(
+        options.val_fraction or OPENWEBTEXT.get(item, VAL_FRACTION_OF_MANY),
+        options.split,
+        options.text_column,
+        options.max_docs or (SLICE_DOCUMENTS if item == "openwebtext-10k" else None),
+        options.keep_duplicates,
+        options.workers,
+    )
+
+
+def own(item: str, inputs: Sequence[str], options: Options, target: Path) -> Made:
+    """A small known corpus, or the user's own files: in memory where that is easy, else as a collection."""
+    request = Request(options.tokenizer, options.val_fraction or VAL_FRACTION_OF_FEW)
+    if item:
+        return prepare_few(CORPORA[item](), request, target)
+    with spooled(inputs, options.text_column) as given:
+        files = own_files(given)
+        in_order = options.split == "nanogpt" or options.max_docs is not None
+        if options.tokenizer == "char" or (is_small(files) and not in_order):
+            return prepare_few(own_text(given, options.text_column, options.keep_duplicates), request, target)
+        return prepare_many(collection.own_collection(files), choices_of(item, options), target)
+
+
+@contextmanager
+def spooled(inputs: Sequence[str], column: str) -> Iterator[list[str]]:
+    """The inputs, with standard input, if it is among them, as a file for the time being."""
+    if STDIN not in inputs:
+        yield list(inputs)
         return
-    present = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    foreign = sorted(present - {*(f"{split}.bin" for split in SPLITS), "dataset.json", "tokenizer"})
-    if foreign or (present and "dataset.json" not in present):
-        raise BadInput(
-            f"{folder} holds {', '.join((foreign or sorted(present))[:5])}, not written by `prepare`",
-            "a name that is free, or an earlier dataset's",
-            "choose another with --name, or move that folder away",
-        )
-
-
-def identity(corpus: Corpus, request: Request) -> dict[str, Any]:
-    """What the dataset follows from: the same identity gives the same bytes."""
-    return {
-        "format": FORMAT,
-        "source": corpus.source,
-        "documents": corpus.fingerprint(),
-        "split": {"val_fraction": request.val_fraction, "seed": SPLIT_SEED},
-        "end_of_text": corpus.end_of_text,
-        "requested_tokenizer": request.tokenizer,
-    }
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """dataset.json, or nothing where it is missing or unreadable (the dataset is then made anew)."""
-    return read_object(folder / "dataset.json")
-
-
-def complete(folder: Path, manifest: dict[str, Any]) -> bool:
-    """Whether the .bin files still hash to what the manifest says."""
+    path = make_writable(raw_dir()) / (".stdin.jsonl" if column else ".stdin.txt")
     try:
-        return all(assets.sha256_of(folder / f"{s}.bin") == manifest["splits"][s]["sha256"] for s in SPLITS)
-    except (OSError, KeyError, TypeError):
-        return False
+        with open(path, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        yield [str(path) if item == STDIN else item for item in inputs]
+    finally:
+        path.unlink(missing_ok=True)
 
 
-def split(corpus: Corpus, val_fraction: float) -> dict[str, list[str]]:
-    """The texts of each split.
-
-    Of ten documents or more, whole ones are held out: in a seeded order each that still fits into the
-    wanted share of characters, so that validation is on texts never seen. Where that comes to less
-    than 80% of the share (few documents, or one that is most of the text), and with fewer documents,
-    the end of each is held out instead, as nanoGPT does with its one.
-    """
-    texts = [document.text for document in corpus.documents]
-    wanted = sum(map(len, texts)) * val_fraction
-    order = list(range(len(texts)))
-    random.Random(SPLIT_SEED).shuffle(order)
-    chosen: set[int] = set()
-    characters = 0
-    for index in order:
-        if characters + len(texts[index]) <= wanted:
-            chosen.add(index)
-            characters += len(texts[index])
-    if len(texts) >= WHOLE_DOCUMENTS and characters >= 0.8 * wanted:
-        return {
-            "train": [text for i, text in enumerate(texts) if i not in chosen],
-            "val": [text for i, text in enumerate(texts) if i in chosen],
-        }
-    cuts = [(text, int(len(text) * (1 - val_fraction))) for text in texts]
-    return {"train": [text[:cut] for text, cut in cuts], "val": [text[cut:] for text, cut in cuts]}
-
-
-def write(corpus: Corpus, request: Request, folder: Path) -> dict[str, Any]:
-    """Write both .bin files and the tokenizer into `folder`; returns the manifest's share."""
-    encoder = make_tokenizer(corpus, request)
-    (folder / "tokenizer").mkdir()
-    encoder.save(folder / "tokenizer")
-    parts = split(corpus, request.val_fraction)
-    counts: dict[str, dict[str, Any]] = {}
-    total = sum(len(text) for texts in parts.values() for text in texts)
-    with bytes_bar("tokenising", total) as advance:
-        for name, texts in parts.items():
-            path = folder / f"{name}.bin"
-            with open(path, "wb") as file:
-                for text in texts:
-                    file.write(encoder.encode(text).astype("<u2").tobytes())
-                    advance(len(text))
-                    if corpus.end_of_text and encoder.end_of_text is not None:
-                        file.write(np.array([encoder.end_of_text], dtype="<u2").tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            tokens = path.stat().st_size // ID_BYTES
-            characters = sum(map(len, texts))
-            digest = assets.sha256_of(path)
-            counts[name] = {"tokens": tokens, "documents": len(texts), "characters": characters, "sha256": digest}
-    if min(part["tokens"] for part in counts.values()) <= SMALLEST_WINDOW:
-        raise BadInput(
-            f"too little text: {counts['train']['tokens']:,} tokens to train, {counts['val']['tokens']:,} to validate",
-            f"more than {SMALLEST_WINDOW} tokens of each, the smallest useful window",
-            "give more text, or another --val-fraction",
+def summary(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """What a dataset is, and what it is enough for."""
+    train, val = (manifest["splits"][split] for split in SPLITS)
+    tokens, characters = (train[key] + val[key] for key in ("tokens", "characters"))
+    lines = [
+        f"{folder}: train {train['tokens']:,} tokens, val {val['tokens']:,} tokens;"
+        f" vocabulary {manifest['tokenizer']['vocab_size']:,}",
+        f"  documents: {train['documents']:,} to train on, {val['documents']:,} to validate on"
+        + (", each cut in two" if train["documents"] == val["documents"] else "")
+        + f"; the longest has {manifest.get('longest_document', 0):,} tokens",
+        f"  {characters / tokens:.2f} characters a token; windows are cut from the documents in a row, none is padded",
+    ]
+    left_out = {key: manifest.get(f"{key}_left_out", 0) for key in ("duplicates", "empty")}
+    if any(left_out.values()):
+        lines.append(f"  left out: {left_out['duplicates']:,} exact duplicates, {left_out['empty']:,} without text")
+    if manifest["tokenizer"]["kind"] == "char":
+        return lines
+    for config in ("openwebtext", "finetune"):
+        settings, _ = load(config, {})
+        steps, per_step = settings.max_steps, settings.tokens_per_step
+        passes = steps * per_step / train["tokens"]
+        lines.append(f"  {steps:,} steps of {per_step:,} tokens, as in the config {config}, read it {passes:.2g} times")
+    if train["tokens"] < ENOUGH_TO_TUNE:
+        lines.append("  very little text, which Medium soon knows by heart: watch val_loss, and give more if you can")
+    elif train["tokens"] < ENOUGH_FOR_MEDIUM:
+        lines.append(
+            f"  too little to train Medium from scratch ({ENOUGH_FOR_MEDIUM / 1e9:.1f} billion tokens would do):"
+            f" fine-tune, gpt2box train finetune --dataset {folder.name}"
         )
-    return {
-        "tokenizer": {"kind": encoder.kind, "vocab_size": encoder.vocab_size},
-        "splits": counts,
-        "written_by": f"gpt2box {gpt2box.__version__}",
-    }
+    return lines
 
 
-def make_tokenizer(corpus: Corpus, request: Request) -> Tokenizer:
-    """GPT-2's BPE, or the characters of the whole corpus."""
-    if request.tokenizer == "char":
-        return tokenizer.from_texts((d.text for d in corpus.documents), corpus.end_of_text)
-    return tokenizer.from_ranks(assets.fetch(assets.GPT2_RANKS, raw_dir()))
+def verify(name: str) -> None:
+    """Read a dataset once more: whether it is what was written, and every id is in the vocabulary.
+
+    Raises:
+        BadInput: no dataset, or nanoGPT's, which says nothing of itself.
+        Damaged: it is not.
+    """
+    folder = dataset_dir(name)
+    dataset = open_dataset(folder)
+    manifest = read_manifest(folder)
+    for split in SPLITS:
+        largest = largest_id(folder / f"{split}.bin")
+        if largest >= dataset.tokenizer.vocab_size:
+            raise Damaged(
+                f"{folder}/{split}.bin holds token id {largest:,}",
+                f"ids below {dataset.tokenizer.vocab_size:,}, the vocabulary's size",
+                "prepare it again",
+            )
+    if not manifest:
+        say(f"{folder}: {dataset.tokens('train'):,} tokens, ids in range; no dataset.json to compare with")
+        return
+    if damaged := damaged_splits(folder, manifest):
+        raise Damaged(
+            f"{folder}/{damaged[0]} does not hash to what dataset.json says",
+            str(manifest["splits"][damaged[0].removesuffix(".bin")]["sha256"]),
+            f"prepare it again, or remove {folder}",
+        )
+    say("\n".join([*summary(folder, manifest), "  whole: both files hash to what dataset.json says"]))
 
 
-def publish(temporary: Path, folder: Path, retired: Path) -> None:
-    """Give a finished folder its name; an older dataset of that name makes way."""
-    for path in [*temporary.rglob("*"), temporary]:
-        if path.is_dir():
-            fsync_dir(path)
-    if folder.exists():
-        os.rename(folder, retired)
-    os.rename(temporary, folder)
-    fsync_dir(folder.parent)
-    shutil.rmtree(retired, ignore_errors=True)
+def largest_id(path: Path) -> int:
+    """Of a .bin file's token ids."""
+    largest = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            largest = max(largest, int(np.frombuffer(block[: len(block) // 2 * 2], dtype="<u2").max(initial=0)))
+    return largest

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpt2box.data import assets, tokenizer
-from gpt2box.data.corpora import CORPORA
+from gpt2box.data.corpora import CORPORA, OPENWEBTEXT
 from gpt2box.data.tokenizer import Tokenizer, Tokens
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.paths import raw_dir
@@ -75,7 +75,7 @@ class TokenFile:
 def prepare_hint(folder: Path) -> str:
     """The command that makes the dataset."""
     corpus = folder.name.removesuffix("-char")
-    if corpus in CORPORA:
+    if corpus in CORPORA or folder.name in OPENWEBTEXT:
         return f"gpt2box prepare {corpus}" + (" --tokenizer char" if folder.name != corpus else "")
     return f"gpt2box prepare YOUR_TEXT --name {folder.name}, or put nanoGPT's train.bin and val.bin there"
 

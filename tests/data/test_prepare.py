@@ -11,7 +11,7 @@ import pytest
 
 from gpt2box.data.assets import sha256_of
 from gpt2box.data.corpora import CORPORA, own_text
-from gpt2box.data.prepare import Request, prepare, split
+from gpt2box.data.few import Request, prepare_few, split
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.data.tokens import open_dataset
 from gpt2box.errors import BadInput, Damaged
@@ -40,7 +40,7 @@ def text_file(path: Path, content: str | bytes) -> Path:
 @pytest.mark.parametrize("tokenizer", ["gpt2", "char"])
 def test_tinyshakespeare_is_byte_for_byte_nanogpts(volumes: Path, tokenizer: str) -> None:
     folder = volumes / "data" / "tiny"
-    manifest, written = prepare(CORPORA["tinyshakespeare"](), Request(tokenizer, 0.1), folder)
+    manifest, written = prepare_few(CORPORA["tinyshakespeare"](), Request(tokenizer, 0.1), folder)
     assert written
     for name, (tokens, digest) in NANOGPT[tokenizer].items():
         assert sha256_of(folder / f"{name}.bin") == digest == manifest["splits"][name]["sha256"]
@@ -49,7 +49,7 @@ def test_tinyshakespeare_is_byte_for_byte_nanogpts(volumes: Path, tokenizer: str
 
 
 def test_the_complete_works_have_the_known_count(volumes: Path) -> None:
-    manifest, _ = prepare(CORPORA["shakespeare"](), Request("gpt2", 0.1), volumes / "data" / "works")
+    manifest, _ = prepare_few(CORPORA["shakespeare"](), Request("gpt2", 0.1), volumes / "data" / "works")
     parts = manifest["splits"].values()
     assert sum(part["documents"] for part in parts) == 42
     assert sum(part["tokens"] for part in parts) == 1_565_959 + 42  # and an end-of-text token each
@@ -59,33 +59,33 @@ def test_the_complete_works_have_the_known_count(volumes: Path) -> None:
 
 def test_doing_it_again_does_nothing_and_changed_text_rebuilds(tmp_path: Path, volumes: Path) -> None:
     source, folder = text_file(tmp_path / "a.txt", "To be, or not to be. " * 100), volumes / "data" / "a"
-    assert prepare(own_text([source]), CHAR, folder)[1]
+    assert prepare_few(own_text([str(source)]), CHAR, folder)[1]
     before = (folder / "train.bin").stat()
-    assert not prepare(own_text([source]), CHAR, folder)[1]
+    assert not prepare_few(own_text([str(source)]), CHAR, folder)[1]
     assert (folder / "train.bin").stat() == before
     text_file(source, "That is the question. " * 100)
-    assert prepare(own_text([source]), CHAR, folder)[1]
-    assert prepare(own_text([source]), Request("char", 0.2), folder)[1]
+    assert prepare_few(own_text([str(source)]), CHAR, folder)[1]
+    assert prepare_few(own_text([str(source)]), Request("char", 0.2), folder)[1]
 
 
 def test_a_damaged_dataset_is_rebuilt_and_until_then_refused(tmp_path: Path, volumes: Path) -> None:
     source, folder = text_file(tmp_path / "a.txt", "To be, or not to be. " * 100), volumes / "data" / "a"
-    prepare(own_text([source]), CHAR, folder)
+    prepare_few(own_text([str(source)]), CHAR, folder)
     whole = (folder / "train.bin").read_bytes()
     (folder / "train.bin").write_bytes(whole[:-2])
     with pytest.raises(Damaged, match=r"train\.bin has"):
         open_dataset(folder)
-    assert prepare(own_text([source]), CHAR, folder)[1]
+    assert prepare_few(own_text([str(source)]), CHAR, folder)[1]
     assert (folder / "train.bin").read_bytes() == whole
 
 
 def test_a_failure_leaves_the_earlier_dataset(tmp_path: Path, volumes: Path) -> None:
     source, folder = text_file(tmp_path / "a.txt", "To be, or not to be. " * 100), volumes / "data" / "a"
-    prepare(own_text([source]), CHAR, folder)
+    prepare_few(own_text([str(source)]), CHAR, folder)
     before = sorted(path.name for path in folder.parent.iterdir())
     text_file(source, "short")
     with pytest.raises(BadInput, match="too little text"):
-        prepare(own_text([source]), CHAR, folder)
+        prepare_few(own_text([str(source)]), CHAR, folder)
     assert sorted(path.name for path in folder.parent.iterdir()) == before
     open_dataset(folder)
 
@@ -96,9 +96,9 @@ def test_a_folder_is_read_recursively_in_order_with_an_end_of_text_after_each(
     (tmp_path / "texts" / "sub").mkdir(parents=True)
     for name in ("b.txt", "a.md", "sub/c.TXT", ".hidden.txt", "picture.png"):
         text_file(tmp_path / "texts" / name, f"{name} says hello. " * 40)
-    corpus = own_text([tmp_path / "texts"])
-    assert [document.name for document in corpus.documents] == ["a.md", "b.txt", "sub/c.TXT"]
-    prepare(corpus, Request("gpt2", 0.1), volumes / "data" / "t")
+    corpus = own_text([str(tmp_path / "texts")])
+    assert [file["name"] for file in corpus.files] == ["a.md", "b.txt", "sub/c.TXT"]
+    prepare_few(corpus, Request("gpt2", 0.1), volumes / "data" / "t")
     ids = np.fromfile(volumes / "data" / "t" / "train.bin", dtype="<u2")
     texts = gpt2_tokenizer.decode_bytes(ids.tolist()).decode().split("<|endoftext|>")
     assert len(texts) == 4 and texts[3] == "" and texts[0].startswith("a.md says")
@@ -107,7 +107,7 @@ def test_a_folder_is_read_recursively_in_order_with_an_end_of_text_after_each(
 def test_with_many_documents_whole_ones_are_held_out(tmp_path: Path) -> None:
     for i in range(30):
         text_file(tmp_path / f"{i:02}.txt", f"document {i:02}")
-    parts = split(own_text([tmp_path]), 0.1)
+    parts = split(own_text([str(tmp_path)]).texts, 0.1)
     assert len(parts["val"]) == 3 and len(parts["train"]) == 27
     assert sorted(parts["val"] + parts["train"]) == [f"document {i:02}" for i in range(30)]
 
@@ -115,8 +115,8 @@ def test_with_many_documents_whole_ones_are_held_out(tmp_path: Path) -> None:
 def test_a_text_that_is_most_of_the_corpus_is_cut_and_not_held_out(tmp_path: Path) -> None:
     text_file(tmp_path / "book.txt", "b" * 10_000)
     for i in range(12):
-        text_file(tmp_path / f"note{i}.txt", "n" * 10)
-    parts = split(own_text([tmp_path]), 0.1)
+        text_file(tmp_path / f"note{i}.txt", f"{i:010}")
+    parts = split(own_text([str(tmp_path)]).texts, 0.1)
     assert len(parts["train"]) == len(parts["val"]) == 13 and sum(map(len, parts["val"])) == pytest.approx(1012, abs=13)
 
 
@@ -140,23 +140,23 @@ def test_files_of_the_users_under_the_datasets_name_are_never_removed(
 def test_an_empty_file_among_others_is_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text_file(tmp_path / "a.txt", "words")
     text_file(tmp_path / "b.txt", "\n")
-    assert [document.name for document in own_text([tmp_path]).documents] == ["a.txt"]
+    assert [file["name"] for file in own_text([str(tmp_path)]).files] == ["a.txt"]
     assert "1 of 2 files are empty and left out" in capsys.readouterr().err
 
 
 def test_a_publish_killed_half_way_leaves_the_earlier_dataset(tmp_path: Path, volumes: Path) -> None:
     source, folder = text_file(tmp_path / "a.txt", "To be, or not to be. " * 100), volumes / "data" / "a"
-    prepare(own_text([source]), CHAR, folder)
+    prepare_few(own_text([str(source)]), CHAR, folder)
     folder.rename(folder.parent / ".a.old")  # as after the first of the two renames
     text_file(source, "too short now")
     with pytest.raises(BadInput):
-        prepare(own_text([source]), CHAR, folder)
+        prepare_few(own_text([str(source)]), CHAR, folder)
     open_dataset(folder)
 
 
 def test_line_ends_and_a_byte_order_mark_are_read_as_text_mode_does(tmp_path: Path) -> None:
     path = text_file(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\rthree\n")
-    assert own_text([path]).documents[0].text == "one\ntwo\nthree\n"
+    assert own_text([str(path)]).texts[0] == "one\ntwo\nthree\n"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_bad_arguments_are_refused(tmp_path: Path, volumes: Path, gpt2box: Comma
     empty.mkdir()
     for arguments, part in [
         (["nothing.txt"], "cannot read nothing.txt"),
-        ([str(empty)], "no .txt or .md file"),
+        ([str(empty)], "no text in the folder"),
         ([str(TINYSHAKESPEARE), "--name", "../up"], "dataset name '../up'"),
         ([str(TINYSHAKESPEARE), "--name", "raw"], "not 'raw'"),
         (["shakespeare", str(TINYSHAKESPEARE)], "together with"),

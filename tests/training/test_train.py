@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from gpt2box.data.assets import sha256_of
 from gpt2box.data.corpora import own_text
-from gpt2box.data.prepare import Request, prepare
+from gpt2box.data.few import Request, prepare_few
 from gpt2box.errors import BadInput, Gpt2boxError
 from gpt2box.job import run_job
 from gpt2box.stop import StopRequest
@@ -388,8 +388,8 @@ def test_a_finetune_goes_on_without_its_first_weights(volumes: Path, capsys: pyt
 
 def test_a_text_without_line_ends_is_sampled(volumes: Path, tmp_path: Path) -> None:
     (tmp_path / "digits.txt").write_text("0123456789" * 500)
-    corpus = replace(own_text([tmp_path / "digits.txt"]), end_of_text=False)
-    prepare(corpus, Request("char", 0.1), volumes / "data" / "digits")
+    corpus = replace(own_text([str(tmp_path / "digits.txt")]), end_of_text=False)
+    prepare_few(corpus, Request("char", 0.1), volumes / "data" / "digits")
     train("digits", dataset="digits", sample_tokens=10)
     assert len(list((volumes / "runs/digits/samples").glob("*.txt"))) == 3
     with pytest.raises(BadInput, match="not in this model's 10 characters: 'R'"):
@@ -411,7 +411,6 @@ def test_bad_usage_of_train_is_a_few_lines(volumes: Path, gpt2box) -> None:  # t
         (["dmo"], 2, "did you mean demo?"),
         (["nothing.yaml"], 2, "no file nothing.yaml"),
         (options(dataset="nothing"), 2, "no dataset in"),
-        (["openwebtext", "--device=cpu"], 2, "put nanoGPT's train.bin and val.bin there"),
         (["--eval-only", "dmo"], 2, "did you mean demo?"),
         (options(device="cuda:7"), 3, "a GPU for device cuda:7"),
         (options(device="gpu"), 2, "device: found 'gpu'"),

@@ -1,0 +1,111 @@
+"""Collections of documents too large to hold in memory: OpenWebText, any dataset of the Hub, the user's own files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gpt2box.data import hub
+from gpt2box.data.corpora import fingerprint, is_compressed
+from gpt2box.data.folder import WHOLE_DOCUMENTS
+from gpt2box.data.records import kind_of, parquet
+from gpt2box.data.shards import Source
+from gpt2box.errors import BadInput
+from gpt2box.paths import RECORD_SUFFIXES
+from gpt2box.progress import say, size
+
+TOKEN_BYTES = {True: 0.76, False: 0.5}  # a byte of compressed text (OpenWebText's 18.1 of 24.2 GB) and of plain
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Files of documents, in a fixed order."""
+
+    source: str
+    identity: list[dict[str, Any]]  # what the files are; the same gives the same bytes
+    sources: list[Source]
+    documents: int | None = None  # where known beforehand
+    tail: bool = False  # a few long texts: the end of each is held out
+    brought: bool = False  # the files are downloaded
+
+    def size_bytes(self) -> int:
+        """Of the files."""
+        return sum(source.size_bytes for source in self.sources)
+
+    def token_bytes(self) -> int:
+        """About what the tokens take on disk."""
+        return sum(round(s.size_bytes * TOKEN_BYTES[is_compressed(Path(s.name))]) for s in self.sources)
+
+
+def openwebtext(folder: Path | None, files: slice, keep_raw: bool) -> Collection:
+    """OpenWebText or a part of it, from the Hub, a mirror (HF_ENDPOINT) or a folder of the same files.
+
+    Raises:
+        BadInput: no such files there.
+    """
+    if folder is None:
+        sources, known = hub.openwebtext(keep_raw)
+        chosen = sources[files]
+        documents = int(known["documents"]) if len(chosen) == len(sources) else None
+        identity = [known | {"files": [source.name for source in chosen]}]
+        return Collection(f"OpenWebText, {known['name']}", identity, check_any(chosen), documents, brought=True)
+    paths = sorted(folder.glob("train-*.parquet"))[files]
+    if not paths:
+        raise BadInput(f"no train-*.parquet in {folder}", "the Parquet files of openwebtext, or a part of them")
+    sources = [hub.local_source(path) for path in paths]
+    total = sum(source.size_bytes for source in sources)
+    if (len(sources), total) == (hub.OPENWEBTEXT.files, hub.OPENWEBTEXT.size_bytes):
+        say("these are as many bytes as the pinned files")
+    else:
+        say(f"note: {len(sources)} files, {size(total)}: not the whole of OpenWebText")
+    return Collection(f"OpenWebText, from {folder}", [fingerprint(path, path.name) for path in paths], sources)
+
+
+def from_hub(name: str, config: str, split: str, files: slice, keep_raw: bool) -> Collection:
+    """Any dataset of the Hub.
+
+    Raises:
+        BadInput: no such dataset, or no such files of it.
+    """
+    sources, known = hub.dataset(name, config, split, files, keep_raw)
+    identity = [known | {"sizes": [source.size_bytes for source in sources]}]
+    return Collection(f"the Hub's {known['name']}", identity, check_any(sources), brought=True)
+
+
+def check_any(sources: list[Source]) -> list[Source]:
+    """The same.
+
+    Raises:
+        BadInput: there are none.
+    """
+    if not sources:
+        raise BadInput("--shards leaves no file", "two numbers, such as 0:8, of files counted from 0")
+    return sources
+
+
+def own_collection(files: list[tuple[Path, str]]) -> Collection:
+    """The user's files; they are read once to know them again."""
+    plain = all(kind_of(path) not in RECORD_SUFFIXES for path, _ in files)
+    if (total := sum(path.stat().st_size for path, _ in files)) > 1 << 32:
+        say(f"reading {len(files)} files, {size(total)}, to know them again")
+    identity = [fingerprint(path, name) for path, name in files]
+    sources = [replace(hub.local_source(path), name=name) for path, name in files]
+    source = ", ".join(str(path) for path, _ in files[:20]) + (", …" if len(files) > 20 else "")
+    return Collection(source, identity, sources, None, plain and len(files) < WHOLE_DOCUMENTS)
+
+
+def rows_in(sources: list[Source]) -> int:
+    """Documents in Parquet files, by their own account.
+
+    Raises:
+        BadInput: other files.
+    """
+    total = 0
+    for source in sources:
+        if kind_of(Path(source.name)) != ".parquet":
+            expected = "Parquet files, which say how many documents they hold"
+            raise BadInput(f"--split nanogpt with {source.name}", expected)
+        with parquet(source.bring()) as file:
+            total += file.metadata.num_rows
+    return total

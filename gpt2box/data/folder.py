@@ -1,0 +1,156 @@
+"""A dataset's folder: made beside its place, given its name by one rename, and checked against its manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gpt2box
+from gpt2box.data import assets
+from gpt2box.data.tokenizer import Tokenizer
+from gpt2box.data.tokens import ID_BYTES, SPLITS
+from gpt2box.errors import BadInput, VolumeUnwritable
+from gpt2box.paths import fix_hint, fsync_dir, locked, make_writable, read_object
+from gpt2box.progress import say
+
+SPLIT_SEED = 2357  # nanoGPT's, for OpenWebText
+SMALLEST_WINDOW = 64  # tokens of a split without which no loss means anything
+WHOLE_DOCUMENTS = 10  # from this many on, whole documents are held out
+FILES = {"train.bin", "val.bin", "dataset.json", "tokenizer"}
+
+Made = tuple[dict[str, Any], bool]  # the manifest, and whether anything was written
+
+
+def make(folder: Path, identity: dict[str, Any], write: Callable[[Path], dict[str, Any]], resumable: bool) -> Made:
+    """Make the dataset in `folder` unless it is there with the same identity: what its bytes follow from.
+
+    `write` fills a folder beside it and returns the rest of the manifest; if `resumable`, it finds there again what it
+    had when it was ended.
+
+    Raises:
+        BadInput: files that are not a dataset's have its name, another process is making it, or what `write` raises.
+        VolumeUnwritable: no space or no permission.
+    """
+    present = read_manifest(folder)
+    if {key: present.get(key) for key in identity} == identity and not damaged_splits(folder, present):
+        return present, False
+    make_writable(folder.parent)
+    with locked(folder.parent / f".{folder.name}.lock", f"the dataset {folder.name} is being made"):
+        retired, temporary = (folder.parent / f".{folder.name}.{suffix}" for suffix in ("old", "tmp"))
+        if retired.exists() and not folder.exists():  # killed between publish's two renames
+            os.rename(retired, folder)
+        check_replaceable(folder)
+        shutil.rmtree(retired, ignore_errors=True)
+        manifest = read_manifest(temporary)
+        begun = read_object(temporary / "identity.json") or {key: manifest.get(key) for key in identity}
+        if not resumable or begun != json.loads(json.dumps(identity)):
+            shutil.rmtree(temporary, ignore_errors=True)
+        elif (temporary / "progress.json").exists():
+            say(f"going on with {folder.name} where it was")
+        try:
+            temporary.mkdir(exist_ok=True)
+            write_object(temporary / "identity.json", identity)
+            manifest = read_manifest(temporary)
+            if damaged_splits(temporary, manifest):  # else it was ended just before the last rename
+                manifest = identity | write(temporary)
+                write_object(temporary / "dataset.json", manifest)
+            for name in {path.name for path in temporary.iterdir()} - FILES:
+                (temporary / name).unlink()
+            publish(temporary, folder, retired)
+        except OSError as error:
+            found = f"cannot write {folder}: {error.strerror or error}"
+            again = "free space" + ("; it goes on where it was" if resumable else "")
+            raise VolumeUnwritable(found, again, fix_hint(folder)) from error
+        finally:
+            if not resumable:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return manifest, True
+
+
+def write_object(path: Path, content: dict[str, Any]) -> None:
+    """A JSON file."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_replaceable(folder: Path) -> None:
+    """Whether what bears the dataset's name is an earlier dataset and nothing else.
+
+    Raises:
+        BadInput: it holds other files, which publishing would remove.
+    """
+    if not folder.exists():
+        return
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    foreign = sorted(present - FILES)
+    if foreign or (present and "dataset.json" not in present):
+        raise BadInput(
+            f"{folder} holds {', '.join((foreign or sorted(present))[:5])}, not written by `prepare`",
+            "a name that is free, or an earlier dataset's",
+            "choose another with --name, or move that folder away",
+        )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """dataset.json, or nothing where it is missing or unreadable (the dataset is then made anew)."""
+    return read_object(folder / "dataset.json")
+
+
+def damaged_splits(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """The .bin files that do not hash to what the manifest says."""
+    damaged = []
+    for split in SPLITS:
+        try:
+            expected = manifest["splits"][split]["sha256"]
+            whole = assets.sha256_of(folder / f"{split}.bin") == expected
+        except (OSError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            damaged.append(f"{split}.bin")
+    return damaged
+
+
+def described(folder: Path, encoder: Tokenizer, figures: dict[str, int]) -> dict[str, Any]:
+    """The manifest's account of the finished .bin files; `figures` has "SPLIT documents", "SPLIT characters" and more.
+
+    Raises:
+        BadInput: too little text.
+    """
+    splits: dict[str, dict[str, Any]] = {}
+    for split in SPLITS:
+        path = folder / f"{split}.bin"
+        splits[split] = {
+            "tokens": path.stat().st_size // ID_BYTES,
+            "documents": figures.get(f"{split} documents", 0),
+            "characters": figures.get(f"{split} characters", 0),
+            "sha256": assets.sha256_of(path),
+        }
+    if min(part["tokens"] for part in splits.values()) <= SMALLEST_WINDOW:
+        raise BadInput(
+            f"too little text: {splits['train']['tokens']:,} tokens to train, {splits['val']['tokens']:,} to validate",
+            f"more than {SMALLEST_WINDOW} tokens of each, the smallest useful window",
+            "give more text, or another --val-fraction",
+        )
+    return {
+        "tokenizer": {"kind": encoder.kind, "vocab_size": encoder.vocab_size},
+        "splits": splits,
+        "longest_document": figures.get("longest", 0),
+        "duplicates_left_out": figures.get("duplicates", 0),
+        "empty_left_out": figures.get("empty", 0),
+        "written_by": f"gpt2box {gpt2box.__version__}",
+    }
+
+
+def publish(temporary: Path, folder: Path, retired: Path) -> None:
+    """Give a finished folder its name; an older dataset of that name makes way."""
+    for path in [*temporary.rglob("*"), temporary]:
+        if path.is_dir():
+            fsync_dir(path)
+    if folder.exists():
+        os.rename(folder, retired)
+    os.rename(temporary, folder)
+    fsync_dir(folder.parent)
+    shutil.rmtree(retired, ignore_errors=True)

@@ -1,0 +1,197 @@
+"""Datasets of the Hugging Face Hub as Parquet files: OpenWebText at its pinned revision, and any other by name.
+
+HF_ENDPOINT and HF_TOKEN are honoured as in the Hub's own tools. With HF_HUB_OFFLINE=1 only files that are there are
+used.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt2box.data import assets
+from gpt2box.data.assets import Asset, hub_endpoint
+from gpt2box.data.shards import Source
+from gpt2box.errors import BadInput, Damaged, TryAgain
+from gpt2box.paths import make_writable, raw_dir, read_object, write_atomically
+from gpt2box.progress import say
+
+TRIES = 4  # of a download, which goes on where it broke off
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A dataset whose content is known."""
+
+    repo: str
+    revision: str
+    folder: str
+    files: int
+    size_bytes: int
+    documents: int
+
+
+# The Parquet files that the Hub's maintainers made when the dataset's script was removed; 8,013,769 documents.
+OPENWEBTEXT = Pinned(
+    "Skylion007/openwebtext", "79d93d786212f7344586290adb811d4ae6a1762c", "plain_text", 80, 24_193_092_408, 8_013_769
+)
+# Of the 80 sizes and hashes the first is known here; the others are asked of the Hub, at that revision, and kept.
+KNOWN = {
+    "train-00000-of-00080.parquet": (
+        302_848_326,
+        "caed9f4b7053d7cd4d1a13ce9ec9224d84a3bba1f11579193562a7e31ebe656e",
+    )
+}
+
+
+def openwebtext(keep_raw: bool) -> tuple[list[Source], dict[str, Any]]:
+    """OpenWebText's files on the Hub, and what they are, for the manifest.
+
+    Raises:
+        TryAgain: the Hub does not answer.
+    """
+    pin = OPENWEBTEXT
+    names = [f"train-{i:05d}-of-{pin.files:05d}.parquet" for i in range(pin.files)]
+    pins = listed(pin, names)
+    base = f"{hub_endpoint()}/datasets/{pin.repo}/resolve/{pin.revision}/{pin.folder}"
+    files = [Asset(name, *pins[name], f"{base}/{name}") for name in names]
+    identity = {"name": f"{pin.repo}@{pin.revision}", "documents": pin.documents}
+    return [downloaded(file, raw_dir() / "openwebtext", keep_raw) for file in files], identity
+
+
+def listed(pin: Pinned, names: list[str]) -> dict[str, tuple[int, str]]:
+    """Size and sha256 of each file, as the Hub's metadata has them at the pinned revision.
+
+    Raises:
+        Damaged: it contradicts what is known here.
+    """
+    path = raw_dir() / "openwebtext" / "files.json"
+    stored = read_object(path)
+    if stored.get("revision") != pin.revision:
+        answer = ask(f"{hub_endpoint()}/api/datasets/{pin.repo}/tree/{pin.revision}/{pin.folder}")
+        entries = {Path(entry["path"]).name: entry for entry in answer if entry.get("type") == "file"}
+        try:
+            pins = {name: (int(entries[name]["size"]), str(entries[name]["lfs"]["oid"])) for name in names}
+        except (KeyError, TypeError) as error:
+            raise Damaged(f"the Hub's list of {pin.repo} lacks {error}", "80 files with size and sha256") from error
+        stored = {"revision": pin.revision, "files": pins}
+        make_writable(path.parent)
+        write_atomically(path, json.dumps(stored, indent=1))
+    found = {name: (int(size), str(digest)) for name, (size, digest) in stored["files"].items()}
+    total = sum(size for size, _ in found.values())
+    if any(found.get(name) != expected for name, expected in KNOWN.items()) or total != pin.size_bytes:
+        raise Damaged(f"{path} is not the list of the pinned files ({total:,} bytes)", f"{pin.size_bytes:,} bytes")
+    return found
+
+
+def dataset(name: str, config: str, split: str, files: slice, keep_raw: bool) -> tuple[list[Source], dict[str, Any]]:
+    """Any dataset of the Hub: the Parquet files into which the Hub converts each, or some of them.
+
+    Raises:
+        BadInput: no such dataset, configuration or split.
+        TryAgain: the Hub does not answer.
+    """
+    answer = ask(f"{hub_endpoint()}/api/datasets/{urllib.parse.quote(name)}/parquet")
+    config = config or ("default" if "default" in answer else next(iter(answer), ""))
+    if config not in answer:
+        raise BadInput(f"{name} has no configuration {config!r}", f"one of: {', '.join(answer)}", "--hub-config NAME")
+    if split not in answer[config]:
+        raise BadInput(f"{name} has no split {split!r}", f"one of: {', '.join(answer[config])}", "--hub-split NAME")
+    folder = raw_dir() / name.replace("/", "--")
+    sources = []
+    for index, url in list(enumerate(answer[config][split]))[files]:
+        asset = Asset(f"{config}-{split}-{index:05d}.parquet", content_length(url), "", url)
+        sources.append(downloaded(asset, folder, keep_raw))
+    return sources, {"name": f"{name}, {config}, {split}", "files": len(sources)}
+
+
+def local_source(path: Path) -> Source:
+    """A file that the user has.
+
+    Raises:
+        BadInput: it is not there.
+    """
+    if not path.is_file():
+        raise BadInput(f"no file {path}", "a file")
+    return Source(path.name, path.stat().st_size, lambda: path, lambda: None)
+
+
+def downloaded(asset: Asset, folder: Path, keep_raw: bool) -> Source:
+    """A file that is brought when it is needed and dropped when it is tokenised, unless it is to be kept."""
+    path = folder / asset.filename
+    was_there = path.exists()
+
+    def bring() -> Path:
+        return persistently(lambda: assets.fetch(asset, folder, quiet=True), asset.filename)
+
+    def done() -> None:
+        if not keep_raw and not was_there:
+            path.unlink(missing_ok=True)
+
+    return Source(asset.filename, asset.size_bytes, bring, done)
+
+
+def persistently(bring: Callable[[], Path], what: str) -> Path:
+    """Try again where the network fails; a download goes on where it broke off."""
+    for attempt in range(TRIES - 1):
+        try:
+            return bring()
+        except TryAgain as error:
+            if offline():
+                raise
+            say(f"note: {what}: {error.found.splitlines()[-1].strip()}; trying again in {2**attempt * 5} s")
+            time.sleep(2**attempt * 5)
+    return bring()
+
+
+def offline() -> bool:
+    """As the Hub's own tools have it."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def request(url: str, method: str = "GET") -> Any:
+    """An answer of the Hub."""
+    if offline():
+        raise TryAgain(
+            f"{url} is needed, but HF_HUB_OFFLINE is set", "network", "unset HF_HUB_OFFLINE, or give a folder"
+        )
+    wanted = urllib.request.Request(url, headers={"User-Agent": "gpt2box"}, method=method)
+    if (token := os.environ.get("HF_TOKEN")) and url.startswith(hub_endpoint()):
+        wanted.add_unredirected_header("Authorization", f"Bearer {token}")
+    try:
+        return urllib.request.urlopen(wanted, timeout=assets.TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403, 404):
+            raise BadInput(
+                f"{url}: HTTP {error.code} {error.reason}", "a public dataset, or one that HF_TOKEN may read"
+            ) from error
+        raise TryAgain(f"{url}: HTTP {error.code} {error.reason}", "an answer", "try again later") from error
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        reason = str(getattr(error, "reason", error)) or type(error).__name__
+        raise TryAgain(
+            f"{url}: {reason}", "network", "try again with network, or give the files in a folder"
+        ) from error
+
+
+def ask(url: str) -> Any:
+    """JSON of the Hub's interface."""
+    with request(url) as response:
+        try:
+            return json.loads(response.read())
+        except (ValueError, OSError) as error:
+            raise TryAgain(f"{url}: no JSON ({error})", "an answer of the Hub", "try again later") from error
+
+
+def content_length(url: str) -> int:
+    """Bytes of a file that is not pinned."""
+    with request(url, "HEAD") as response:
+        return int(response.headers.get("Content-Length") or 0)

@@ -1,0 +1,98 @@
+"""A collection of documents to a dataset, so that a kill costs little."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt2box.data import assets, tokenizer
+from gpt2box.data.collection import Collection, rows_in
+from gpt2box.data.folder import SPLIT_SEED, Made, described, make
+from gpt2box.data.shards import run
+from gpt2box.data.sink import ShuffledSink, Sink
+from gpt2box.data.tokens import FORMAT
+from gpt2box.errors import VolumeUnwritable
+from gpt2box.machine import host
+from gpt2box.paths import raw_dir
+from gpt2box.progress import say, size
+
+MEMORY_OF_A_WORKER = 1 << 30
+FILES_AT_ONCE = 4  # of those that are brought: the one at work, those ahead, one being written
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is asked besides the files. `workers` alone does not change the bytes."""
+
+    val_fraction: float
+    split: str = "content"  # or nanogpt
+    column: str = ""
+    max_documents: int | None = None
+    keep_duplicates: bool = False
+    workers: int = 0
+
+
+def prepare_many(collection: Collection, choices: Choices, folder: Path) -> Made:
+    """Make the dataset in `folder` unless it is there from the same files and choices; goes on where it was ended.
+
+    Returns: the manifest, and whether anything was written.
+
+    Raises:
+        BadInput: too little text, or files that are not as they should be.
+        VolumeUnwritable: no space or no permission.
+    """
+    asked = {key: value for key, value in asdict(choices).items() if key != "workers"}
+    identity = {"format": FORMAT, "source": collection.source, "documents": collection.identity, "choices": asked}
+
+    def write_beside(temporary: Path) -> dict[str, Any]:
+        check_space(collection, choices, temporary)
+        return write(collection, choices, temporary)
+
+    return make(folder, identity, write_beside, resumable=True)
+
+
+def check_space(collection: Collection, choices: Choices, temporary: Path) -> None:
+    """Say what will be written, and refuse where that is more than is free.
+
+    Raises:
+        VolumeUnwritable: with the bytes missing.
+    """
+    largest = max(source.size_bytes for source in collection.sources)
+    ahead = largest * FILES_AT_ONCE if collection.brought else 0
+    there = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+    needed = max(collection.token_bytes() - there, 0) + ahead
+    free = host.free_bytes(temporary)
+    if choices.max_documents is not None:
+        return
+    say(f"{len(collection.sources)} files, {size(collection.size_bytes())}: takes about {size(needed)} of disk")
+    if needed > free:
+        raise VolumeUnwritable(
+            f"{size(free)} free in {temporary.parent}; that is {size(needed - free)} too few",
+            "more space",
+            "free space, set GPT2BOX_VOLUMES to a folder on a larger disk, or take a part: --max-docs 100000",
+        )
+
+
+def write(collection: Collection, choices: Choices, folder: Path) -> dict[str, Any]:
+    """Write both .bin files and the tokenizer into `folder`; returns the manifest's share."""
+    ranks = assets.fetch(assets.GPT2_RANKS, raw_dir())
+    encoder = tokenizer.from_ranks(ranks)
+    assert encoder.end_of_text is not None
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    encoder.save(folder / "tokenizer")
+    sink: Sink
+    if choices.split == "nanogpt":
+        documents = collection.documents or rows_in(collection.sources)
+        documents = min(documents, choices.max_documents or documents)
+        sink = ShuffledSink(folder, documents, choices.val_fraction, SPLIT_SEED)
+    else:
+        sink = Sink(folder, choices.val_fraction, SPLIT_SEED, not choices.keep_duplicates, collection.tail)
+    workers = choices.workers or usual_workers()
+    run(collection.sources, sink, choices.column, ranks, encoder.end_of_text, workers, choices.max_documents)
+    return described(folder, encoder, sink.finish())
+
+
+def usual_workers() -> int:
+    """As many as there are cores, and memory for."""
+    return max(1, min(int(host.cores()), 16, host.memory_bytes()[1] // MEMORY_OF_A_WORKER - 1))
