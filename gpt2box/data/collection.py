@@ -25,6 +25,7 @@ class Collection:
     source: str
     identity: list[dict[str, Any]]  # what the files are; the same gives the same bytes
     sources: list[Source]
+    of: int  # files that there are in all, of which these may be a part
     documents: int | None = None  # where known beforehand
     tail: bool = False  # a few long texts: the end of each is held out
     brought: bool = False  # the files are downloaded
@@ -44,22 +45,23 @@ def openwebtext(folder: Path | None, files: slice, keep_raw: bool) -> Collection
     Raises:
         BadInput: no such files there.
     """
+    pin = hub.OPENWEBTEXT
     if folder is None:
         sources, known = hub.openwebtext(keep_raw)
-        chosen = sources[files]
-        documents = int(known["documents"]) if len(chosen) == len(sources) else None
-        identity = [known | {"files": [source.name for source in chosen]}]
-        return Collection(f"OpenWebText, {known['name']}", identity, check_any(chosen), documents, brought=True)
-    paths = sorted(folder.glob("train-*.parquet"))[files]
+        documents = pin.documents if len(sources[files]) == len(sources) else None
+        source = f"OpenWebText, {pin.repo}@{pin.revision}"
+        return Collection(source, known[files], check_any(sources[files]), len(sources), documents, brought=True)
+    paths = sorted(folder.glob("train-*.parquet"))
     if not paths:
         raise BadInput(f"no train-*.parquet in {folder}", "the Parquet files of openwebtext, or a part of them")
-    sources = [hub.local_source(path) for path in paths]
+    sources = check_any([hub.local_source(path) for path in paths][files])
     total = sum(source.size_bytes for source in sources)
-    if (len(sources), total) == (hub.OPENWEBTEXT.files, hub.OPENWEBTEXT.size_bytes):
-        say("these are as many bytes as the pinned files")
-    else:
-        say(f"note: {len(sources)} files, {size(total)}: not the whole of OpenWebText")
-    return Collection(f"OpenWebText, from {folder}", [fingerprint(path, path.name) for path in paths], sources)
+    if (len(sources), total) != (pin.files, pin.size_bytes):
+        say(f"note: {len(sources)} of {len(paths)} files, {size(total)}: not the whole of OpenWebText")
+    identity = [fingerprint(path, path.name) for path in paths[files]]
+    if any(hub.KNOWN.get(i["name"]) not in (None, (i["bytes"], i["sha256"])) for i in identity):
+        say("note: these are not OpenWebText's files, but others of their names")
+    return Collection(f"OpenWebText, from {folder}", identity, sources, len(paths))
 
 
 def from_hub(name: str, config: str, split: str, files: slice, keep_raw: bool) -> Collection:
@@ -68,9 +70,9 @@ def from_hub(name: str, config: str, split: str, files: slice, keep_raw: bool) -
     Raises:
         BadInput: no such dataset, or no such files of it.
     """
-    sources, known = hub.dataset(name, config, split, files, keep_raw)
-    identity = [known | {"sizes": [source.size_bytes for source in sources]}]
-    return Collection(f"the Hub's {known['name']}", identity, check_any(sources), brought=True)
+    sources, title, of = hub.dataset(name, config, split, files, keep_raw)
+    identity = [{"name": source.name, "bytes": source.size_bytes} for source in check_any(sources)]
+    return Collection(title, identity, sources, of, brought=True)
 
 
 def check_any(sources: list[Source]) -> list[Source]:
@@ -80,7 +82,7 @@ def check_any(sources: list[Source]) -> list[Source]:
         BadInput: there are none.
     """
     if not sources:
-        raise BadInput("--shards leaves no file", "two numbers, such as 0:8, of files counted from 0")
+        raise BadInput("there are not so many files", "two numbers, such as 0:8, of files counted from 0")
     return sources
 
 
@@ -92,7 +94,7 @@ def own_collection(files: list[tuple[Path, str]]) -> Collection:
     identity = [fingerprint(path, name) for path, name in files]
     sources = [replace(hub.local_source(path), name=name) for path, name in files]
     source = ", ".join(str(path) for path, _ in files[:20]) + (", …" if len(files) > 20 else "")
-    return Collection(source, identity, sources, None, plain and len(files) < WHOLE_DOCUMENTS)
+    return Collection(source, identity, sources, len(files), None, plain and len(files) < WHOLE_DOCUMENTS)
 
 
 def rows_in(sources: list[Source]) -> int:

@@ -8,6 +8,7 @@ few thousand code points of recent scripts count as letters in one and not in th
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ UNSETTLED = re.compile(
     "[^\0-\u052f\u2000-\u2bff\u3000-\u30ff\u4e00-\u9ffc\uac00-\ud7a3\ufe30-\uffef\U0001f300-\U0001faff]"
 )
 PIECE = 1 << 20  # characters given to a tokenizer at a time, and about what tiktoken's regex engine bears
-# Between two letters of any words, a token never crosses these: before a single space or line feed that a letter
-# follows, and between a letter and a digit (from the pattern of GPT-2's pre-tokenizer).
-SAFE_CUT = re.compile(r"(?<=[A-Za-z])(?=[ \n][A-Za-z]|[0-9])|(?<=[0-9])(?=[ \n][A-Za-z]|[A-Za-z])")
+# Where a token never crosses, by the pattern of GPT-2's pre-tokenizer: before a single space or line feed between
+# others, between a letter and a digit, and between an ideograph or kana and a full-width mark.
+SAFE_CUT = re.compile(
+    r"(?<=\S)(?=[ \n]\S)|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])"
+    r"|(?<=[\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fbb])(?=[\u3001\u3002\uff01\uff0c\uff1f])"
+)
 RENEW_BYTES = 1 << 28  # gigatoken remembers every word it meets
 TEST = "It's 1984, isn't it?  Yes:\n\n\tHäuser, naïve Ωμέγα ПРИВЕТ ９９ 漢字かな 한글 “x”—y… 🙂👍🏽  \r\n'S 'll'  end "
 
@@ -47,15 +51,14 @@ class BulkEncoder:
             return None
         return BPETokenizer.from_tiktoken(str(self.ranks), "gpt2", {})
 
-    def encode(self, text: str) -> Tokens:
-        """Token ids; a special token's name is ordinary text.
+    def encode(self, parts: Iterable[str]) -> Iterator[Tokens]:
+        """Token ids of a text that comes in parts; a special token's name is ordinary text.
 
         Raises:
             BadInput: a run that tiktoken gives up on.
         """
-        if len(text) <= PIECE:
-            return self._encode(text)
-        return np.concatenate([self._encode(piece) for piece in pieces(text)])
+        for piece in pieces(parts):
+            yield self._encode(piece)
 
     def _encode(self, text: str) -> Tokens:
         if self.fast is None or (not text.isascii() and UNSETTLED.search(text)):
@@ -67,13 +70,19 @@ class BulkEncoder:
         return ids
 
 
-def pieces(text: str) -> list[str]:
-    """Parts of a long text, cut where no token crosses; where it has no such place for long, a part is longer."""
-    found, begin = [], 0
-    while len(text) - begin > PIECE:
-        cut = SAFE_CUT.search(text, begin + PIECE // 2)
-        if cut is None:
-            break
-        found.append(text[begin : cut.start()])
-        begin = cut.start()
-    return [*found, text[begin:]]
+def pieces(parts: Iterable[str]) -> Iterator[str]:
+    """The same text in pieces of about PIECE, cut where no token crosses; longer where there is no such place."""
+    held, searched = "", 0
+    for part in parts:
+        held += part
+        begin = 0
+        while len(held) - begin > PIECE:
+            cut = SAFE_CUT.search(held, max(begin + PIECE // 2, searched))
+            if cut is None:
+                searched = len(held) - 1  # what follows may make its last place a good one
+                break
+            yield held[begin : cut.start()]
+            begin = cut.start()
+        held, searched = held[begin:], max(searched - begin, 0)
+    if held:
+        yield held

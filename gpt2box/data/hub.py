@@ -53,8 +53,8 @@ KNOWN = {
 }
 
 
-def openwebtext(keep_raw: bool) -> tuple[list[Source], dict[str, Any]]:
-    """OpenWebText's files on the Hub, and what they are, for the manifest.
+def openwebtext(keep_raw: bool) -> tuple[list[Source], list[dict[str, Any]]]:
+    """OpenWebText's files on the Hub, and what each is, for the manifest.
 
     Raises:
         TryAgain: the Hub does not answer.
@@ -64,7 +64,7 @@ def openwebtext(keep_raw: bool) -> tuple[list[Source], dict[str, Any]]:
     pins = listed(pin, names)
     base = f"{hub_endpoint()}/datasets/{pin.repo}/resolve/{pin.revision}/{pin.folder}"
     files = [Asset(name, *pins[name], f"{base}/{name}") for name in names]
-    identity = {"name": f"{pin.repo}@{pin.revision}", "documents": pin.documents}
+    identity = [{"name": name, "bytes": pins[name][0], "sha256": pins[name][1]} for name in names]
     return [downloaded(file, raw_dir() / "openwebtext", keep_raw) for file in files], identity
 
 
@@ -93,8 +93,10 @@ def listed(pin: Pinned, names: list[str]) -> dict[str, tuple[int, str]]:
     return found
 
 
-def dataset(name: str, config: str, split: str, files: slice, keep_raw: bool) -> tuple[list[Source], dict[str, Any]]:
+def dataset(name: str, config: str, split: str, files: slice, keep_raw: bool) -> tuple[list[Source], str, int]:
     """Any dataset of the Hub: the Parquet files into which the Hub converts each, or some of them.
+
+    Returns: these, what they are in words, and how many there are in all.
 
     Raises:
         BadInput: no such dataset, configuration or split.
@@ -111,7 +113,7 @@ def dataset(name: str, config: str, split: str, files: slice, keep_raw: bool) ->
     for index, url in list(enumerate(answer[config][split]))[files]:
         asset = Asset(f"{config}-{split}-{index:05d}.parquet", content_length(url), "", url)
         sources.append(downloaded(asset, folder, keep_raw))
-    return sources, {"name": f"{name}, {config}, {split}", "files": len(sources)}
+    return sources, f"the Hub's {name}, {config}, {split}", len(answer[config][split])
 
 
 def local_source(path: Path) -> Source:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,8 @@ from typing import Any
 from gpt2box.data import assets, tokenizer
 from gpt2box.data.collection import Collection, rows_in
 from gpt2box.data.folder import SPLIT_SEED, Made, described, make
-from gpt2box.data.shards import run
+from gpt2box.data.parts import merge
+from gpt2box.data.shards import run, usual_workers
 from gpt2box.data.sink import ShuffledSink, Sink
 from gpt2box.data.tokens import FORMAT
 from gpt2box.errors import VolumeUnwritable
@@ -17,7 +20,6 @@ from gpt2box.machine import host
 from gpt2box.paths import raw_dir
 from gpt2box.progress import say, size
 
-MEMORY_OF_A_WORKER = 1 << 30
 FILES_AT_ONCE = 4  # of those that are brought: the one at work, those ahead, one being written
 
 
@@ -33,8 +35,10 @@ class Choices:
     workers: int = 0
 
 
-def prepare_many(collection: Collection, choices: Choices, folder: Path) -> Made:
+def prepare_many(collection: Collection, choices: Choices, folder: Path, parts: Sequence[Path] = ()) -> Made:
     """Make the dataset in `folder` unless it is there from the same files and choices; goes on where it was ended.
+
+    `parts`: in which the collection is tokenised already (parts.py).
 
     Returns: the manifest, and whether anything was written.
 
@@ -46,26 +50,27 @@ def prepare_many(collection: Collection, choices: Choices, folder: Path) -> Made
     identity = {"format": FORMAT, "source": collection.source, "documents": collection.identity, "choices": asked}
 
     def write_beside(temporary: Path) -> dict[str, Any]:
-        check_space(collection, choices, temporary)
-        return write(collection, choices, temporary)
+        check_space(collection, choices, temporary, parts)
+        return write(collection, choices, temporary, parts)
 
     return make(folder, identity, write_beside, resumable=True)
 
 
-def check_space(collection: Collection, choices: Choices, temporary: Path) -> None:
+def check_space(collection: Collection, choices: Choices, temporary: Path, parts: Sequence[Path]) -> None:
     """Say what will be written, and refuse where that is more than is free.
 
     Raises:
         VolumeUnwritable: with the bytes missing.
     """
-    largest = max(source.size_bytes for source in collection.sources)
-    ahead = largest * FILES_AT_ONCE if collection.brought else 0
-    there = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
-    needed = max(collection.token_bytes() - there, 0) + ahead
-    free = host.free_bytes(temporary)
     if choices.max_documents is not None:
         return
-    say(f"{len(collection.sources)} files, {size(collection.size_bytes())}: takes about {size(needed)} of disk")
+    largest = max((source.size_bytes for source in collection.sources), default=0)
+    ahead = largest * FILES_AT_ONCE if collection.brought else 0
+    there = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+    tokens = sum(path.stat().st_size for part in parts for path in part.iterdir()) or collection.token_bytes()
+    needed, free = max(tokens - there, 0) + ahead, host.free_bytes(temporary)
+    what = f"{len(parts)} parts" if parts else f"{len(collection.sources)} files, {size(collection.size_bytes())}"
+    say(f"{what}: takes about {size(needed)} of disk")
     if needed > free:
         raise VolumeUnwritable(
             f"{size(free)} free in {temporary.parent}; that is {size(needed - free)} too few",
@@ -74,13 +79,14 @@ def check_space(collection: Collection, choices: Choices, temporary: Path) -> No
         )
 
 
-def write(collection: Collection, choices: Choices, folder: Path) -> dict[str, Any]:
+def write(collection: Collection, choices: Choices, folder: Path, parts: Sequence[Path]) -> dict[str, Any]:
     """Write both .bin files and the tokenizer into `folder`; returns the manifest's share."""
     ranks = assets.fetch(assets.GPT2_RANKS, raw_dir())
     encoder = tokenizer.from_ranks(ranks)
     assert encoder.end_of_text is not None
     (folder / "tokenizer").mkdir(exist_ok=True)
-    encoder.save(folder / "tokenizer")
+    saving = threading.Thread(target=encoder.save, args=(folder / "tokenizer",))  # a second's work
+    saving.start()
     sink: Sink
     if choices.split == "nanogpt":
         documents = collection.documents or rows_in(collection.sources)
@@ -88,11 +94,10 @@ def write(collection: Collection, choices: Choices, folder: Path) -> dict[str, A
         sink = ShuffledSink(folder, documents, choices.val_fraction, SPLIT_SEED)
     else:
         sink = Sink(folder, choices.val_fraction, SPLIT_SEED, not choices.keep_duplicates, collection.tail)
-    workers = choices.workers or usual_workers()
-    run(collection.sources, sink, choices.column, ranks, encoder.end_of_text, workers, choices.max_documents)
+    if parts:
+        merge(parts, sink, choices.max_documents)
+    else:
+        workers = choices.workers or usual_workers()
+        run(collection.sources, sink, choices.column, ranks, encoder.end_of_text, workers, choices.max_documents)
+    saving.join()
     return described(folder, encoder, sink.finish())
-
-
-def usual_workers() -> int:
-    """As many as there are cores, and memory for."""
-    return max(1, min(int(host.cores()), 16, host.memory_bytes()[1] // MEMORY_OF_A_WORKER - 1))

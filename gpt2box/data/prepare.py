@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from gpt2box.data.corpora import CORPORA, KNOWN, OPENWEBTEXT, is_small, own_file
 from gpt2box.data.few import Request, prepare_few
 from gpt2box.data.folder import Made, damaged_splits, read_manifest
 from gpt2box.data.many import Choices, prepare_many
+from gpt2box.data.parts import found_parts, make_part
+from gpt2box.data.shards import usual_workers
 from gpt2box.data.tokens import SPLITS, open_dataset
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.paths import checked_name, dataset_dir, make_writable, raw_dir, slug, title_of
@@ -43,6 +45,8 @@ class Options:
     split: str = "content"  # or nanogpt
     max_docs: int | None = None
     shards: tuple[int, int] | None = None  # of a corpus of many files: the first, and the one after the last
+    shard_range: tuple[int, int] | None = None  # the same, but to be merged with others
+    merge: bool = False
     folder: Path | None = None  # where OpenWebText's files are
     keep_raw: bool = False
     keep_duplicates: bool = False
@@ -61,7 +65,17 @@ def prepare(inputs: Sequence[str], options: Options, name: str | None = None, fo
     item = known_among(inputs)
     check_apart(item, options)
     target = folder or dataset_dir(checked_name(name or usual_name(inputs[0], options), "dataset"))
-    if item in OPENWEBTEXT or item.startswith(HUB):
+    if options.shard_range:
+        collected = large(item, replace(options, shards=options.shard_range))
+        title = usual_name(inputs[0], Options())
+        workers = options.workers or usual_workers()
+        part = make_part(collected, options.shard_range, title, options.text_column, workers)
+        say(f"{part}: when the others are beside it, gpt2box prepare {item} --merge")
+        return {}, True
+    if options.merge:
+        whole, parts, column = found_parts(usual_name(inputs[0], Options()))
+        made = prepare_many(whole, choices_of(item, replace(options, text_column=column)), target, parts)
+    elif item in OPENWEBTEXT or item.startswith(HUB):
         made = prepare_many(large(item, options), choices_of(item, options), target)
     else:
         made = own(item, inputs, options, target)
@@ -109,14 +123,19 @@ def check_apart(item: str, options: Options) -> None:
     given = {name for name, value in vars(options).items() if value != getattr(Options(), name)}
     for_all = {"tokenizer", "val_fraction"}
     for_many = for_all | {"text_column", "split", "max_docs", "keep_duplicates", "workers"}
+    in_files = {"shards", "keep_raw", "shard_range", "merge"}
     allowed = {
         "corpus": for_all,
         "own": for_many,
-        "openwebtext": for_many - {"tokenizer"} | {"shards", "folder", "keep_raw"},
-        "hub": for_many - {"tokenizer"} | {"shards", "keep_raw", "hub_config", "hub_split"},
+        "openwebtext": for_many - {"tokenizer"} | in_files | {"folder"},
+        "hub": for_many - {"tokenizer"} | in_files | {"hub_config", "hub_split"},
     }[kind]
     if options.tokenizer == "char":
         allowed -= {"max_docs", "split"}
+    if options.shard_range:
+        allowed -= {"merge", "shards", "split", "val_fraction", "max_docs", "keep_duplicates"}
+    if options.merge:
+        allowed -= {"shards", "folder", "keep_raw", "text_column", "workers", "hub_config", "hub_split"}
     if wrong := sorted(given - allowed):
         flag = "from" if wrong[0] == "folder" else wrong[0].replace("_", "-")
         of = item or "files" + (" in characters" if options.tokenizer == "char" else "")
@@ -194,7 +213,8 @@ def summary(folder: Path, manifest: dict[str, Any]) -> list[str]:
         settings, _ = load(config, {})
         steps, per_step = settings.max_steps, settings.tokens_per_step
         passes = steps * per_step / train["tokens"]
-        lines.append(f"  {steps:,} steps of {per_step:,} tokens, as in the config {config}, read it {passes:.2g} times")
+        read = f"read it {passes:.2g} times" if passes >= 1 else f"read {passes:.1%} of it"
+        lines.append(f"  {steps:,} steps of {per_step:,} tokens, as in the config {config}, {read}")
     if train["tokens"] < ENOUGH_TO_TUNE:
         lines.append("  very little text, which Medium soon knows by heart: watch val_loss, and give more if you can")
     elif train["tokens"] < ENOUGH_FOR_MEDIUM:

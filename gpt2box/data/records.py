@@ -19,7 +19,8 @@ from gpt2box.errors import BadInput, Damaged
 from gpt2box.paths import COMPRESSED, RECORD_SUFFIXES
 
 BLOCK = 1 << 24  # bytes of a plain text decoded at a time
-GROUP_BYTES = 1 << 26  # text of a Parquet file's row groups that make one unit of work
+BATCH_ROWS = 256  # documents of a Parquet file decoded at a time
+GROUP_BYTES = 1 << 23  # text of a Parquet file's row groups that make one unit of work
 LONGEST_FIELD = 1 << 30  # characters in a field of a CSV file
 
 
@@ -173,15 +174,20 @@ def parquet_texts(unit: Unit) -> Iterator[str]:
     import pyarrow
 
     assert unit.groups is not None
+    where = f"{unit.path}, row groups {unit.groups[0]} to {unit.groups[1] - 1}"
     with parquet(unit.path) as file:
-        for group in range(*unit.groups):
+        batches = file.iter_batches(BATCH_ROWS, row_groups=list(range(*unit.groups)), columns=[unit.column])
+        while True:
             try:
-                values = file.read_row_group(group, columns=[unit.column]).column(0).to_pylist()
+                batch = next(batches, None)
+                values = batch.column(0).to_pylist() if batch is not None else None
             except (pyarrow.ArrowException, OSError) as error:
                 first = str(error).splitlines()[0]
-                raise Damaged(f"{unit.path}, row group {group}: {first}", "the file as it was written") from error
+                raise Damaged(f"{where}: {first}", "the file as it was written", "get it again") from error
+            if values is None:
+                return
             for value in values:
-                yield checked(value, f"{unit.path}, row group {group}")
+                yield checked(value, where)
 
 
 def json_lines(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:

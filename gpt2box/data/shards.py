@@ -21,10 +21,15 @@ import numpy as np
 from gpt2box.data.encoder import BulkEncoder
 from gpt2box.data.records import Unit, texts, units_of
 from gpt2box.data.sink import Chunk, Sink, digest_of, first, new_digest
+from gpt2box.data.tokenizer import Tokens
 from gpt2box.errors import MachineCannot
+from gpt2box.machine import host
 from gpt2box.progress import Advance, bytes_bar
 
+MEMORY_OF_A_WORKER = 1 << 30
+SPILL_BYTES = 1 << 27  # of a unit's tokens
 SAVE_SECONDS = 10.0  # at most so much work is done again after a kill
+SAVE_EVERY = 32  # units, where they are merged
 FILES_AHEAD = 2  # brought before they are needed
 
 
@@ -38,7 +43,7 @@ class Source:
     done: Callable[[], None]  # called when it is tokenised and durable
 
 
-_encoder: BulkEncoder | None = None
+_encoder: BulkEncoder | None = None  # a worker's own
 
 
 def start_worker(ranks: Path) -> None:
@@ -48,43 +53,66 @@ def start_worker(ranks: Path) -> None:
     _encoder = BulkEncoder(ranks)
 
 
-def tokenise(unit: Unit, end_of_text: int) -> Chunk:
-    """A unit's documents as tokens; those that are blank are left out, but keep their number in the order."""
+def tokenise(unit: Unit, end_of_text: int, spill: Path) -> Chunk:
+    """A unit's documents as tokens; those that are blank are left out, but for Parquet's, whose number is announced.
+
+    What is too large for a pipe goes through the file `spill`.
+    """
     assert _encoder is not None
-    tokens, lengths, digests, characters, empty = [], [], [], [], 0
+    tokens: list[Tokens] = []
+    lengths, digests, characters, empty = [], [], [], 0
     tail = np.array([end_of_text], dtype=np.uint16)
+    held = 0
+    spill.unlink(missing_ok=True)
     for parts in texts(unit):
-        digest, count, document, blank = new_digest(), 0, [], True
-        for part in whole_words(parts):
-            digest.update(part.encode("utf-8", "surrogatepass"))
-            count += len(part)
-            blank = blank and not part.strip()
-            document.append(_encoder.encode(part))
-        if blank and unit.groups is None:
+        seen = Reading(parts)
+        length, begin = 0, len(tokens)
+        for ids in _encoder.encode(seen):
+            tokens.append(ids)
+            length, held = length + len(ids), held + ids.nbytes
+            if held > SPILL_BYTES and not seen.blank:
+                append(tokens, spill)
+                held = 0
+        if seen.blank and unit.groups is None:
             empty += 1
+            del tokens[begin:]
             continue
-        document.append(tail)
-        tokens += document
-        lengths.append(sum(map(len, document)))
-        digests.append(digest_of(digest))
-        characters.append(count)
-    joined = np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.uint16)
+        tokens.append(tail)
+        lengths.append(length + 1)
+        digests.append(digest_of(seen.digest))
+        characters.append(seen.characters)
     counts = [np.array(values, dtype=np.uint32) for values in (lengths, characters)]
+    if spill.exists():
+        append(tokens, spill)
+        return Chunk(spill, counts[0], b"".join(digests), counts[1], empty)
+    joined = np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.uint16)
     return Chunk(joined, counts[0], b"".join(digests), counts[1], empty)
 
 
-def whole_words(parts: Iterator[str]) -> Iterator[str]:
-    """The same text in parts that end where no token crosses (see encoder.py)."""
-    from gpt2box.data.encoder import PIECE, SAFE_CUT
+class Reading:
+    """A document's parts as they go by, and what they come to."""
 
-    held = ""
-    for part in parts:
-        held += part
-        while len(held) > 2 * PIECE and (cut := SAFE_CUT.search(held, PIECE)):
-            yield held[: cut.start()]
-            held = held[cut.start() :]
-    if held:
-        yield held
+    def __init__(self, parts: Iterator[str]) -> None:
+        self.parts, self.digest, self.characters, self.blank = parts, new_digest(), 0, True
+
+    def __iter__(self) -> Iterator[str]:
+        for part in self.parts:
+            self.digest.update(part.encode("utf-8", "surrogatepass"))
+            self.characters += len(part)
+            self.blank = self.blank and not part.strip()
+            yield part
+
+
+def append(tokens: list[Tokens], path: Path) -> None:
+    """Move tokens to the end of a file."""
+    with open(path, "ab") as file:
+        file.writelines(ids.astype("<u2", copy=False).data for ids in tokens)
+    tokens.clear()
+
+
+def usual_workers() -> int:
+    """As many as there are cores, and memory for."""
+    return max(1, min(int(host.cores()), 16, host.memory_bytes()[1] // MEMORY_OF_A_WORKER - 1))
 
 
 def run(
@@ -115,9 +143,10 @@ def run(
                 for index in range(first_unit if number == first_file else 0, len(units)):
                     if writer.full:
                         break
-                    while len(writer.waiting) > workers:
+                    while len(writer.waiting) > 2 * workers:
                         writer.take()
-                    future = pool.submit(tokenise, units[index], end_of_text)
+                    spill = sink.folder / f"spill-{number}-{index}"
+                    future = pool.submit(tokenise, units[index], end_of_text, spill)
                     writer.waiting.append((future, number, index, len(units)))
                 if writer.full:
                     break
@@ -152,8 +181,10 @@ class Writer:
         if self.most is not None:
             chunk = first(chunk, max(self.most - self.sink.taken, 0))
         self.sink.take(chunk)
+        if isinstance(chunk.tokens, Path):
+            chunk.tokens.unlink()
         self.full = self.most is not None and self.sink.taken >= self.most
-        self.tokens += len(chunk.tokens)
+        self.tokens += int(chunk.lengths.sum(dtype=np.int64))
         size_bytes = self.sources[file].size_bytes
         share = size_bytes * (unit + 1) // units - size_bytes * unit // units
         self.advance(share, f"{self.sink.taken:,} documents, {self.tokens:,} tokens")

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2box.data.tokenizer import Tokens
+from gpt2box.data.tokens import SPLITS
 from gpt2box.errors import BadInput
 from gpt2box.paths import read_object, write_atomically
 
@@ -32,11 +34,17 @@ SORTED = "sorted"  # in progress.json: how many buckets are
 class Chunk:
     """Documents of one unit, tokenised."""
 
-    tokens: Tokens  # all, each document's end-of-text token with it
+    tokens: Tokens | Path  # all, each document's end-of-text token with it; or the file with them
     lengths: npt.NDArray[np.uint32]  # tokens of each
     digests: bytes  # DIGEST_BYTES of each
     characters: npt.NDArray[np.uint32]  # of each
     empty: int  # documents left out because there is nothing in them
+
+    def documents(self) -> list[Tokens]:
+        """Each by itself."""
+        tokens: Tokens = self.tokens if isinstance(self.tokens, np.ndarray) else np.memmap(self.tokens, "<u2", "r")
+        ends = self.lengths.cumsum(dtype=np.int64)
+        return [tokens[end - length : end] for end, length in zip(ends, self.lengths, strict=True)]
 
 
 def digest_of(text_digest: Any) -> bytes:
@@ -51,9 +59,13 @@ def new_digest() -> Any:
 
 def first(chunk: Chunk, count: int) -> Chunk:
     """Its first documents."""
-    tokens = int(chunk.lengths[:count].astype(np.int64).sum())
     parts = chunk.lengths[:count], chunk.digests[: count * DIGEST_BYTES], chunk.characters[:count]
-    return Chunk(chunk.tokens[:tokens], *parts, chunk.empty)
+    return Chunk(chunk.tokens, *parts, chunk.empty)
+
+
+def put(file: BinaryIO, documents: Iterable[Tokens]) -> None:
+    """Write token ids as they stand in a .bin file."""
+    file.writelines(ids.astype("<u2", copy=False).data for ids in documents)
 
 
 class Seen:
@@ -135,23 +147,25 @@ class Sink:
             self.files["digests"].write(b"".join(digests[i] for i in np.flatnonzero(keep)))
         drawn = [hashlib.blake2b(digest, key=self.key, digest_size=8).digest() for digest in digests]
         held_out = np.array([int.from_bytes(number, "little") < self.threshold for number in drawn], dtype=bool)
-        by_token = np.repeat(held_out, chunk.lengths)
-        if self.tail is not None:
-            held_out[:] = False
-            inside = [np.arange(length) >= int(length * self.tail) for length in chunk.lengths]
-            by_token = np.concatenate(inside) if inside else np.zeros(0, dtype=bool)
-        kept = np.repeat(keep, chunk.lengths)
-        self.files["train.bin"].write(chunk.tokens[kept & ~by_token].astype("<u2").tobytes())
-        self.files["val.bin"].write(chunk.tokens[kept & by_token].astype("<u2").tobytes())
-        self.note(chunk, keep & ~held_out, keep & held_out)
+        documents = chunk.documents()
+        if self.tail is None:
+            put(self.files["train.bin"], (documents[i] for i in np.flatnonzero(keep & ~held_out)))
+            put(self.files["val.bin"], (documents[i] for i in np.flatnonzero(keep & held_out)))
+            self.note(chunk, keep & ~held_out, keep & held_out)
+        else:
+            cuts = [(documents[i], int(chunk.lengths[i] * self.tail)) for i in np.flatnonzero(keep)]
+            put(self.files["train.bin"], (ids[:cut] for ids, cut in cuts))
+            put(self.files["val.bin"], (ids[cut:] for ids, cut in cuts))
+            self.note(chunk, keep, keep)
         self.count("duplicates", (~keep).sum())
-        self.count("documents", len(keep))
+        self.count("documents", count)
 
     def note(self, chunk: Chunk, train: npt.NDArray[np.bool_], val: npt.NDArray[np.bool_]) -> None:
         """Count what went where."""
-        for split, chosen in (("train", train), ("val", val)):
+        shares = (1.0, 1.0) if self.tail is None else (self.tail, 1 - self.tail)
+        for split, chosen, share in zip(SPLITS, (train, val), shares, strict=True):
             self.count(f"{split} documents", chosen.sum())
-            self.count(f"{split} characters", chunk.characters[chosen].astype(np.int64).sum())
+            self.count(f"{split} characters", round(share * int(chunk.characters[chosen].sum(dtype=np.int64))))
         self.count("empty", chunk.empty)
         longest = int(chunk.lengths.max(initial=0))
         self.state["counts"]["longest"] = max(self.state["counts"].get("longest", 0), longest)
@@ -199,11 +213,10 @@ class ShuffledSink(Sink):
             raise BadInput(f"more than the {self.documents:,} documents that were announced", "the pinned files")
         place = self.place[begin : begin + count]
         bucket = np.where(place < self.held_out, -1, (place - self.held_out) // BUCKET_DOCUMENTS)
+        documents = chunk.documents()
         for index in np.unique(bucket):
-            chosen = bucket == index
-            self.files[f"bucket-{index}.bin"].write(
-                chunk.tokens[np.repeat(chosen, chunk.lengths)].astype("<u2").tobytes()
-            )
+            chosen = np.flatnonzero(bucket == index)
+            put(self.files[f"bucket-{index}.bin"], (documents[i] for i in chosen))
             records = np.stack([place[chosen], chunk.lengths[chosen].astype(np.int64)], axis=1)
             self.files[f"bucket-{index}.idx"].write(records.astype("<i8").tobytes())
         self.note(chunk, bucket >= 0, bucket < 0)
@@ -220,7 +233,7 @@ class ShuffledSink(Sink):
             write_atomically(self.folder / "progress.json", json.dumps(self.state))
             self.open()
         for index in range(self.state[SORTED], self.buckets):
-            self.files["train.bin" if index >= 0 else "val.bin"].write(self.sorted_bucket(index))
+            put(self.files["train.bin" if index >= 0 else "val.bin"], self.sorted_bucket(index))
             self.state[SORTED] = index + 1
             self.save(self.state["file"], self.state["unit"])
             for kind in (".bin", ".idx"):
@@ -229,10 +242,9 @@ class ShuffledSink(Sink):
             stray.unlink()
         return super().finish()
 
-    def sorted_bucket(self, index: int) -> bytes:
+    def sorted_bucket(self, index: int) -> list[Tokens]:
         """A bucket's documents by their place."""
         tokens = np.fromfile(self.folder / f"bucket-{index}.bin", dtype="<u2")
         records = np.fromfile(self.folder / f"bucket-{index}.idx", dtype="<i8").reshape(-1, 2)
         ends = records[:, 1].cumsum()
-        parts = [tokens[ends[i] - records[i, 1] : ends[i]] for i in np.argsort(records[:, 0])]
-        return np.concatenate(parts).tobytes() if parts else b""
+        return [tokens[ends[i] - records[i, 1] : ends[i]] for i in np.argsort(records[:, 0])]
