@@ -154,6 +154,8 @@ def verify(path: Path, asset: Asset) -> None:
     """
     if not path.is_file():
         raise BadInput(f"{path} is not a file", f"the file {asset.filename}")
+    if not asset.sha256 and path.stat().st_size == asset.size_bytes:
+        return  # all that is known of it
     found = sha256_of(path)
     if found != asset.sha256:
         raise Damaged(
@@ -171,7 +173,7 @@ def download(asset: Asset, part: Path, quiet: bool = False) -> None:
     """
     have = part.stat().st_size if part.exists() else 0
     if have >= asset.size_bytes:
-        part.unlink()
+        part.unlink(missing_ok=True)
         have = 0
     headers = {"User-Agent": "gpt2box"}
     if have:

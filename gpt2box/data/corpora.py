@@ -102,11 +102,7 @@ def own_files(inputs: Sequence[str]) -> list[tuple[Path, str]]:
     for item in inputs:
         path = Path(item)
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if wanted(file, path))
-            if not inside:
-                kinds = " ".join([*TEXT_SUFFIXES, *RECORD_SUFFIXES])
-                raise BadInput(f"no text in the folder {path}", f"files that end in one of: {kinds} ({packed()})")
-            found += [(file, str(file.relative_to(path))) for file in inside]
+            found += [(file, str(file.relative_to(path))) for file in in_folder(path)]
         elif not path.exists() and glob.has_magic(item):
             matches = [Path(match) for match in sorted(glob.glob(item, recursive=True)) if Path(match).is_file()]
             if not matches:
@@ -121,15 +117,22 @@ def own_files(inputs: Sequence[str]) -> list[tuple[Path, str]]:
     return found
 
 
-def packed() -> str:
-    """How files may be compressed, for messages."""
-    return "also " + ", ".join(COMPRESSED)
+def in_folder(folder: Path) -> list[Path]:
+    """The plain texts inside a folder, or, where there are none, the files of records; nothing hidden.
 
-
-def wanted(file: Path, root: Path) -> bool:
-    """A file of a known kind inside `root`, with nothing hidden on the way to it."""
-    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    return kind_of(file) in (*TEXT_SUFFIXES, *RECORD_SUFFIXES) and not hidden and file.is_file()
+    Raises:
+        BadInput: neither.
+    """
+    kinds = (TEXT_SUFFIXES, RECORD_SUFFIXES)
+    visible = [file for file in folder.rglob("*") if not any(p.startswith(".") for p in file.relative_to(folder).parts)]
+    plain, records = (sorted(f for f in visible if kind_of(f) in kind and f.is_file()) for kind in kinds)
+    if plain and records:
+        say(f"note: beside texts, {len(records)} files such as {records[0]} are left out; name them to have them too")
+    if not plain and not records:
+        known = " ".join([*TEXT_SUFFIXES, *RECORD_SUFFIXES])
+        packed = ", ".join(COMPRESSED)
+        raise BadInput(f"no text in the folder {folder}", f"files that end in one of: {known} (also {packed})")
+    return plain or records
 
 
 def is_small(files: list[tuple[Path, str]]) -> bool:

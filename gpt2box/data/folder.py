@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -63,8 +64,10 @@ def make(folder: Path, identity: dict[str, Any], write: Callable[[Path], dict[st
             publish(temporary, folder, retired)
         except OSError as error:
             found = f"cannot write {folder}: {error.strerror or error}"
-            again = "free space" + ("; it goes on where it was" if resumable else "")
-            raise VolumeUnwritable(found, again, fix_hint(folder)) from error
+            expected = "free space" + ("; it goes on where it was" if resumable else "")
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            more_space = "free space, or set GPT2BOX_VOLUMES to a folder on a larger disk"
+            raise VolumeUnwritable(found, expected, more_space if full else fix_hint(folder)) from error
         finally:
             if not resumable:
                 shutil.rmtree(temporary, ignore_errors=True)

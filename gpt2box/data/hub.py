@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -111,7 +112,7 @@ def dataset(name: str, config: str, split: str, files: slice, keep_raw: bool) ->
     folder = raw_dir() / name.replace("/", "--")
     sources = []
     for index, url in list(enumerate(answer[config][split]))[files]:
-        asset = Asset(f"{config}-{split}-{index:05d}.parquet", content_length(url), "", url)
+        asset = Asset(f"{config}-{split}-{index:05d}.parquet", *size_and_digest(url), url)
         sources.append(downloaded(asset, folder, keep_raw))
     return sources, f"the Hub's {name}, {config}, {split}", len(answer[config][split])
 
@@ -160,7 +161,7 @@ def offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def request(url: str, method: str = "GET") -> Any:
+def request(url: str, method: str = "GET", opener: urllib.request.OpenerDirector | None = None) -> Any:
     """An answer of the Hub."""
     if offline():
         raise TryAgain(
@@ -170,8 +171,10 @@ def request(url: str, method: str = "GET") -> Any:
     if (token := os.environ.get("HF_TOKEN")) and url.startswith(hub_endpoint()):
         wanted.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        return urllib.request.urlopen(wanted, timeout=assets.TIMEOUT_S)
+        return (opener or urllib.request.build_opener()).open(wanted, timeout=assets.TIMEOUT_S)
     except urllib.error.HTTPError as error:
+        if error.code in (301, 302, 303, 307, 308):
+            return error  # an answer to those who do not follow
         if error.code in (401, 403, 404):
             raise BadInput(
                 f"{url}: HTTP {error.code} {error.reason}", "a public dataset, or one that HF_TOKEN may read"
@@ -193,7 +196,16 @@ def ask(url: str) -> Any:
             raise TryAgain(f"{url}: no JSON ({error})", "an answer of the Hub", "try again later") from error
 
 
-def content_length(url: str) -> int:
-    """Bytes of a file that is not pinned."""
-    with request(url, "HEAD") as response:
-        return int(response.headers.get("Content-Length") or 0)
+class Unfollowed(urllib.request.HTTPRedirectHandler):
+    """Takes a redirect for the answer."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def size_and_digest(url: str) -> tuple[int, str]:
+    """Bytes of a file that is not pinned, and its sha256 where the Hub says it as it redirects to the file's store."""
+    headers = request(url, "HEAD", urllib.request.build_opener(Unfollowed)).headers
+    digest = (headers.get("X-Linked-ETag") or "").strip('"')
+    size = int(headers.get("X-Linked-Size") or headers.get("Content-Length") or 0)
+    return size, digest if re.fullmatch("[0-9a-f]{64}", digest) else ""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,8 @@ def write(collection: Collection, choices: Choices, folder: Path, parts: Sequenc
     encoder = tokenizer.from_ranks(ranks)
     assert encoder.end_of_text is not None
     (folder / "tokenizer").mkdir(exist_ok=True)
-    saving = threading.Thread(target=encoder.save, args=(folder / "tokenizer",))  # a second's work
-    saving.start()
+    aside = ThreadPoolExecutor(1)
+    saving = aside.submit(encoder.save, folder / "tokenizer")  # a second's work
     sink: Sink
     if choices.split == "nanogpt":
         documents = collection.documents or rows_in(collection.sources)
@@ -99,5 +99,5 @@ def write(collection: Collection, choices: Choices, folder: Path, parts: Sequenc
     else:
         workers = choices.workers or usual_workers()
         run(collection.sources, sink, choices.column, ranks, encoder.end_of_text, workers, choices.max_documents)
-    saving.join()
+    saving.result()
     return described(folder, encoder, sink.finish())

@@ -80,7 +80,7 @@ def parquet(path: Path) -> Any:
         ) from error
 
 
-def column_of(names: list[str], wanted: str, path: Path) -> str:
+def column_of(names: list[str], wanted: str, path: Path | str) -> str:
     """The column with the text: the one asked for, or the only likely one.
 
     Raises:
@@ -110,29 +110,42 @@ def texts(unit: Unit) -> Iterator[Iterator[str]]:
         for text in parquet_texts(unit):
             yield iter((text,))
         return
-    try:
-        with opened(unit.path) as file:
-            if kind not in RECORD_SUFFIXES:
-                yield decoded(file, unit.path)
-                return
-            lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="" if kind in (".csv", ".tsv") else None)
-            read = {".jsonl": json_lines, ".ndjson": json_lines, ".json": json_array}.get(kind, table)
+    with opened(unit.path) as file:
+        if kind not in RECORD_SUFFIXES:
+            yield decoded(file, unit.path)
+            return
+        read = {".jsonl": json_lines, ".ndjson": json_lines, ".json": json_array}.get(kind, table)
+        lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="" if read is table else None)
+        try:
             for text in read(lines, unit):
                 yield iter((text,))
-    except UnicodeDecodeError as error:
-        found = f"{unit.path} is not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason})"
-        raise BadInput(found, "text in UTF-8", f"iconv -f WINDOWS-1252 -t UTF-8 {unit.path} > converted") from error
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError) as error:
-        raise Damaged(f"{unit.path} cannot be read: {error}", "a whole file", "get it again") from error
+        except UnicodeDecodeError as error:
+            found = f"{unit.path} is not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason})"
+            raise BadInput(found, "text in UTF-8", iconv(unit.path)) from error
+        except UNREADABLE as error:
+            raise unreadable(unit.path, error) from error
+
+
+UNREADABLE = (EOFError, zlib.error, lzma.LZMAError, OSError)  # a compressed file that is torn or is none
+
+
+def unreadable(path: Path, error: BaseException) -> Damaged:
+    """Says that a file ends too early or is not what its name says."""
+    return Damaged(f"{path} cannot be read: {error}", "a whole file", "get it again")
+
+
+def iconv(path: Path) -> str:
+    """How to convert a text, for messages."""
+    return f"iconv -f WINDOWS-1252 -t UTF-8 {path} > converted.txt, if that is its encoding"
 
 
 def opened(path: Path) -> IO[bytes]:
     """A file's content, unpacked."""
     ending = path.suffix.lower()
     if ending == ".zst":
-        import zstandard
+        import pyarrow
 
-        return zstandard.open(path, "rb")  # type: ignore[no-any-return]
+        return pyarrow.input_stream(path, compression="zstd")  # type: ignore[no-any-return]
     opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(ending, open)
     return opener(path, "rb")  # type: ignore[no-any-return, operator]
 
@@ -147,7 +160,10 @@ def decoded(file: IO[bytes], path: Path) -> Iterator[str]:
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     offset, line, mark = 0, 1, "\ufeff"
     while True:
-        block = file.read(BLOCK)
+        try:
+            block = file.read(BLOCK)
+        except UNREADABLE as error:
+            raise unreadable(path, error) from error
         if (zero := block.find(b"\0")) >= 0:
             raise BadInput(f"{path} is binary: a zero byte at offset {offset + zero:,}", "plain text in UTF-8")
         held = len(utf8.getstate()[0])  # bytes of a character that the last block began
@@ -159,7 +175,7 @@ def decoded(file: IO[bytes], path: Path) -> Iterator[str]:
                 f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset"
                 f" {offset - held + error.start:,}, line {line:,}",
                 "plain text in UTF-8",
-                f"iconv -f WINDOWS-1252 -t UTF-8 {path} > converted.txt, if that is its encoding",
+                iconv(path),
             ) from error
         if text:
             yield text.removeprefix(mark)
@@ -201,8 +217,11 @@ def json_lines(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
         except ValueError as error:
             raise BadInput(f"{unit.path}, line {number}: {error}", "a JSON object a line") from error
         if isinstance(record, dict):
-            column = column if column in record else column_of(list(record), unit.column, unit.path)
-        yield checked(record[column] if isinstance(record, dict) else record, f"{unit.path}, line {number}")
+            column = column or column_of(list(record), "", unit.path)
+            if column not in record:
+                column_of(list(record), column, f"{unit.path}, line {number}")
+            record = record[column]
+        yield checked(record, f"{unit.path}, line {number}")
 
 
 def json_array(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,6 @@ def run(
     # Forked processes would inherit this one's threads' locks; a fresh one imports a few small modules.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, start_worker, (ranks,))
-    bringer = ThreadPoolExecutor(1)
     try:
         with bytes_bar("tokenising", sum(source.size_bytes for source in sources)) as advance:
             advance(sum(source.size_bytes for source in sources[:first_file]))
@@ -138,7 +138,7 @@ def run(
             coming: deque[Future[Path]] = deque()
             for number in range(first_file, len(sources)):
                 ahead = sources[number + len(coming) : number + 1 + FILES_AHEAD]
-                coming += [bringer.submit(source.bring) for source in ahead]
+                coming += [aside(source.bring) for source in ahead]
                 units = units_of(coming.popleft().result(), sources[number].name, column)
                 for index in range(first_unit if number == first_file else 0, len(units)):
                     if writer.full:
@@ -160,8 +160,21 @@ def run(
             f"fewer workers (there were {workers}): --workers {max(workers // 2, 1)}; it goes on where it was",
         ) from error
     finally:
-        bringer.shutdown(wait=False, cancel_futures=True)
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def aside(work: Callable[[], Path]) -> Future[Path]:
+    """Do it in a thread that nobody waits for when the program ends, as the pools of the library would."""
+    future: Future[Path] = Future()
+
+    def run_it() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run_it, daemon=True).start()
+    return future
 
 
 class Writer:

@@ -1,0 +1,169 @@
+"""Datasets of the Hub, from a server on the loopback that answers as the Hub does."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gpt2box.data import hub
+from gpt2box.data.prepare import Options, prepare
+from gpt2box.errors import Damaged, TryAgain
+from tests.conftest import Command
+from tests.data.conftest import FILES
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """The corpus's files as the dataset someone/speeches and as a pinned one."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.tokens: list[str | None] = []
+        self.served: list[str] = []
+        self.cut_short = 0  # answers that break off half-way
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        hub_, path = self.server, self.path
+        hub_.tokens.append(self.headers.get("Authorization"))
+        name = path.rpartition("/")[2]
+        if path == "/api/datasets/someone/speeches/parquet":
+            names = {"plain": {"train": [f"{hub_.url}/files/{n}" for n in hub_.files]}}
+            return self.send(json.dumps(names).encode())
+        if path == "/api/datasets/someone/pinned/tree/abc/plain_text":
+            digests = {n: hashlib.sha256(c).hexdigest() for n, c in hub_.files.items()}
+            entries = [
+                {
+                    "type": "file",
+                    "path": f"plain_text/{n}",
+                    "size": len(c),
+                    "lfs": {"oid": digests[n]},
+                }
+                for n, c in hub_.files.items()
+            ]
+            return self.send(json.dumps(entries).encode())
+        if name in hub_.files:
+            hub_.served.append(name)
+            content = hub_.files[name]
+            start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+            return self.send(content[start:], 206 if start else 200, body)
+        self.send_error(404)
+
+    def send(self, content: bytes, status: int = 200, body: bool = True) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body and self.server.cut_short and len(content) > 10_000:
+            self.server.cut_short -= 1
+            content = content[: len(content) // 2]
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    running = Hub(corpus)
+    thread = threading.Thread(target=running.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", running.url)
+    yield running
+    running.shutdown()
+    thread.join()
+    running.server_close()
+
+
+def test_a_dataset_of_the_hub_comes_file_by_file(
+    volumes: Path,
+    corpus: Path,
+    server: Hub,
+    gpt2box: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    done = gpt2box("prepare", "hub:someone/speeches", "--val-fraction", "0.1")
+    assert done.returncode == 0, done.stderr
+    assert set(server.tokens) == {"Bearer hf_secret"}
+    assert not list((volumes / "data/raw").rglob("*.parquet"))  # dropped when they were done with
+    local = gpt2box("prepare", "openwebtext", "--from", str(corpus), "--val-fraction", "0.1", "--name", "local")
+    assert local.returncode == 0
+    assert (volumes / "data/speeches/train.bin").read_bytes() == (volumes / "data/local/train.bin").read_bytes()
+    part = gpt2box("prepare", "hub:someone/speeches", "--shards", "4:6", "--keep-raw")
+    assert part.returncode == 0, part.stderr
+    assert len(list((volumes / "data/raw").rglob("*.parquet"))) == 2
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    offline = gpt2box("prepare", "hub:someone/other")
+    assert offline.returncode == 75 and "HF_HUB_OFFLINE is set" in offline.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["hub:someone/nothing"], "HTTP 404"),
+        (["hub:someone/speeches", "--hub-split", "test"], "one of: train"),
+        (["hub:someone/speeches", "--hub-config", "fancy"], "one of: plain"),
+        (["hub:someone/speeches", "--shards", "6:9"], "not so many files"),
+        (["hub:someone/speeches", "--text-column", "body"], "one of: id, text"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_said(
+    volumes: Path, server: Hub, gpt2box: Command, arguments: list[str], part: str
+) -> None:
+    done = gpt2box("prepare", *arguments)
+    assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.fixture
+def pinned(server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The small corpus in OpenWebText's place."""
+    total = sum(map(len, server.files.values()))
+    pin = hub.Pinned("someone/pinned", "abc", "plain_text", FILES, total, 7222)
+    monkeypatch.setattr(hub, "OPENWEBTEXT", pin)
+    monkeypatch.setattr(hub, "KNOWN", {})
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    return server
+
+
+def test_downloads_that_break_off_go_on(volumes: Path, pinned: Hub) -> None:
+    pinned.cut_short = 5
+    prepare(["openwebtext"], Options(split="nanogpt", workers=1))
+    assert len(pinned.served) > FILES
+    manifest = json.loads((volumes / "data/openwebtext/dataset.json").read_text())
+    assert sum(part["documents"] for part in manifest["splits"].values()) == 7222
+    assert manifest["source"] == "OpenWebText, someone/pinned@abc"
+
+
+def test_other_bytes_than_the_pinned_are_never_taken(volumes: Path, pinned: Hub) -> None:
+    hub.openwebtext(keep_raw=False)  # the list is kept
+    name = next(iter(pinned.files))
+    pinned.files[name] = pinned.files[name][:-1] + b"X"
+    with pytest.raises(TryAgain, match="sha256"):
+        prepare(["openwebtext"], Options(workers=1))
+    assert not (volumes / "data/openwebtext").exists()
+    (volumes / "data/raw/openwebtext/files.json").write_text(json.dumps({"revision": "abc", "files": {}}))
+    with pytest.raises(Damaged, match="not the list of the pinned files"):
+        prepare(["openwebtext"], Options(workers=1))
+
+
+def test_without_network_it_says_so(volumes: Path, pinned: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(TryAgain, match="refused"):
+        prepare(["openwebtext"], Options(workers=1))
