@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export STACK CPU DATA PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image preflight plan shakespeare train-medium finetune sample monitor tensorboard stop test test-gpu test-image lint format \
+.PHONY: help demo image preflight plan shakespeare train-medium finetune prepare sample monitor tensorboard stop test test-gpu test-image lint format \
 	lock clean
 
 help: ## list the tasks
@@ -46,6 +46,9 @@ train-medium: ## train GPT-2 Medium from scratch on OpenWebText
 
 finetune: ## fine-tune the published GPT-2 Medium: DATA=mybook.txt (Shakespeare without it); SIZE=large or xl
 	@scripts/box.sh job finetune$(if $(SIZE),-$(SIZE)) $(ARGS)
+
+prepare: ## a dataset alone, in the container: DATA=notes/ or ARGS="openwebtext-10k", ARGS="hub:OWNER/NAME --name mine"
+	@scripts/box.sh run prepare $(ARGS)
 
 sample: ## text from the newest run: PROMPT="It was a"
 	@scripts/box.sh run sample $(if $(PROMPT),--prompt "$$PROMPT") $(ARGS)

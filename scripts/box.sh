@@ -114,9 +114,13 @@ preflight | job)
     fi
     ;;
 run)
-    [ "$1" = tensorboard ] || check_nvidia
+    case $1 in tensorboard | prepare) ;; *) check_nvidia ;; esac
     ensure_image
     if [ "$1" = tensorboard ]; then set -- --service-ports "$@"; fi
+    if [ "$1" = prepare ]; then
+        mkdir -p volumes/data
+        set -- "$@" ${DATA:+"/input/$DATA"}
+    fi
     service "$@"
     ;;
 stop)

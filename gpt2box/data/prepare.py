@@ -213,7 +213,7 @@ def summary(folder: Path, manifest: dict[str, Any]) -> list[str]:
         settings, _ = load(config, {})
         steps, per_step = settings.max_steps, settings.tokens_per_step
         passes = steps * per_step / train["tokens"]
-        read = f"read it {passes:.2g} times" if passes >= 1 else f"read {passes:.1%} of it"
+        read = f"read it {passes:,.{passes < 10:d}f} times" if passes >= 1 else f"read {passes:.1%} of it"
         lines.append(f"  {steps:,} steps of {per_step:,} tokens, as in the config {config}, {read}")
     if train["tokens"] < ENOUGH_TO_TUNE:
         lines.append("  very little text, which Medium soon knows by heart: watch val_loss, and give more if you can")

@@ -48,10 +48,18 @@ _encoder: BulkEncoder | None = None  # a worker's own
 
 
 def start_worker(ranks: Path) -> None:
-    """Each worker has a tokenizer of its own."""
+    """Each worker has a tokenizer of its own, and ends with the process that started it, however that ends."""
     global _encoder
+    threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = BulkEncoder(ranks)
+
+
+def end_with_parent() -> None:
+    """A worker would wait for work for ever where the process that gives it was killed."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def tokenise(unit: Unit, end_of_text: int, spill: Path) -> Chunk:

@@ -106,6 +106,28 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(volumes: Path, corpus: P
     assert not (volumes / "data/.openwebtext.tmp").exists()
 
 
+def test_workers_end_with_a_killed_parent(volumes: Path, corpus: Path) -> None:
+    command = [sys.executable, "-m", "gpt2box", "prepare", "openwebtext", "--from", str(corpus), "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and len(pids := children.read_text().split()) < 3:  # with the resource tracker
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.kill()
+    process.wait()
+    limit = time.monotonic() + 20
+    while alive := [pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists() and is_alive(pid)]:
+        assert time.monotonic() < limit, alive
+        time.sleep(0.1)
+
+
+def is_alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_a_full_disk_loses_nothing(tmp_path: Path, volumes: Path, gpt2box: Command) -> None:
     for name in "abc":
         rows = [json.dumps({"text": f"{name} {text}"}) for text in speeches()]

@@ -79,6 +79,17 @@ def test_finetune_learns_ones_own_text_named_by_one_variable(project: Project, p
     assert done.returncode == 0 and state(project, "finetune-notes")["step"] == 30, done.stderr
 
 
+def test_a_dataset_alone_is_prepared_in_processes_of_the_container(project: Project) -> None:
+    (project.folder / "notes").mkdir(mode=0o755)
+    for name in ("a", "b"):
+        (project.folder / "notes" / f"{name}.md").write_text(f"{name} was a bright cold day in April. " * 400)
+    done = project.run("make", "prepare", "CPU=1", "DATA=notes", "ARGS=--name mine --max-docs 10 --workers 2")
+    assert done.returncode == 0, done.stderr
+    assert project.path("data", "mine", "train.bin").stat().st_uid == project.owner
+    verified = project.compose("run", "--rm", "-T", "prepare", "--verify", "mine")
+    assert verified.returncode == 0 and "hash to what dataset.json says" in verified.stderr, verified.stderr
+
+
 def test_stop_saves_and_up_goes_on(project: Project) -> None:
     project.config("shakespeare", dataset="shakespeare", max_steps=100_000)
     assert project.compose("--profile", "shakespeare", "up", "--detach").returncode == 0
