@@ -8,7 +8,7 @@ from pathlib import Path
 from gpt2box.config import MODEL_SHAPES, Config
 from gpt2box.data.corpora import KNOWN, OPENWEBTEXT
 from gpt2box.data.prepare import Options, prepare
-from gpt2box.data.published import HUB_PINS, pretrained_folder
+from gpt2box.data.published import ASKED, HUB_PINS, pretrained_folder
 from gpt2box.data.tokens import open_dataset
 from gpt2box.errors import VolumeUnwritable
 from gpt2box.machine import host
@@ -43,8 +43,11 @@ def needs(config: Config) -> list[Need]:
     if not has_dataset(config) and corpus:
         found.append(Need("data", f"the dataset {config.dataset}", CORPUS_BYTES[corpus], hub=corpus in OPENWEBTEXT))
     weights = config.init_from
-    if weights in HUB_PINS and not any((model_dir(weights) / n).exists() for n in ("model.safetensors", "config.json")):
-        found.append(Need("models", f"the weights of {weights}", HUB_PINS[weights][0], hub=True))
+    published = {**HUB_PINS, **ASKED}
+    if weights in published and not any(
+        (model_dir(weights) / n).exists() for n in ("model.safetensors", "config.json")
+    ):
+        found.append(Need("models", f"the weights of {weights}", published[weights][0], hub=True))
     sizes = MODEL_SHAPES.get(weights) or config.shape()
     shape = ModelShape(**sizes, block_size=config.block_size, vocab_size=50_257, bias=True)
     bytes_each = shape.checkpoint_bytes(config.weights_dtype, config.optimizer_states)

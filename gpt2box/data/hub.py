@@ -70,28 +70,42 @@ def openwebtext(keep_raw: bool) -> tuple[list[Source], list[dict[str, Any]]]:
 
 
 def listed(pin: Pinned, names: list[str]) -> dict[str, tuple[int, str]]:
-    """Size and sha256 of each file, as the Hub's metadata has them at the pinned revision.
+    """Size and sha256 of each of OpenWebText's files.
 
     Raises:
-        Damaged: it contradicts what is known here.
+        Damaged: the Hub contradicts what is known here.
     """
     path = raw_dir() / "openwebtext" / "files.json"
-    stored = read_object(path)
-    if stored.get("revision") != pin.revision:
-        answer = ask(f"{hub_endpoint()}/api/datasets/{pin.repo}/tree/{pin.revision}/{pin.folder}")
-        entries = {Path(entry["path"]).name: entry for entry in answer if entry.get("type") == "file"}
-        try:
-            pins = {name: (int(entries[name]["size"]), str(entries[name]["lfs"]["oid"])) for name in names}
-        except (KeyError, TypeError) as error:
-            raise Damaged(f"the Hub's list of {pin.repo} lacks {error}", "80 files with size and sha256") from error
-        stored = {"revision": pin.revision, "files": pins}
-        make_writable(path.parent)
-        write_atomically(path, json.dumps(stored, indent=1))
-    found = {name: (int(size), str(digest)) for name, (size, digest) in stored["files"].items()}
+    found = files_at(f"datasets/{pin.repo}", pin.revision, pin.folder, names, path)
     total = sum(size for size, _ in found.values())
-    if any(found.get(name) != expected for name, expected in KNOWN.items()) or total != pin.size_bytes:
+    if any(found[name] != expected for name, expected in KNOWN.items()) or total != pin.size_bytes:
         raise Damaged(f"{path} is not the list of the pinned files ({total:,} bytes)", f"{pin.size_bytes:,} bytes")
     return found
+
+
+def files_at(repo: str, revision: str, folder: str, names: list[str], kept: Path) -> dict[str, tuple[int, str]]:
+    """Size and sha256 of files in a repository (models/… or datasets/…), as the Hub has them at a revision.
+
+    A revision is the hash of a commit, which holds the files' hashes. The answer is kept in the file `kept`.
+
+    Raises:
+        Damaged: the answer lacks a file.
+    """
+    stored = read_object(kept)
+    if stored.get("revision") != revision:
+        answer = ask(f"{hub_endpoint()}/api/{repo}/tree/{revision}/{folder}".rstrip("/"))
+        try:
+            entries = {Path(entry["path"]).name: entry for entry in answer if entry.get("type") == "file"}
+            pins = {name: (int(entries[name]["size"]), str(entries[name]["lfs"]["oid"])) for name in names}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise Damaged(f"the Hub's list of {repo} lacks {error}", f"{len(names)} files with their sha256") from error
+        stored = {"revision": revision, "files": pins}
+        make_writable(kept.parent)
+        write_atomically(kept, json.dumps(stored, indent=1))
+    try:
+        return {name: (int(stored["files"][name][0]), str(stored["files"][name][1])) for name in names}
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise Damaged(f"{kept} lacks {error}", f"{len(names)} files with their sha256", f"remove {kept}") from error
 
 
 def dataset(name: str, config: str, split: str, files: slice, keep_raw: bool) -> tuple[list[Source], str, int]:

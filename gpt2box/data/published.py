@@ -9,16 +9,23 @@ from pathlib import Path
 from gpt2box.config import MODEL_SHAPES, Config
 from gpt2box.data import assets
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.paths import model_dir
+from gpt2box.paths import model_dir, raw_dir
 from gpt2box.planning.shape import ModelShape
 
 HUB_REVISIONS = {
     "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
     "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+    "gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",
+    "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2",
 }
 HUB_PINS = {
     "gpt2": (548_105_171, "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
     "gpt2-medium": (1_519_984_962, "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd"),
+}
+# What the Hub says of these two at their revision is asked; the bytes here are about what they are.
+ASKED = {
+    "gpt2-large": (3_247_159_000, ""),
+    "gpt2-xl": (6_431_829_000, "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
 }
 
 
@@ -40,16 +47,29 @@ def pretrained_folder(init_from: str) -> Path:
     folder = model_dir(init_from)
     if (folder / "config.json").is_file():
         return folder  # put there by the user
-    if init_from not in HUB_PINS:
-        raise BadInput(
-            f"no weights of {init_from} in {folder}; this version has no pinned checksum to download them by",
-            "config.json and model.safetensors of openai-community/" + init_from,
-            f"put them into {folder}",
-        )
-    size_bytes, sha256 = HUB_PINS[init_from]
+    size_bytes, sha256 = HUB_PINS.get(init_from) or asked(init_from)
     url = f"{assets.hub_endpoint()}/openai-community/{init_from}/resolve/{HUB_REVISIONS[init_from]}/model.safetensors"
     assets.fetch(assets.Asset("model.safetensors", size_bytes, sha256, url), folder)
     return folder
+
+
+def asked(init_from: str) -> tuple[int, str]:
+    """Size and sha256 of weights, as the Hub has them at the pinned revision.
+
+    Raises:
+        Damaged: other weights than are known here.
+        TryAgain: the Hub does not answer.
+    """
+    from gpt2box.data.hub import files_at
+
+    name, known = "model.safetensors", ASKED[init_from][1]
+    if (model_dir(init_from) / name).is_file() and known:
+        return 0, known  # a copy that was put there
+    kept = raw_dir() / f"{init_from}.files.json"
+    found = files_at(f"models/openai-community/{init_from}", HUB_REVISIONS[init_from], "", [name], kept)[name]
+    if known and found[1] != known:
+        raise Damaged(f"the Hub's {init_from} has sha256 {found[1]}", known, f"see {kept}")
+    return found
 
 
 def shape_from(config: Config, stored: ModelShape, where: str, vocab_size: int | None) -> ModelShape:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2box.data import hub
+from gpt2box.data import hub, published
 from gpt2box.data.prepare import Options, prepare
 from gpt2box.errors import Damaged, TryAgain
 from tests.conftest import Command
@@ -26,6 +26,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.tokens: list[str | None] = []
+        self.paths: list[str] = []
         self.served: list[str] = []
         self.cut_short = 0  # answers that break off half-way
 
@@ -41,12 +42,13 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
     def answer(self, body: bool) -> None:
         hub_, path = self.server, self.path
+        hub_.paths.append(path)
         hub_.tokens.append(self.headers.get("Authorization"))
         name = path.rpartition("/")[2]
         if path == "/api/datasets/someone/speeches/parquet":
             names = {"plain": {"train": [f"{hub_.url}/files/{n}" for n in hub_.files]}}
             return self.send(json.dumps(names).encode())
-        if path == "/api/datasets/someone/pinned/tree/abc/plain_text":
+        if "/tree/" in path:
             digests = {n: hashlib.sha256(c).hexdigest() for n, c in hub_.files.items()}
             entries = [
                 {
@@ -159,7 +161,7 @@ def test_other_bytes_than_the_pinned_are_never_taken(volumes: Path, pinned: Hub)
         prepare(["openwebtext"], Options(workers=1))
     assert not (volumes / "data/openwebtext").exists()
     (volumes / "data/raw/openwebtext/files.json").write_text(json.dumps({"revision": "abc", "files": {}}))
-    with pytest.raises(Damaged, match="not the list of the pinned files"):
+    with pytest.raises(Damaged, match="lacks 'train-00000"):
         prepare(["openwebtext"], Options(workers=1))
 
 
@@ -167,3 +169,15 @@ def test_without_network_it_says_so(volumes: Path, pinned: Hub, monkeypatch: pyt
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(TryAgain, match="refused"):
         prepare(["openwebtext"], Options(workers=1))
+
+
+def test_weights_without_a_hash_of_our_own_have_the_hubs(
+    volumes: Path, server: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.files = {"model.safetensors": b"weights" * 1000}
+    folder = published.pretrained_folder("gpt2-large")
+    assert (folder / "model.safetensors").read_bytes() == b"weights" * 1000
+    assert f"/{published.HUB_REVISIONS['gpt2-large']}/" in server.paths[-1]
+    with pytest.raises(Damaged, match="the Hub's gpt2-xl has sha256"):
+        published.pretrained_folder("gpt2-xl")
+    assert not (volumes / "models/gpt2-xl").exists()
