@@ -5,8 +5,9 @@
     python examples/datatrove_prepare.py CORPUS volumes/data/tinyshakespeare/tokenizer volumes/data/web --val-files 1
 
 CORPUS holds Parquet files; a task takes a file, so the tokens, which are gpt2box's own, come out in the files' order
-whatever runs beside what. The last `--val-files` are held out. For a cluster, put datatrove's SlurmPipelineExecutor or RayPipelineExecutor in the
-LocalPipelineExecutor's place; the steps stay. `gpt2box train CONFIG --dataset volumes/data/web` reads the result.
+whatever runs beside what. The last `--val-files` are held out. For a cluster, put datatrove's SlurmPipelineExecutor or
+RayPipelineExecutor in the LocalPipelineExecutor's place; the steps stay. `gpt2box train CONFIG --dataset
+volumes/data/web` reads the result.
 """
 
 from __future__ import annotations
