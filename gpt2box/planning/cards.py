@@ -92,15 +92,18 @@ def card_named(name: str) -> CardKind:
 def card_found(name: str, total_bytes: int | None) -> CardKind | None:
     """The kind of a card that the driver names, such as 'NVIDIA GeForce RTX 4070'; None where the table lacks it."""
     plain = spelled(name)
-    if "laptop" in name.lower():
-        return None  # other chips at other power under the same names
+    if re.search(r"laptop|\bmig\b|h100.*pcie|vgpu|grid", name.lower()):
+        return None  # other chips at other power under the same names, or a part of a card
     named = [kind.name for kind in CARDS.values() if re.fullmatch(rf"{kind.name}(-.*)?", plain)]
     if not named:
         return None
     base = re.sub(r"-\d+gb$", "", max(named, key=len))
     kinds = [kind for kind in CARDS.values() if re.fullmatch(rf"{base}(-\d+gb)?", kind.name)]
+    if not total_bytes:
+        return kinds[0]
     # The same name is sold with different memory.
-    return min(kinds, key=lambda kind: abs(kind.gib - total_bytes / 2**30)) if total_bytes else kinds[0]
+    nearest = min(kinds, key=lambda kind: abs(kind.gib - total_bytes / 2**30))
+    return nearest if abs(nearest.gib - total_bytes / 2**30) < 0.15 * nearest.gib else None
 
 
 def spelled(name: str) -> str:

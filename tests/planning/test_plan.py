@@ -190,6 +190,10 @@ def test_cards_are_known_by_the_names_that_drivers_and_people_use() -> None:
         found = card_found(name, None)
         assert found and found.name == kind
     assert card_found("NVIDIA GeForce RTX 4070 Laptop GPU", 8 * GIB) is None and card_found("Matrox G400", None) is None
+    assert (
+        card_found("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 5 * GIB) is None
+        and card_found("NVIDIA H100 NVL", 94 * GIB) is None
+    )
     sixteen = card_found("NVIDIA GeForce RTX 4060 Ti", 16 * GIB)
     assert sixteen and sixteen.name == "rtx-4060-ti-16gb"
     assert card_named("RTX4070").gib == 12
