@@ -26,6 +26,7 @@ from gpt2box.machine.provenance import provenance
 from gpt2box.model.generate import Choice, generate
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.weights import load_hub
+from gpt2box.output.learned import by_heart, read_by_heart, side_by_side
 from gpt2box.output.report import loss_png
 from gpt2box.paths import dataset_dir, in_image, locked, make_writable, run_dir, shown, text_path, write_atomically
 from gpt2box.planning.plan import RunPlan, make_plan
@@ -99,6 +100,8 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> N
             except torch.cuda.OutOfMemoryError as error:
                 raise out_of_memory(job.plan) from error
             state = job.state
+            if config.sample_tokens and not stop:
+                look_back(config, job)
         report(config, argument, run, state, stop, plan)
 
 
@@ -291,6 +294,24 @@ class Sampler:
         display.line("\n".join(f"    | {line}" for line in shown))
 
 
+def look_back(config: Config, job: Job) -> None:
+    """What the weights that `sample` takes write, before and after, and whether it is the training text by heart."""
+    step = kept_step(job.run, job.state)
+    load_hub(job.model, job.run / "checkpoints" / checkpoint.folder_name(step))
+    if job.pretrained and (columns := side_by_side(job.run, step)):
+        say(columns)
+    prompt, length = config.sample_prompt, config.sample_tokens
+    try:
+        by_heart(job.run, job.model, job.dataset, prompt, length, config.seed, step)
+    except torch.cuda.OutOfMemoryError:
+        say("note: not looked for what it knows by heart: out of memory")
+
+
+def kept_step(run: Path, state: TrainState) -> int:
+    """Of the best checkpoint, or, where none was better than the beginning, of the last."""
+    return state.best_step if (run / "checkpoints" / "best").exists() else state.step
+
+
 def report(
     config: Config, argument: str | None, run: Path, state: TrainState, stop: StopRequest, plan: RunPlan
 ) -> None:
@@ -303,12 +324,16 @@ def report(
         say(f"  to go on        the same command again{'' if in_image() else ': ' + command}")
         return
     ended = "stopped early, no better val_loss" if state.stopped_early else "finished"
-    say(f"{config.name}: {ended} at step {state.step:,} after {duration(state.seconds)} of training")
+    pace = plan.expected_tokens_per_sec
+    estimate = f" (estimated: {duration(state.step * plan.tokens_per_step / pace)})" if pace else ""
+    say(f"{config.name}: {ended} at step {state.step:,} after {duration(state.seconds)} of training{estimate}")
     if state.best_val_loss is not None:
         published = (
             "" if config.expected_val_loss is None else f" (published for this config: {config.expected_val_loss:.4f})"
         )
         say(f"  best val_loss   {state.best_val_loss:.4f} at step {state.best_step:,}{published}")
+    if learned := read_by_heart(run, kept_step(run, state)):
+        say(f"  by heart        {learned.words()}")
     say(f"  loss curve      {shown(picture)}")
     best = run / "checkpoints" / "best"
     model = best if best.exists() else run / "checkpoints" / "last"

@@ -368,7 +368,7 @@ def test_eval_only_trains_nothing(volumes: Path, capsys: pytest.CaptureFixture[s
 
 def test_samples_are_written_at_each_evaluation(volumes: Path) -> None:
     train(sample_tokens=20, sample_prompt="ROMEO:")
-    texts = [path.read_text() for path in sorted((volumes / "runs/run/samples").glob("*.txt"))]
+    texts = [path.read_text() for path in sorted((volumes / "runs/run/samples").glob("step-*.txt"))]
     assert len(texts) == 3 and all(text.startswith("ROMEO:") and len(text) == 27 for text in texts)
 
 
@@ -391,7 +391,7 @@ def test_a_text_without_line_ends_is_sampled(volumes: Path, tmp_path: Path) -> N
     corpus = replace(own_text([str(tmp_path / "digits.txt")]), end_of_text=False)
     prepare_few(corpus, Request("char", 0.1), volumes / "data" / "digits")
     train("digits", dataset="digits", sample_tokens=10)
-    assert len(list((volumes / "runs/digits/samples").glob("*.txt"))) == 3
+    assert len(list((volumes / "runs/digits/samples").glob("step-*.txt"))) == 3
     with pytest.raises(BadInput, match="not in this model's 10 characters: 'R'"):
         train("letters", dataset="digits", sample_tokens=10, sample_prompt="R")
     assert not (volumes / "runs/letters").exists()
