@@ -52,6 +52,8 @@ def cli() -> None:
     help="Share kept for validation [default: 0.1; 0.01 of much text; 0.0005 of openwebtext].",
 )
 @click.option("--text-column", default="", help="Where the text is in JSON, CSV and Parquet [default: text].")
+@click.option("--prompt-column", default="", help="Where prompts are, which the loss leaves out [default: prompt].")
+@click.option("--response-column", default="", help="Where their responses are [default: response].")
 @click.option(
     "--split",
     type=click.Choice(["content", "nanogpt"]),
@@ -82,7 +84,8 @@ def prepare(inputs: tuple[str, ...], name: str | None, verify: bool, **options: 
       hub:OWNER/NAME                     any dataset of the Hugging Face Hub
       your own files, folders, patterns  txt md jsonl json csv tsv parquet, also gz bz2 xz zst; - is standard input
 
-    A plain text is a document, as is each record of the others. Doing it again with the same text does nothing; ended
+    A plain text is a document, as is each record of the others. Records of prompt and response become instruction data:
+    the loss is on the responses alone. Doing it again with the same text does nothing; ended
     half-way, it goes on where it was.
     """
     from gpt2box.data import prepare as datasets

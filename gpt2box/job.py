@@ -36,9 +36,10 @@ from gpt2box.progress import duration, say, size
 from gpt2box.stop import StopRequest
 from gpt2box.training import checkpoint
 from gpt2box.training.checkpoint import TrainState
-from gpt2box.training.loop import HalfDoneStep, Job, evaluate, train
+from gpt2box.training.loop import HalfDoneStep, Job, train
 from gpt2box.training.metrics import Display
 from gpt2box.training.optim import make_optimizer
+from gpt2box.training.validation import evaluate
 
 
 def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> None:

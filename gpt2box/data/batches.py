@@ -92,7 +92,9 @@ def check_long_enough(tokens: dict[str, int], block_size: int) -> None:
 
 
 def read_windows(file: TokenFile, starts: list[int], block_size: int, vocab_size: int) -> torch.Tensor:
-    """Windows with their targets, int32 of shape (B, T + 1): inputs are [:, :-1], targets [:, 1:].
+    """Windows with their targets, int32 of shape (B, T + 1), for `inputs_and_targets`.
+
+    An id that does not count as a target is there as -1 - id.
 
     Raises:
         BadInput: an id that the vocabulary does not have; it would be an illegal read on a GPU.
@@ -100,7 +102,22 @@ def read_windows(file: TokenFile, starts: list[int], block_size: int, vocab_size
     windows = np.stack([file.read(start, block_size + 1) for start in starts])  # (B, T + 1)
     if (largest := int(windows.max())) >= vocab_size:
         raise BadInput(f"the dataset holds token id {largest:,}", f"ids below {vocab_size:,}, the vocabulary's size")
-    return torch.from_numpy(windows.astype(np.int32))
+    windows = windows.astype(np.int32)
+    counted = [file.counted(start, block_size + 1) for start in starts]
+    if counted[0] is not None:
+        windows = np.where(np.stack(counted), windows, ~windows)  # type: ignore[arg-type]
+    return torch.from_numpy(windows)
+
+
+def inputs_and_targets(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets (B, T) of windows (B, T + 1); targets that do not count are -1."""
+    inputs = batch[:, :-1]
+    return inputs ^ (inputs >> 31), batch[:, 1:].clamp(min=-1)
+
+
+def counted_targets(batch: torch.Tensor) -> int:
+    """How many targets of windows in the CPU's memory count."""
+    return int((batch[:, 1:] >= 0).sum())
 
 
 def micro_batches(

@@ -21,7 +21,7 @@ from gpt2box.progress import say
 SPLIT_SEED = 2357  # nanoGPT's, for OpenWebText
 SMALLEST_WINDOW = 64  # tokens of a split without which no loss means anything
 WHOLE_DOCUMENTS = 10  # from this many on, whole documents are held out
-FILES = {"train.bin", "val.bin", "dataset.json", "tokenizer"}
+FILES = {"train.bin", "val.bin", "train.mask", "val.mask", "dataset.json", "tokenizer"}
 
 Made = tuple[dict[str, Any], bool]  # the manifest, and whether anything was written
 
@@ -103,12 +103,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def damaged_splits(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """The .bin files that do not hash to what the manifest says."""
+    """The .bin files that do not hash to what the manifest says, or whose masks do not."""
     damaged = []
     for split in SPLITS:
         try:
-            expected = manifest["splits"][split]["sha256"]
-            whole = assets.sha256_of(folder / f"{split}.bin") == expected
+            about = manifest["splits"][split]
+            whole = assets.sha256_of(folder / f"{split}.bin") == about["sha256"]
+            if whole and "mask_sha256" in about:
+                whole = assets.sha256_of(folder / f"{split}.mask") == about["mask_sha256"]
         except (OSError, KeyError, TypeError):
             whole = False
         if not whole:

@@ -17,6 +17,7 @@ from gpt2box.data import collection
 from gpt2box.data.corpora import CORPORA, KNOWN, OPENWEBTEXT, is_small, own_files, own_text
 from gpt2box.data.few import Request, prepare_few
 from gpt2box.data.folder import Made, damaged_splits, read_manifest
+from gpt2box.data.instructions import columns_in, prepare_instructions
 from gpt2box.data.many import Choices, prepare_many
 from gpt2box.data.parts import found_parts, make_part
 from gpt2box.data.shards import usual_workers
@@ -28,7 +29,7 @@ from gpt2box.progress import say
 HUB = "hub:"
 STDIN = "-"
 SLICE_DOCUMENTS = 10_000  # openwebtext-10k
-VAL_FRACTION_OF_FEW, VAL_FRACTION_OF_MANY = 0.1, 0.01
+VAL_FRACTION_OF_FEW, VAL_FRACTION_OF_MANY, VAL_FRACTION_OF_INSTRUCTIONS = 0.1, 0.01, 0.05
 # Twenty tokens a parameter (Hoffmann et al. 2022), of which four passes over the same text are nearly as good as fresh
 # text (Muennighoff et al. 2023).
 ENOUGH_FOR_MEDIUM = 355_000_000 * 20 // 4
@@ -42,6 +43,8 @@ class Options:
     tokenizer: str = "gpt2"  # or char
     val_fraction: float | None = None
     text_column: str = ""
+    prompt_column: str = ""
+    response_column: str = ""
     split: str = "content"  # or nanogpt
     max_docs: int | None = None
     shards: tuple[int, int] | None = None  # of a corpus of many files: the first, and the one after the last
@@ -126,7 +129,7 @@ def check_apart(item: str, options: Options) -> None:
     in_files = {"shards", "keep_raw", "shard_range", "merge"}
     allowed = {
         "corpus": for_all,
-        "own": for_many,
+        "own": for_many | {"prompt_column", "response_column"},
         "openwebtext": for_many - {"tokenizer"} | in_files | {"folder"},
         "hub": for_many - {"tokenizer"} | in_files | {"hub_config", "hub_split"},
     }[kind]
@@ -171,6 +174,13 @@ def own(item: str, inputs: Sequence[str], options: Options, target: Path) -> Mad
         return prepare_few(CORPORA[item](), request, target)
     with spooled(inputs, options.text_column) as given:
         files = own_files(given)
+        if columns := columns_in(files, options.text_column, options.prompt_column, options.response_column):
+            refused = {"tokenizer": "--tokenizer char", "max_docs": "--max-docs", "split": "--split nanogpt"}
+            for key, words in refused.items():
+                if getattr(options, key) != getattr(Options(), key):
+                    raise BadInput(f"{words} has no meaning for prompts with responses", "--text-column for plain text")
+            fraction = options.val_fraction or VAL_FRACTION_OF_INSTRUCTIONS
+            return prepare_instructions(files, columns, fraction, target)
         in_order = options.split == "nanogpt" or options.max_docs is not None
         if options.tokenizer == "char" or (is_small(files) and not in_order):
             return prepare_few(own_text(given, options.text_column, options.keep_duplicates), request, target)
@@ -204,6 +214,9 @@ def summary(folder: Path, manifest: dict[str, Any]) -> list[str]:
         + f"; the longest has {manifest.get('longest_document', 0):,} tokens",
         f"  {characters / tokens:.2f} characters a token; windows are cut from the documents in a row, none is padded",
     ]
+    if "loss_on" in manifest:
+        share = train["counted_tokens"] / train["tokens"]
+        lines.append(f"  prompts with responses: loss on the responses alone, {share:.0%} of the tokens")
     left_out = {key: manifest.get(f"{key}_left_out", 0) for key in ("duplicates", "empty")}
     if any(left_out.values()):
         lines.append(f"  left out: {left_out['duplicates']:,} exact duplicates, {left_out['empty']:,} without text")

@@ -98,6 +98,30 @@ def column_of(names: list[str], wanted: str, path: Path | str) -> str:
     )
 
 
+def names_in(path: Path) -> list[str]:
+    """The columns of a file of records, by its first; none where that is no object, or is longer than a block.
+
+    Raises:
+        BadInput, Damaged: the file cannot be read.
+    """
+    kind = kind_of(path)
+    if kind == ".parquet":
+        with parquet(path) as file:
+            return list(file.schema_arrow.names)
+    with opened(path) as file:
+        try:
+            begin = file.read(BLOCK).decode("utf-8-sig", errors="ignore")
+        except UNREADABLE as error:
+            raise unreadable(path, error) from error
+    if kind in (".csv", ".tsv"):
+        return next(csv.reader(io.StringIO(begin), delimiter="\t" if kind == ".tsv" else ","), [])
+    try:
+        record, _ = json.JSONDecoder().raw_decode(begin.lstrip(" \r\n\t["))
+    except ValueError:
+        return []
+    return list(record) if isinstance(record, dict) else []
+
+
 def texts(unit: Unit) -> Iterator[Iterator[str]]:
     """The documents of a unit; each a sequence of parts, so that a long one never lies in memory whole.
 

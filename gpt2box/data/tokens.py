@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gpt2box.data import assets, tokenizer
 from gpt2box.data.corpora import CORPORA, OPENWEBTEXT
@@ -34,6 +35,11 @@ class Dataset:
         """Tokens in a split."""
         return (self.folder / f"{split}.bin").stat().st_size // ID_BYTES
 
+    @property
+    def masked(self) -> bool:
+        """Whether only some tokens count as targets (instructions.py): which, says a .mask file beside each .bin."""
+        return "loss_on" in self.manifest
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer its ids came from; a folder without one is nanoGPT's and has GPT-2's."""
@@ -50,7 +56,7 @@ class Dataset:
 
 
 class TokenFile:
-    """Random access to a .bin file. Thread-safe.
+    """Random access to a .bin file, and to the .mask file beside it where there is one. Thread-safe.
 
     Read with pread and not through a memory map: a map's pages count as the process's memory as it
     walks through the file (nanoGPT's issue 287); the page cache serves both alike.
@@ -60,6 +66,8 @@ class TokenFile:
         self._descriptor = os.open(path, os.O_RDONLY)
         self._path = path
         self.tokens = os.fstat(self._descriptor).st_size // ID_BYTES
+        mask = path.with_suffix(".mask")
+        self._mask = os.open(mask, os.O_RDONLY) if mask.exists() else None
 
     def read(self, start: int, count: int) -> Tokens:
         """`count` ids from position `start`."""
@@ -68,8 +76,19 @@ class TokenFile:
             raise Damaged(f"{self._path} ends at token {self.tokens:,}", f"{start + count:,} tokens or more")
         return np.frombuffer(content, dtype="<u2")
 
+    def counted(self, start: int, count: int) -> npt.NDArray[np.bool_] | None:
+        """Which of those count as targets, or None where all do."""
+        if self._mask is None:
+            return None
+        content = os.pread(self._mask, count, start)
+        if len(content) != count:
+            raise Damaged(f"{self._path.with_suffix('.mask')} ends too early", f"{start + count:,} bytes or more")
+        return np.frombuffer(content, dtype=np.bool_)
+
     def close(self) -> None:
         os.close(self._descriptor)
+        if self._mask is not None:
+            os.close(self._mask)
 
 
 def prepare_hint(folder: Path) -> str:
@@ -124,6 +143,9 @@ def open_dataset(folder: Path) -> Dataset:
                 f"{tokens * ID_BYTES:,} bytes",
                 f"remove {folder}, prepare again",
             )
+        mask = folder / f"{split}.mask"
+        if dataset.masked and (not mask.is_file() or mask.stat().st_size != tokens):
+            raise Damaged(f"{mask} is missing or not of {tokens:,} bytes", "a byte a token", "prepare it again")
     if dataset.tokenizer.vocab_size != vocab_size:
         raise Damaged(
             f"{folder}/tokenizer has {dataset.tokenizer.vocab_size} tokens",

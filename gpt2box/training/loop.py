@@ -5,17 +5,22 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from gpt2box.data.batches import TrainWindows, micro_batches, read_windows, val_window_starts
+from gpt2box.data.batches import (
+    TrainWindows,
+    counted_targets,
+    inputs_and_targets,
+    micro_batches,
+)
 from gpt2box.data.tokenizer import Tokenizer
-from gpt2box.data.tokens import Dataset, TokenFile
+from gpt2box.data.tokens import Dataset
 from gpt2box.errors import BadInput
 from gpt2box.machine.device import peak_memory_bytes
 from gpt2box.machine.host import memory_bytes
@@ -29,6 +34,7 @@ from gpt2box.training.checkpoint import TrainState
 from gpt2box.training.lean import LeanAdamW, StepInBackward
 from gpt2box.training.metrics import Display, Interval, Metrics, finite_or_none
 from gpt2box.training.optim import GuardedStep, Optimizer, learning_rate, make_update
+from gpt2box.training.validation import autocast, evaluate
 
 MOST_BAD_STEPS = 5  # non-finite steps in a row after which a run stops
 
@@ -170,14 +176,27 @@ def take_step(
         torch.manual_seed(plan.seed + job.state.step)  # so that resuming needs no generator's state
     loss = torch.zeros((), device=device)
     lr = learning_rate(job.state.step, plan)
-    for micro_step in range(plan.grad_accum_steps):
-        batch = next(batches).to(device, non_blocking=True)  # (B, T + 1)
+    of_step: Iterable[Tensor] = (next(batches) for _ in range(plan.grad_accum_steps))
+    shares = None
+    if job.dataset.masked:
+        of_step = list(of_step)
+        shares = target_shares(of_step)
+    for micro_step, batch in enumerate(of_step):
+        inputs, targets = inputs_and_targets(batch.to(device, non_blocking=True))  # (B, T)
         with autocast(plan):
-            micro_loss = forward(batch[:, :-1], batch[:, 1:], 1.0 / plan.grad_accum_steps)
+            micro_loss = forward(inputs, targets, 1.0 / plan.grad_accum_steps)
+        if shares is not None:
+            micro_loss = micro_loss * shares[micro_step]
         update.before_backward(job.state.step, micro_step, lr, micro_loss)
         micro_loss.backward()  # type: ignore[no-untyped-call]
         loss += micro_loss.detach()
     return loss, lr, update(loss)
+
+
+def target_shares(of_step: list[Tensor]) -> list[float]:
+    """What makes a mean over all targets of a step that count, of the micro-batches' own means."""
+    counts = [counted_targets(batch) for batch in of_step]
+    return [count * len(counts) / max(sum(counts), 1) for count in counts]
 
 
 def step_down(job: Job, display: Display) -> None:
@@ -232,12 +251,6 @@ def way_of(plan: RunPlan) -> Option:
         memory,
         plan.expected_tokens_per_sec,
     )
-
-
-def autocast(plan: RunPlan) -> AbstractContextManager[object]:
-    """bfloat16 products where the plan says so; weights stay float32."""
-    wanted = plan.dtype == "bfloat16"
-    return torch.autocast(torch.device(plan.device).type, torch.bfloat16, enabled=wanted, cache_enabled=False)
 
 
 def log(
@@ -321,28 +334,3 @@ def evaluate_and_note(job: Job, metrics: Metrics, display: Display) -> bool:
         except torch.cuda.OutOfMemoryError:
             display.line("no sample this time: out of memory")
     return improved
-
-
-@torch.no_grad()
-def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan) -> tuple[float, str]:
-    """Mean loss over the fixed validation windows, and that set's name."""
-    starts = val_window_starts(dataset.tokens("val"), plan.shape.block_size, plan.eval_windows)
-    total = torch.zeros((), device=plan.device)
-    was_training = model.training
-    model.eval()
-    begin, count = 0, plan.micro_batch_size
-    with closing(TokenFile(dataset.folder / "val.bin")) as file, autocast(plan):
-        while begin < len(starts):
-            chosen = [int(start) for start in starts[begin : begin + count]]
-            batch = read_windows(file, chosen, plan.shape.block_size, plan.shape.vocab_size).to(plan.device)
-            loss = None
-            with suppress(*([torch.cuda.OutOfMemoryError] if count > 1 else [])):
-                loss = model(batch[:, :-1], batch[:, 1:])
-            if loss is None:
-                torch.cuda.empty_cache()
-                count = max(count // 2, 1)
-                continue
-            total += loss * len(chosen)
-            begin += len(chosen)
-    model.train(was_training)
-    return float(total) / len(starts), f"{dataset.digest}/{len(starts)}x{plan.shape.block_size}"

@@ -27,8 +27,8 @@ from gpt2box.job import configure
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.plan import RunPlan
 from gpt2box.training import eight_bit
-from gpt2box.training.loop import autocast
 from gpt2box.training.optim import make_optimizer, make_update
+from gpt2box.training.validation import autocast
 
 MIB = 1 << 20
 CUBLAS_WORKSPACE = 8_519_680  # :4096:2:16:8, cuBLAS's default below compute capability 9.0

@@ -1,0 +1,144 @@
+"""Prompts with responses to a dataset whose loss counts on the responses alone.
+
+Each pair becomes a document: the prompt in `TEMPLATE`, the response, end of text. Beside each .bin file lies a .mask
+file, a byte a token: 1 where the token is part of a response (or ends it), and so a target that counts.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2box.data import assets, tokenizer
+from gpt2box.data.corpora import fingerprint
+from gpt2box.data.encoder import BulkEncoder
+from gpt2box.data.folder import SPLIT_SEED, Made, described, make
+from gpt2box.data.records import kind_of, names_in, texts, units_of
+from gpt2box.data.tokenizer import Tokens
+from gpt2box.data.tokens import FORMAT, SPLITS
+from gpt2box.errors import BadInput
+from gpt2box.paths import RECORD_SUFFIXES, raw_dir
+from gpt2box.progress import bytes_bar
+
+# Of Stanford Alpaca (Taori et al. 2023), without its preamble: what follows the last line is the response.
+TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
+USUAL = [
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+]
+CONTEXTS = ("input", "context")  # of Alpaca and Dolly: what the instruction is about; may be empty
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a record has what."""
+
+    prompt: str
+    response: str
+    context: str = ""
+
+
+def columns_in(files: list[tuple[Path, str]], text: str, prompt: str, response: str) -> Columns | None:
+    """The columns of prompts and responses, where they are asked for or the files are of such a kind; else None.
+
+    Raises:
+        BadInput: one of the two without the other, or files that have no columns.
+    """
+    if bool(prompt) != bool(response):
+        raise BadInput("one of --prompt-column and --response-column without the other", "both, or neither")
+    of_records = all(kind_of(path) in RECORD_SUFFIXES for path, _ in files)
+    if prompt and not of_records:
+        raise BadInput("--prompt-column with a plain text", f"files that end in {' '.join(RECORD_SUFFIXES)}")
+    if text or not of_records or not files:
+        return None
+    names = names_in(files[0][0])
+    found = next((pair for pair in USUAL if set(pair) <= set(names)), None)
+    if not prompt and (found is None or "text" in names):
+        return None
+    context = next((name for name in CONTEXTS if name in names and not prompt), "")
+    return Columns(*((prompt, response) if prompt else found or ("", "")), context)
+
+
+def prepare_instructions(files: list[tuple[Path, str]], columns: Columns, val_fraction: float, folder: Path) -> Made:
+    """Make the dataset in `folder` unless it is there from the same files and choices.
+
+    Raises:
+        BadInput: too few pairs, or files that are not as they should be.
+        VolumeUnwritable: no space or no permission.
+    """
+    identity = {
+        "format": FORMAT,
+        "source": ", ".join(str(path) for path, _ in files[:20]) + (", …" if len(files) > 20 else ""),
+        "documents": [fingerprint(path, name) for path, name in files],
+        "split": {"val_fraction": val_fraction, "seed": SPLIT_SEED},
+        "loss_on": "responses",
+        "template": TEMPLATE,
+        "columns": [columns.prompt, columns.response, columns.context],
+    }
+    return make(folder, identity, lambda beside: write(files, columns, val_fraction, beside), resumable=False)
+
+
+def pairs(path: Path, name: str, columns: Columns) -> Iterator[tuple[str, str]]:
+    """Prompts and responses of a file: it is read once for each column."""
+
+    def column(wanted: str) -> Iterator[str]:
+        return ("".join(parts) for unit in units_of(path, name, wanted) for parts in texts(unit))
+
+    contexts = column(columns.context) if columns.context else None
+    for prompt, response in zip(column(columns.prompt), column(columns.response), strict=True):
+        context = next(contexts) if contexts else ""
+        yield prompt + (f"\n\n{context}" if context.strip() else ""), response
+
+
+def write(files: list[tuple[Path, str]], columns: Columns, val_fraction: float, folder: Path) -> dict[str, Any]:
+    """Write .bin and .mask files and the tokenizer into `folder`; returns the manifest's share."""
+    ranks = assets.fetch(assets.GPT2_RANKS, raw_dir())
+    words, bulk = tokenizer.from_ranks(ranks), BulkEncoder(ranks)
+    (folder / "tokenizer").mkdir()
+    words.save(folder / "tokenizer")
+    documents: dict[tuple[str, str], tuple[Tokens, int]] = {}  # ids, and how many of them are the prompt's
+    empty = duplicates = 0
+    with bytes_bar("tokenising", sum(path.stat().st_size for path, _ in files)) as advance:
+        for path, name in files:
+            for pair in pairs(path, name, columns):
+                empty += not pair[1].strip()
+                duplicates += pair in documents
+                if pair[1].strip() and pair not in documents:
+                    documents[pair] = encoded(pair, bulk, words.end_of_text)
+            advance(path.stat().st_size)
+    figures = {"duplicates": duplicates, "empty": empty}
+    figures["longest"] = max((len(ids) for ids, _ in documents.values()), default=0)
+    order = list(documents)
+    random.Random(SPLIT_SEED).shuffle(order)
+    held_out = max(1, round(len(order) * val_fraction))
+    for split, chosen in zip(SPLITS, (order[held_out:], order[:held_out]), strict=True):
+        figures |= {f"{split} documents": len(chosen), f"{split} characters": sum(len(p) + len(r) for p, r in chosen)}
+        of_split = [documents[pair] for pair in chosen]
+        with open(folder / f"{split}.bin", "wb") as tokens, open(folder / f"{split}.mask", "wb") as mask:
+            for ids, of_prompt in of_split:
+                tokens.write(ids.astype("<u2").tobytes())
+                mask.write((np.arange(len(ids)) >= of_prompt).tobytes())
+            for file in (tokens, mask):
+                file.flush()
+                os.fsync(file.fileno())
+    manifest = described(folder, words, figures)
+    for split in SPLITS:
+        path = folder / f"{split}.mask"
+        counted = int(np.fromfile(path, dtype=np.uint8).sum())
+        manifest["splits"][split] |= {"counted_tokens": counted, "mask_sha256": assets.sha256_of(path)}
+    return manifest
+
+
+def encoded(pair: Sequence[str], bulk: BulkEncoder, end_of_text: int | None) -> tuple[Tokens, int]:
+    """A document's ids, and how many are the prompt's. Encoded apart, as a prompt is when the model is asked."""
+    before, after = (np.concatenate(list(bulk.encode((text,)))) for text in (TEMPLATE.format(prompt=pair[0]), pair[1]))
+    return np.concatenate([before, after, np.array([end_of_text])]).astype(np.uint16), len(before)

@@ -1,0 +1,45 @@
+"""The validation loss, and the precision that it and training share."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, closing, suppress
+
+import torch
+
+from gpt2box.data.batches import counted_targets, inputs_and_targets, read_windows, val_window_starts
+from gpt2box.data.tokens import Dataset, TokenFile
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.planning.plan import RunPlan
+
+
+def autocast(plan: RunPlan) -> AbstractContextManager[object]:
+    """bfloat16 products where the plan says so; weights stay float32."""
+    wanted = plan.dtype == "bfloat16"
+    return torch.autocast(torch.device(plan.device).type, torch.bfloat16, enabled=wanted, cache_enabled=False)
+
+
+@torch.no_grad()
+def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan) -> tuple[float, str]:
+    """Mean loss over the fixed validation windows, and that set's name."""
+    starts = val_window_starts(dataset.tokens("val"), plan.shape.block_size, plan.eval_windows)
+    total, weights = torch.zeros((), device=plan.device), 0.0
+    was_training = model.training
+    model.eval()
+    begin, count = 0, plan.micro_batch_size
+    with closing(TokenFile(dataset.folder / "val.bin")) as file, autocast(plan):
+        while begin < len(starts):
+            chosen = [int(start) for start in starts[begin : begin + count]]
+            batch = read_windows(file, chosen, plan.shape.block_size, plan.shape.vocab_size)
+            inputs, targets = inputs_and_targets(batch.to(plan.device))
+            loss = None
+            with suppress(*([torch.cuda.OutOfMemoryError] if count > 1 else [])):
+                loss = model(inputs, targets)
+            if loss is None:
+                torch.cuda.empty_cache()
+                count = max(count // 2, 1)
+                continue
+            weight = counted_targets(batch) / plan.shape.block_size
+            total, weights = total + loss * weight, weights + weight
+            begin += len(chosen)
+    model.train(was_training)
+    return float(total) / max(weights, 1e-9), f"{dataset.digest}/{len(starts)}x{plan.shape.block_size}"
