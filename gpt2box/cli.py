@@ -207,7 +207,8 @@ def monitor(run: str | None, once: bool) -> None:
     show(run, once)
 
 
-cli.add_command(model_commands.sample)
+for command in (model_commands.sample, model_commands.evaluate):
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ Part of the command line (cli.py), and like it without heavy imports at the top.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -78,3 +80,82 @@ def sample(
     say(f"from {folder}")
     network, words = load_model(folder, device)
     write_samples(network, words, prompt, num_samples, max_new_tokens, Choice(temperature, top_k, top_p), seed)
+
+
+@click.command(name="eval")
+@click.argument("model", required=False)
+@click.option("--dataset", help="A prepared dataset [default: the one that the run was trained on].")
+@click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="Of the dataset.")
+@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Or a plain text.")
+@click.option(
+    "--stride", type=click.IntRange(min=1), help="Tokens that a window predicts, after the first [default: a context]."
+)
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Only the first of them.")
+@click.option("--task", type=click.Choice(["hellaswag", "lambada"]), help="A benchmark in place of a loss.")
+@click.option(
+    "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Its records [default: the Hub's]."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Only its first records.")
+@click.option("--checkpoint", default="best", show_default=True, help="Of a run: best, last or step-NNNNNNNN.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def evaluate(
+    model: str | None,
+    dataset: str | None,
+    split: str,
+    text: Path | None,
+    stride: int | None,
+    max_tokens: int | None,
+    task: str | None,
+    file: Path | None,
+    limit: int | None,
+    checkpoint: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure MODEL (as for `sample`): loss, perplexity and bits per byte of a text, or a benchmark.
+
+    \b
+    gpt2box eval                              the newest run, on all of its validation text
+    gpt2box eval gpt2-medium --text book.txt  bits per byte compare between tokenizers
+    gpt2box eval --task hellaswag             accuracy, as lm-evaluation-harness counts it
+
+    Computed in float32.
+    """
+    of_loss = {"--dataset": dataset, "--text": text, "--stride": stride, "--max-tokens": max_tokens}
+    of_task = {"--file": file, "--limit": limit}
+    if wrong := [name for name, value in (of_loss if task else of_task).items() if value]:
+        raise BadInput(f"{wrong[0]} {'with' if task else 'without'} --task", "gpt2box eval --help")
+    if dataset and text:
+        raise BadInput("--dataset and --text are both given", "one of the two")
+    from gpt2box.data.tokens import open_dataset
+    from gpt2box.output import evaluate as losses
+    from gpt2box.output import tasks
+    from gpt2box.output.sample import find_model, load_model
+    from gpt2box.paths import dataset_dir
+    from gpt2box.preflight import check_gpu
+
+    folder = find_model(model, checkpoint)
+    where = None if task or text else dataset_dir(dataset) if dataset else losses.dataset_of(folder)
+    check_gpu(device)
+    network, words = load_model(folder, device)
+    figures: dict[str, Any] = {"model": str(folder)}
+    if task:
+        figures |= tasks.evaluate(task, network, words, file, limit)
+    else:
+        block_size = network.shape.block_size
+        step = min(stride or block_size, block_size)
+        if text:
+            found = losses.loss_on_text(network, words, text, step, max_tokens)
+        else:
+            assert where is not None
+            found = losses.loss_on_dataset(network, words, open_dataset(where), split, step, max_tokens)
+        on = {"on": str(text or where), "split": None if text else split, "block_size": block_size, "stride": step}
+        figures |= on | found.figures()
+    if as_json:
+        print(json.dumps(figures))
+        return
+    for key, value in figures.items():
+        if value is not None:
+            kind = {float: ",.4f", int: ","}.get(type(value), "")
+            print(f"{key:14}  {value:{kind}}")
