@@ -23,6 +23,7 @@ from gpt2box.fitting import choose_way, place_of, ways_down
 from gpt2box.inputs import bring, has_dataset
 from gpt2box.machine.device import choose_compile, choose_device, choose_dtype, describe
 from gpt2box.machine.provenance import provenance
+from gpt2box.model.decode import Decoder
 from gpt2box.model.generate import Choice, generate
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.weights import load_hub
@@ -286,7 +287,7 @@ class Sampler:
             return
         text = self.config.sample_prompt
         prompt = prompt_ids(self.tokenizer, text)
-        ids = list(generate(self.model, prompt, self.config.sample_tokens, Choice(), self.config.seed))
+        ids = list(generate(Decoder(self.model), prompt, self.config.sample_tokens, Choice(), self.config.seed))
         text += self.tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
         folder = make_writable(self.run / "samples")
         write_atomically(folder / f"step-{step:08d}.txt", text + "\n")

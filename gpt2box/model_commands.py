@@ -21,6 +21,11 @@ from gpt2box.options import Between
 @click.option(
     "--prompt-file", type=click.File("r", encoding="utf-8"), help="A file with the prompt; - is standard input."
 )
+@click.option(
+    "--prompts",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A file of prompts, one a line, or of .jsonl records.",
+)
 @click.option("-n", "--num-samples", type=click.IntRange(min=1), default=1, show_default=True, help="How many texts.")
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=300, show_default=True, help="Longest text, in tokens."
@@ -41,18 +46,41 @@ from gpt2box.options import Between
 @click.option(
     "--seed", type=click.IntRange(0, 2**62), default=1337, show_default=True, help="The same seed gives the same text."
 )
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Texts written together: faster, the same but for rounding, seen when they are done.",
+)
+@click.option("--json", "as_json", is_flag=True, help="An object a line for each text, for programs.")
+@click.option("--interactive", is_flag=True, help="Write on with the model, line by line.")
+@click.option("--instruct", is_flag=True, help="Put prompts as instruction data has them (docs/data.md).")
+@click.option(
+    "--weights",
+    type=click.Choice(["float32", "float16", "int8"]),
+    default="float32",
+    show_default=True,
+    help="float16: about twice as fast, hardly another text; int8: faster still on a CPU, and a little worse.",
+)
 @click.option("--checkpoint", default="best", show_default=True, help="Of a run: best, last or step-NNNNNNNN.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 def sample(
     model: str | None,
     prompt: str,
     prompt_file: Any,
+    prompts: Path | None,
     num_samples: int,
     max_new_tokens: int,
     temperature: float,
     top_k: int,
     top_p: float,
     seed: int,
+    batch_size: int,
+    as_json: bool,
+    interactive: bool,
+    instruct: bool,
+    weights: str,
     checkpoint: str,
     device: str,
 ) -> None:
@@ -60,8 +88,11 @@ def sample(
 
     Without MODEL, the newest run's best checkpoint.
     """
-    if prompt and prompt_file:
-        raise BadInput("--prompt and --prompt-file are both given", "one of the two")
+    given = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompts": prompts}
+    if len(both := [name for name, value in given.items() if value]) > 1:
+        raise BadInput(f"{both[0]} and {both[1]} are both given", "one of the two")
+    if interactive and (as_json or prompts or num_samples > 1):
+        raise BadInput("--interactive with several texts or --json", "gpt2box sample --interactive")
     if prompt_file:
         try:
             prompt = prompt_file.read()
@@ -69,17 +100,27 @@ def sample(
             raise BadInput(
                 f"{prompt_file.name} is not UTF-8: {error.reason} at byte {error.start:,}", "plain text"
             ) from error
+    from gpt2box.data.instructions import TEMPLATE
+    from gpt2box.model.decode import Decoder
     from gpt2box.model.generate import Choice
-    from gpt2box.output.sample import find_model, load_model
+    from gpt2box.output.sample import find_model, load_model, prompts_in
     from gpt2box.output.sample import sample as write_samples
+    from gpt2box.output.talk import talk
     from gpt2box.preflight import check_gpu
     from gpt2box.progress import say
 
+    texts = prompts_in(prompts) if prompts else [prompt]
     folder = find_model(model, checkpoint)
     check_gpu(device)
     say(f"from {folder}")
     network, words = load_model(folder, device)
-    write_samples(network, words, prompt, num_samples, max_new_tokens, Choice(temperature, top_k, top_p), seed)
+    decoder = Decoder(network, weights)
+    choice = Choice(temperature, top_k, top_p)
+    if interactive:
+        return talk(decoder, words, prompt, max_new_tokens, choice, seed, instruct)
+    if instruct:
+        texts = [TEMPLATE.format(prompt=text) for text in texts]
+    write_samples(decoder, words, texts, num_samples, max_new_tokens, choice, seed, batch_size, as_json)
 
 
 @click.command(name="eval")

@@ -1,15 +1,15 @@
-"""Token by token from a model, with a key/value cache."""
+"""Token by token: which one is taken, for one text or several at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gpt2box.errors import Damaged
-from gpt2box.model.gpt2 import GPT2, KeyValueCache
+from gpt2box.model.decode import Cache, Decoder
 
 
 @dataclass(frozen=True)
@@ -40,33 +40,64 @@ def pick(logits: Tensor, choice: Choice, generator: torch.Generator) -> int:
 
 
 @torch.inference_mode()
-def generate(
-    model: GPT2, prompt: list[int], max_new_tokens: int, choice: Choice, seed: int, stop_at: int | None = None
-) -> Iterator[int]:
-    """Yields new tokens as they come, up to `stop_at` (left out) or max_new_tokens.
+def generate_together(
+    decoder: Decoder,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    choice: Choice,
+    seeds: Sequence[int],
+    stop_at: int | None = None,
+) -> Iterator[list[int | None]]:
+    """Yields a new token for each prompt as they come; None for one that came to `stop_at` before.
 
-    Where the context is full, the newer half of it becomes the prompt of a fresh cache: positions
-    are learned, so cached keys cannot be shifted, and half a context keeps the cost of that small.
+    Each text depends on its own seed; what else is written beside it changes its logits by rounding alone.
+
+    Where a row fills the context, its newer half becomes the prompt of a fresh cache: positions are learned, so cached
+    keys cannot be shifted, and half a context keeps the cost of that small.
     """
-    device, dtype = model.wte.weight.device, model.sums
-    generator = torch.Generator().manual_seed(seed)
-    block_size = model.shape.block_size
+    model = decoder.model
+    block_size, device = model.shape.block_size, model.wte.weight.device
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    rows = [list(prompt[-block_size:]) for prompt in prompts]
+    capacity = min(block_size, max(map(len, rows)) + max_new_tokens)
+    cache = Cache(model, len(rows), capacity)
+    over = [False] * len(rows)
+    new: Tensor | None = None
     was_training = model.training
     model.eval()
     try:
-        ids = list(prompt[-block_size:])
-        new = ids
-        cache = KeyValueCache(model.shape, 1, device, dtype)
         for _ in range(max_new_tokens):
-            if cache.length + len(new) > block_size:
-                ids = ids[-max(1, block_size // 2) :]
-                cache.length, new = 0, ids
-            hidden = model.hidden(torch.tensor([new], device=device), cache)  # (1, t, C)
-            token = pick(model.logits(hidden[0, -1]).float().cpu(), choice, generator)
-            if token == stop_at:
+            if new is None or cache.length == capacity:
+                rows = [row if len(row) <= block_size else row[-max(1, block_size // 2) :] for row in rows]
+                new = begin(cache, rows, device)
+            logits = decoder(new, cache).float().cpu()  # (B, V)
+            tokens: list[int | None] = []
+            for row, row_logits in enumerate(logits):
+                token = None if over[row] else pick(row_logits, choice, generators[row])
+                over[row] = token is None or token == stop_at
+                tokens.append(None if over[row] else token)
+                rows[row].append(token or 0)
+            if all(over):
                 return
-            yield token
-            ids.append(token)
-            new = [token]
+            yield tokens
+            new = torch.tensor([[row[-1]] for row in rows], device=device)
     finally:
         model.train(was_training)
+
+
+def begin(cache: Cache, rows: list[list[int]], device: torch.device) -> Tensor:
+    """Empty the cache for these rows; returns their ids (B, t), shorter ones filled up at the beginning."""
+    longest = max(map(len, rows))
+    cache.length = 0
+    padding = [longest - len(row) for row in rows]
+    cache.padding = torch.tensor(padding, device=device) if any(padding) else None
+    return torch.tensor([[0] * fill + row for fill, row in zip(padding, rows, strict=True)], device=device)
+
+
+def generate(
+    decoder: Decoder, prompt: list[int], max_new_tokens: int, choice: Choice, seed: int, stop_at: int | None = None
+) -> Iterator[int]:
+    """Yields new tokens as they come, up to `stop_at` (left out) or max_new_tokens."""
+    for (token,) in generate_together(decoder, [prompt], max_new_tokens, choice, [seed], stop_at):
+        assert token is not None
+        yield token

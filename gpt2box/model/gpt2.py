@@ -21,41 +21,22 @@ from gpt2box.model.recompute import gelu_linear, linear, norm_linear
 from gpt2box.planning.shape import ModelShape
 
 
-class KeyValueCache:
-    """Keys and values of all positions so far, in one tensor reserved for a whole context."""
-
-    def __init__(self, shape: ModelShape, batch: int, device: torch.device, dtype: torch.dtype) -> None:
-        size = (shape.n_layer, 2, batch, shape.n_head, shape.block_size, shape.n_embd // shape.n_head)
-        self.store = torch.empty(size, device=device, dtype=dtype)  # (n_layer, 2, B, H, T, D)
-        self.length = 0
-
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a layer's keys and values of the new positions, (B, H, t, D); returns those of all."""
-        end = self.length + key.size(2)
-        self.store[layer, 0, :, :, self.length : end] = key
-        self.store[layer, 1, :, :, self.length : end] = value
-        return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
-
-
 class Attention(nn.Module):
     """Causal self-attention."""
 
-    def __init__(self, shape: ModelShape, dropout: float, layer: int) -> None:
+    def __init__(self, shape: ModelShape, dropout: float) -> None:
         super().__init__()
         self.c_attn = nn.Linear(shape.n_embd, 3 * shape.n_embd, bias=shape.bias)
         self.c_proj = nn.Linear(shape.n_embd, shape.n_embd, bias=shape.bias)
-        self.n_head, self.dropout, self.layer = shape.n_head, dropout, layer
+        self.n_head, self.dropout = shape.n_head, dropout
 
-    def forward(self, projected: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, projected: Tensor) -> Tensor:
         """Of c_attn's output (B, T, 3 · C); returns (B, T, C)."""
         B, T, C = projected.size(0), projected.size(1), projected.size(2) // 3
         heads = projected.view(B, T, 3, self.n_head, C // self.n_head)
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if cache is not None:
-            key, value = cache.extend(self.layer, key, value)
-        # A single new position sees all; several at once start from an empty cache, or there is none.
         y = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1
+            query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=True
         )
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(linear(y, self.c_proj), self.dropout, self.training)
@@ -79,17 +60,17 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each with layer norm before and residual around."""
 
-    def __init__(self, shape: ModelShape, dropout: float, layer: int) -> None:
+    def __init__(self, shape: ModelShape, dropout: float) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(shape.n_embd, bias=shape.bias)
-        self.attn = Attention(shape, dropout, layer)
+        self.attn = Attention(shape, dropout)
         self.ln_2 = nn.LayerNorm(shape.n_embd, bias=shape.bias)
         self.mlp = MLP(shape, dropout)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None, selective: bool = False) -> Tensor:
+    def forward(self, x: Tensor, selective: bool = False) -> Tensor:
         """`selective`: norms and GELU are made again in the backward pass instead of kept."""
         project = norm_linear if selective else _norm_then_linear
-        x = x + self.attn(project(x, self.ln_1, self.attn.c_attn), cache)
+        x = x + self.attn(project(x, self.ln_1, self.attn.c_attn))
         out: Tensor = x + self.mlp(project(x, self.ln_2, self.mlp.c_fc), selective)
         return out
 
@@ -108,7 +89,7 @@ class GPT2(nn.Module):
         self.loss_chunk_tokens = 1024
         self.wte = nn.Embedding(shape.padded_vocab_size, shape.n_embd)
         self.wpe = nn.Embedding(shape.block_size, shape.n_embd)
-        self.h = nn.ModuleList(Block(shape, dropout, layer) for layer in range(shape.n_layer))
+        self.h = nn.ModuleList(Block(shape, dropout) for _ in range(shape.n_layer))
         self.ln_f = nn.LayerNorm(shape.n_embd, bias=shape.bias)
 
     @classmethod
@@ -142,19 +123,16 @@ class GPT2(nn.Module):
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator))
         self.wte.weight[self.shape.vocab_size :].zero_()
 
-    def hidden(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Final hidden states (B, T, C) of token ids (B, T); with a cache, of the new positions."""
-        first = cache.length if cache is not None else 0
-        positions = torch.arange(first, first + ids.size(1), device=ids.device)
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Final hidden states (B, T, C) of token ids (B, T)."""
+        positions = torch.arange(ids.size(1), device=ids.device)
         embedded = self.wte(ids).to(self.sums) + self.wpe(positions).to(self.sums)
         x = F.dropout(embedded, self.dropout, self.training)  # (B, T, C)
         for block in self.h:
             if self.training and self.activation_checkpointing == "full":
                 x = checkpoint(block, x, use_reentrant=False)
             else:
-                x = block(x, cache, selective=self.training and self.activation_checkpointing == "selective")
-        if cache is not None:
-            cache.length += ids.size(1)
+                x = block(x, selective=self.training and self.activation_checkpointing == "selective")
         out: Tensor = self.ln_f(x)
         return out
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from gpt2box.data.tokenizer import Tokens, prompt_ids
 from gpt2box.data.tokens import Dataset, TokenFile
+from gpt2box.model.decode import Decoder
 from gpt2box.model.generate import Choice, generate
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.paths import write_atomically
@@ -55,7 +56,8 @@ def by_heart(run: Path, model: GPT2, dataset: Dataset, prompt: str, length: int,
     """Sample from the model, search the training text for what it wrote; writes memorisation.json and the samples."""
     words = dataset.tokenizer
     ids = prompt_ids(words, prompt)
-    outputs = (list(generate(model, ids, length, Choice(), seed + i)) for i in range(SAMPLES))
+    decoder = Decoder(model)
+    outputs = (list(generate(decoder, ids, length, Choice(), seed + i)) for i in range(SAMPLES))
     written: list[Tokens] = [np.array(output, dtype=np.uint16) for output in outputs]
     with closing(TokenFile(dataset.folder / "val.bin")) as val:
         count = min(length, val.tokens // SAMPLES)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from gpt2box.data.published import pretrained_folder, shape_in
 from gpt2box.data.tokenizer import Tokenizer, prompt_ids
 from gpt2box.errors import BadInput
 from gpt2box.machine.device import choose_device
-from gpt2box.model.generate import Choice, generate
+from gpt2box.model.decode import Decoder
+from gpt2box.model.generate import Choice, generate, generate_together
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.weights import load_hub
 from gpt2box.paths import NAME, raw_dir, runs_dir
@@ -71,20 +74,78 @@ def load_model(folder: Path, device: str) -> tuple[GPT2, Tokenizer]:
 
 
 def sample(
-    model: GPT2, words: Tokenizer, prompt: str, num_samples: int, max_new_tokens: int, choice: Choice, seed: int
+    decoder: Decoder,
+    words: Tokenizer,
+    prompts: Sequence[str],
+    num_samples: int,
+    max_new_tokens: int,
+    choice: Choice,
+    seed: int,
+    batch_size: int,
+    as_json: bool,
 ) -> None:
-    """Write samples to standard output as they come. Sample i depends on seed + i alone.
+    """Write samples of each prompt to standard output; one at a time they are seen as they come.
+
+    Sample i of a prompt follows from seed + i; with others in a batch, but for rounding.
 
     Raises:
-        BadInput: the prompt has a character that the model lacks.
+        BadInput: a prompt has a character that the model lacks.
     """
-    ids = prompt_ids(words, prompt)
-    for index in range(num_samples):
-        if index:
-            print("\n---------------")
-        sys.stdout.write(prompt)
-        characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in generate(model, ids, max_new_tokens, choice, seed + index, stop_at=words.end_of_text):
+    jobs = [(prompt, prompt_ids(words, prompt), seed + i) for prompt in prompts for i in range(num_samples)]
+    for first in range(0, len(jobs), batch_size):
+        chosen = jobs[first : first + batch_size]
+        if batch_size == 1 and not as_json:
+            print("\n---------------\n" * (first > 0), end="")
+            sys.stdout.write(chosen[0][0])
+            stream(decoder, words, chosen[0][1], max_new_tokens, choice, chosen[0][2], [])
+            print()
+            continue
+        ids = [ids for _, ids, _ in chosen]
+        seeds = [seed for _, _, seed in chosen]
+        steps = list(generate_together(decoder, ids, max_new_tokens, choice, seeds, words.end_of_text))
+        for row, (prompt, _, own_seed) in enumerate(chosen):
+            written = [step[row] for step in steps if step[row] is not None]
+            text = words.decode_bytes(written).decode("utf-8", errors="replace")  # type: ignore[arg-type]
+            if as_json:
+                ended = "end of text" if len(written) < max_new_tokens else "max_new_tokens"
+                about = {"prompt": prompt, "text": text, "seed": own_seed, "tokens": len(written), "ended": ended}
+                print(json.dumps(about, ensure_ascii=False), flush=True)
+            else:
+                print("\n---------------\n" * (first + row > 0) + prompt + text, flush=True)
+
+
+def stream(
+    decoder: Decoder,
+    words: Tokenizer,
+    ids: list[int],
+    max_new_tokens: int,
+    choice: Choice,
+    seed: int,
+    written: list[int],
+) -> None:
+    """Write a text to standard output as it comes; `written` takes its ids, also where it is interrupted."""
+    characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    try:
+        for token in generate(decoder, ids, max_new_tokens, choice, seed, stop_at=words.end_of_text):
+            written.append(token)
             sys.stdout.write(characters.decode(words.decode_bytes([token])))
             sys.stdout.flush()
-        print(characters.decode(b"", final=True))
+    finally:
+        sys.stdout.write(characters.decode(b"", final=True))
+        sys.stdout.flush()
+
+
+def prompts_in(path: Path) -> list[str]:
+    """The prompts of a file: its lines, or the "prompt" of each record of a .jsonl.
+
+    Raises:
+        BadInput: none, or not of that form.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: {error!r}", 'a prompt a line, or in .jsonl {"prompt": "…"} a line') from error
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise BadInput(f"{path}: no prompts", 'a prompt a line, or in .jsonl {"prompt": "…"} a line')
+    return prompts

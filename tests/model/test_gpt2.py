@@ -12,7 +12,6 @@ from transformers import GPT2LMHeadModel
 from gpt2box.data.published import shape_in
 from gpt2box.data.tokenizer import CharTokenizer
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.model.generate import Choice, generate, pick
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.loss import chunked_cross_entropy
 from gpt2box.model.weights import hub_state, load_hub
@@ -145,40 +144,6 @@ def test_recomputing_gives_the_same_gradients(way: str, dropout: float, bias: bo
     assert losses[0] == losses[1]
     for plain, recomputed in zip(*grads, strict=True):
         assert (plain - recomputed).abs().max() < 1e-15
-
-
-def test_greedy_text_is_that_of_transformers(tmp_path: Path) -> None:
-    ours = tiny_model()
-    reference = theirs(ours, tmp_path)
-    for row in ids(batch=4, length=5).tolist():
-        expected = reference.generate(torch.tensor([row]), max_new_tokens=19, do_sample=False, eos_token_id=-1)
-        assert row + list(generate(ours, row, 19, Choice(temperature=0), seed=0)) == expected[0].tolist()
-
-
-def test_text_goes_on_beyond_the_context() -> None:
-    model = tiny_model()
-    out = list(generate(model, [1, 2, 3], 100, Choice(temperature=0), seed=0))
-    assert len(out) == 100
-    window = [1, 2, 3]
-    for token in out:
-        if len(window) > 24:  # full: the newer half begins anew
-            window = window[-12:]
-        assert int(model.logits(model.hidden(torch.tensor([window]))[0, -1]).argmax()) == token
-        window.append(token)
-
-
-def test_choosing_a_token() -> None:
-    logits = torch.tensor([0.0, 1.0, 2.0, 3.0])
-
-    def drawn(choice: Choice) -> set[int]:
-        generator = torch.Generator().manual_seed(0)
-        return {pick(logits, choice, generator) for _ in range(300)}
-
-    assert drawn(Choice(temperature=0)) == {3}
-    assert drawn(Choice(1.0, top_k=0, top_p=1.0)) == {0, 1, 2, 3}
-    assert drawn(Choice(1.0, top_k=2, top_p=1.0)) == {2, 3}
-    assert drawn(Choice(1.0, top_k=0, top_p=0.7)) == {2, 3}  # 0.64 alone is not enough
-    assert drawn(Choice(1.0, top_k=0, top_p=0.6)) == {3}
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -1,0 +1,138 @@
+"""Sampling beside transformers' `generate` and nanoGPT's loop: tokens a second, ratios, and the share of the memory's pace.
+
+    git clone https://github.com/karpathy/nanoGPT /tmp/nanoGPT
+    python benchmarks/sample.py --nanogpt /tmp/nanoGPT
+
+Random weights of GPT-2 Medium's shape, greedy, the contenders in turns, medians. A token reads every weight once, so the
+memory sets a floor: here bytes of weights by the pace at which this machine reads a matrix in a matrix-vector product,
+the best of several ways, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2box.config import MODEL_SHAPES
+from gpt2box.model.decode import WEIGHTS, Decoder
+from gpt2box.model.generate import Choice, generate_together
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.model.weights import hub_state
+from gpt2box.planning.shape import ModelShape
+
+BYTES = {"float32": 4, "float16": 2, "int8": 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
+    parser.add_argument("--model", default="gpt2-medium", choices=MODEL_SHAPES)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    shape = ModelShape(**MODEL_SHAPES[arguments.model], block_size=1024, vocab_size=50_257, bias=True)
+    model = GPT2(shape).eval()
+    model.initialise(1)
+    contenders: dict[str, Callable[[torch.Tensor, int], Any]] = {"transformers": of_transformers(model)}
+    if arguments.nanogpt:
+        contenders["nanoGPT"] = of_nanogpt(arguments.nanogpt, shape)
+    for weights in WEIGHTS:
+        contenders[f"gpt2box {weights}"] = of_gpt2box(Decoder(copy.deepcopy(model), weights))
+    pace = {weights: bandwidth(weights) for weights in WEIGHTS}
+    print("matrix-vector products:", ", ".join(f"{weights} {rate / 1e9:.1f} GB/s" for weights, rate in pace.items()))
+    for batch in arguments.batches:
+        ids = torch.randint(0, shape.vocab_size, (batch, arguments.prompt_tokens))
+        rates: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(arguments.rounds):
+            for name, run in contenders.items():
+                few = 4 if name == "nanoGPT" else arguments.new_tokens  # it is as slow for each token
+                begun = time.perf_counter()
+                run(ids, few)
+                rates[name].append(batch * few / (time.perf_counter() - begun))
+        print(f"batch {batch}: tokens/s, × transformers, share of the floor")
+        theirs = statistics.median(rates["transformers"])
+        for name, found in rates.items():
+            rate = statistics.median(found)
+            weights = name.rpartition(" ")[2] if name.startswith("gpt2box") else "float32"
+            floor = pace["float32"] / (4 * shape.parameters) * 4 / BYTES[weights]
+            share = f"{rate / floor:.0%}" if batch == 1 else ""
+            print(f"  {name:18} {rate:7.2f}  {rate / theirs:5.2f}  {share}")
+
+
+def of_transformers(model: GPT2) -> Callable[[torch.Tensor, int], Any]:
+    """Its own GPT-2 with the same weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = model.shape
+    config = GPT2Config(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)
+    theirs = GPT2LMHeadModel(config).eval()
+    theirs.load_state_dict({**hub_state(model), "lm_head.weight": model.wte.weight[: shape.vocab_size]})
+
+    def run(ids: torch.Tensor, count: int) -> None:
+        theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            pad_token_id=50_256,
+        )
+
+    return run
+
+
+def of_nanogpt(folder: Path, shape: ModelShape) -> Callable[[torch.Tensor, int], Any]:
+    """Its model, with weights of its own."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module
+    spec.loader.exec_module(module)
+    sizes = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd}
+    theirs = module.GPT(module.GPTConfig(**sizes, block_size=1024, vocab_size=50_257, bias=True, dropout=0.0)).eval()
+    return lambda ids, count: theirs.generate(ids, count, top_k=1)
+
+
+def of_gpt2box(decoder: Decoder) -> Callable[[torch.Tensor, int], Any]:
+    """Ours."""
+
+    def run(ids: torch.Tensor, count: int) -> None:
+        for _ in generate_together(decoder, ids.tolist(), count, Choice(temperature=0), [0] * len(ids)):
+            pass
+
+    return run
+
+
+def bandwidth(weights: str) -> float:
+    """Bytes a second of matrices that a product with one row reads; larger in all than the processor's caches."""
+    from gpt2box.model import decode
+
+    layers = [torch.nn.Linear(1024, 4096, bias=False) for _ in range(24)]
+    size = len(layers) * 1024 * 4096 * BYTES[weights]
+    pack = {"float32": decode._transposed, "float16": decode._in_16_bits, "int8": decode._in_8_bits}[weights]
+    x, best = torch.randn(1, 1024), 0.0
+    with torch.inference_mode():
+        products = [pack(layer) for layer in layers]
+        for _ in range(15):
+            begun = time.perf_counter()
+            for product in products:
+                product(x)
+            best = max(best, size / (time.perf_counter() - begun))
+    return best
+
+
+if __name__ == "__main__":
+    main()
