@@ -1,11 +1,11 @@
-"""Sampling beside transformers' `generate` and nanoGPT's loop: tokens a second, ratios, and the share of the memory's pace.
+"""Sampling beside transformers' `generate` and nanoGPT's loop: tokens a second, ratios, share of the memory's pace.
 
     git clone https://github.com/karpathy/nanoGPT /tmp/nanoGPT
     python benchmarks/sample.py --nanogpt /tmp/nanoGPT
 
-Random weights of GPT-2 Medium's shape, greedy, the contenders in turns, medians. A token reads every weight once, so the
-memory sets a floor: here bytes of weights by the pace at which this machine reads a matrix in a matrix-vector product,
-the best of several ways, measured in the same run.
+Random weights of GPT-2 Medium's shape, greedy, the contenders in turns, medians. A token reads every weight once, so
+the memory sets a floor: the bytes of all weights by the pace at which this machine reads a float32 matrix in a
+matrix-vector product, measured in the same run.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
         for name, found in rates.items():
             rate = statistics.median(found)
             weights = name.rpartition(" ")[2] if name.startswith("gpt2box") else "float32"
-            floor = pace["float32"] / (4 * shape.parameters) * 4 / BYTES[weights]
+            floor = pace["float32"] / (BYTES[weights] * shape.parameters)  # tokens a second
             share = f"{rate / floor:.0%}" if batch == 1 else ""
             print(f"  {name:18} {rate:7.2f}  {rate / theirs:5.2f}  {share}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -42,6 +43,54 @@ def test_the_prompt_may_come_from_a_file_or_standard_input(run: Path, gpt2box: C
     assert gpt2box("sample", "--start=Ay, ", "--max_new_tokens=20").stdout == expected  # nanoGPT's spelling
 
 
+def test_several_prompts_and_samples_are_written_together_or_one_by_one(
+    run: Path, gpt2box: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("ROMEO:\nTo be, or\n\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "ROMEO:"}\n{"prompt": "To be, or"}\n')
+    few = ["--max-new-tokens", "40", "-n", "2"]
+    one_by_one = gpt2box("sample", "--prompts", str(tmp_path / "prompts.txt"), *few)
+    together = gpt2box("sample", "--prompts", str(tmp_path / "prompts.jsonl"), *few, "--batch-size", "3", "--json")
+    objects = [json.loads(line) for line in together.stdout.splitlines()]
+    assert [(o["prompt"], o["seed"]) for o in objects] == [
+        (prompt, seed) for prompt in ("ROMEO:", "To be, or") for seed in (1337, 1338)
+    ]
+    assert one_by_one.stdout.removesuffix("\n").split("\n---------------\n") == [
+        o["prompt"] + o["text"] for o in objects
+    ]
+    assert all(o["tokens"] == len(o["text"]) == 40 and o["ended"] == "max_new_tokens" for o in objects)
+
+
+def test_a_conversation_keeps_its_history_and_obeys_commands(run: Path, gpt2box: Command) -> None:
+    lines = [
+        "ROMEO:",
+        "/temperature 0",
+        "/max_new_tokens 5",
+        "Ay",
+        "/settings",
+        "/reset",
+        "Ay",
+        "/top_p 7",
+        "/nonsense",
+    ]
+    done = gpt2box("sample", "--interactive", "--max-new-tokens", "30", input="\n".join(lines) + "\n")
+    first = gpt2box("sample", "--prompt", "ROMEO:", "--max-new-tokens", "30").stdout.removeprefix("ROMEO:")
+    assert done.returncode == 0 and done.stdout.startswith(first), done.stderr
+    history = "ROMEO:" + first.removesuffix("\n") + "\nAy"
+    greedy = ["--temperature", "0", "--max-new-tokens", "5"]
+    second = gpt2box("sample", "--prompt-file", "-", *greedy, input=history).stdout.removeprefix(history)
+    fresh = gpt2box("sample", "--prompt", "Ay", *greedy).stdout.removeprefix("Ay")
+    rest = done.stdout.removeprefix(first)
+    assert rest.startswith(second) and rest.rstrip("\n").endswith(fresh.rstrip("\n"))
+    assert "temperature 0.0  top_k 200" in done.stdout
+    assert "/top_p 7" in done.stderr and "no command /what" in done.stderr
+
+
+def test_instruct_puts_the_prompt_as_instruction_data_has_it(run: Path, gpt2box: Command) -> None:
+    refused = gpt2box("sample", "--instruct", "--prompt", "x", "--max-new-tokens", "3")
+    assert refused.returncode == 2 and "'#' (U+0023)" in refused.stderr  # Shakespeare has none
+
+
 def test_bad_requests_say_what_there_is(run: Path, gpt2box: Command) -> None:
     for arguments, part in [
         (["--prompt", "naïve"], "'ï' (U+00EF)"),
@@ -49,6 +98,8 @@ def test_bad_requests_say_what_there_is(run: Path, gpt2box: Command) -> None:
         (["run", "--checkpoint", "step-7"], "last, step-00000010, step-00000020"),
         (["--prompt", "a", "--prompt-file", "-"], "one of the two"),
         (["--top-p", "0"], "top-p"),
+        (["--interactive", "--json"], "--interactive with"),
+        (["--prompts", "/dev/null"], "no prompts"),
         (["--prompt-file", "none.txt"], "none.txt"),
     ]:
         done = gpt2box("sample", *arguments)
