@@ -103,7 +103,7 @@ class Decoder:
             self.layers.append(Layer(block.ln_1, *attention, block.ln_2, *mlp))
         self.output: Product = model.logits
         if weights in ("float16", "int8") and make is not _plain:
-            output = nn.Linear(0, 0, bias=False)
+            output = nn.Linear(1, 1, bias=False)
             output.weight = nn.Parameter(model.wte.weight.detach()[: model.shape.vocab_size], requires_grad=False)
             self.output = make(output)
         elif make is _transposed:
