@@ -55,7 +55,7 @@ def test_several_prompts_and_samples_are_written_together_or_one_by_one(
     assert [(o["prompt"], o["seed"]) for o in objects] == [
         (prompt, seed) for prompt in ("ROMEO:", "To be, or") for seed in (1337, 1338)
     ]
-    assert one_by_one.stdout.split("\n---------------\n") == [o["prompt"] + o["text"] for o in objects]
+    assert one_by_one.stdout.split("\n---------------\n") == [o["prompt"] + o["text"] + "\n" for o in objects]
     assert all(o["tokens"] == len(o["text"]) == 40 and o["ended"] == "max_new_tokens" for o in objects)
 
 
