@@ -200,3 +200,37 @@ def evaluate(
         if value is not None:
             kind = {float: ",.4f", int: ","}.get(type(value), "")
             print(f"{key:14}  {value:{kind}}")
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["huggingface", "nanogpt", "gguf"]),
+    default="huggingface",
+    show_default=True,
+    help="A clean folder for transformers and the Hub; nanoGPT's ckpt.pt; a file for llama.cpp and Ollama.",
+)
+@click.option(
+    "--dtype",
+    "--quantise",
+    type=click.Choice(["float32", "float16", "bfloat16", "q8_0"]),
+    help="Numbers of the matrices [default: float32; float16 in gguf].",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Where [default: the run's export/].")
+@click.option("--license", "licence", default="", help="For the model card, such as mit or cc-by-4.0.")
+@click.option("--checkpoint", default="best", show_default=True, help="Of a run: best, last or step-NNNNNNNN.")
+def export(model: str | None, form: str, dtype: str | None, out: Path | None, licence: str, checkpoint: str) -> None:
+    """Write MODEL (as for `sample`) for other programs, and read it back to see that it is the same.
+
+    A checkpoint is a Hugging Face folder already; this leaves out what only training needs and adds a model card.
+    """
+    from gpt2box.output.export import export as write
+    from gpt2box.output.sample import find_model
+    from gpt2box.paths import shown
+    from gpt2box.progress import say
+
+    folder = find_model(model, checkpoint)
+    say(f"from {folder}")
+    print(shown(write(folder, form, dtype, out, licence)))

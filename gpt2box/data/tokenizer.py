@@ -73,9 +73,9 @@ class Gpt2Tokenizer:
         return merges_of(self.ranks)
 
     def save(self, folder: Path) -> None:
-        vocabulary = {_printable(token): rank for token, rank in self.ranks.items()} | {END_OF_TEXT: len(self.ranks)}
+        vocabulary = {printable(token): rank for token, rank in self.ranks.items()} | {END_OF_TEXT: len(self.ranks)}
         (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-        merges = "".join(f"{_printable(a)} {_printable(b)}\n" for a, b in self.merges)
+        merges = "".join(f"{printable(a)} {printable(b)}\n" for a, b in self.merges)
         (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
         _write_tokenizer_config(folder, {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, **special})
@@ -213,7 +213,7 @@ def byte_alphabet() -> tuple[str, ...]:
     return tuple(chr(byte) if byte in itself else chr(next(shifted)) for byte in range(256))
 
 
-def _printable(token: bytes) -> str:
+def printable(token: bytes) -> str:
     return "".join(byte_alphabet()[byte] for byte in token)
 
 

@@ -1,0 +1,69 @@
+"""The model card of an exported model: what it is, from what it was made, and how to use it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gpt2box.config import MODEL_SHAPES
+from gpt2box.config_file import read_yaml
+from gpt2box.paths import read_object
+from gpt2box.planning.shape import ModelShape
+from gpt2box.progress import duration
+
+SETTINGS = ("init_from", "learning_rate", "lr_schedule", "tokens_per_step", "dropout", "weight_decay", "seed")
+
+
+def model_card(folder: Path, shape: ModelShape, licence: str) -> str:
+    """README.md of the model in `folder`, from the records of its run where it is a run's checkpoint."""
+    run = folder.resolve().parents[1]
+    manifest, state = read_object(run / "manifest.json"), read_object(folder / "state.json")
+    settings = read_yaml(run / "config.yaml") if manifest and (run / "config.yaml").exists() else {}
+    name = run.name if manifest else folder.resolve().name
+    lines = ["---", *front_matter(settings, licence), "---", "", f"# {name}", ""]
+    lines += [
+        f"A GPT-2 of {shape.parameters:,} parameters, by gpt2box: {shape.n_layer} layers of {shape.n_head} heads,"
+        f" {shape.n_embd} wide, a context of {shape.block_size:,} tokens, a vocabulary of {shape.vocab_size:,}.",
+        "",
+    ]
+    if manifest:
+        lines += of_training(manifest, state, settings)
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        f'print(pipeline("text-generation", model="{name}")("It was", max_new_tokens=100)[0]["generated_text"])',
+        "```",
+        "",
+        "It goes on with text in the manner of what it was trained on. What it says may be false, biased or copied"
+        " from its training text; it is not fit for advice or for decisions about people.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def front_matter(settings: dict[str, Any], licence: str) -> list[str]:
+    """What the Hub reads."""
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt2", "- gpt2box"]
+    if licence:
+        lines.insert(0, f"license: {json.dumps(licence)}")
+    if settings.get("init_from") in MODEL_SHAPES:
+        lines.append(f"base_model: openai-community/{settings['init_from']}")
+    return lines
+
+
+def of_training(manifest: dict[str, Any], state: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """Data, settings, losses and machine."""
+    data, session = manifest.get("dataset", {}), (manifest.get("sessions") or [{}])[-1]
+    splits = data.get("splits") or {}
+    source = str(data.get("source") or data.get("folder") or "not recorded")
+    lines = ["## Training", "", "| | |", "|---|---|", f"| text | {source.replace('|', '/')} |"]
+    for split, about in splits.items():
+        lines.append(f"| {split} | {about['tokens']:,} tokens, sha256 {about['sha256'][:16]}… |")
+    lines += [f"| {key} | {settings[key]} |" for key in SETTINGS if settings.get(key) is not None]
+    lines.append(f"| steps | {state.get('step', 0):,}, {duration(state.get('seconds', 0.0))} |")
+    if state.get("val_loss") is not None:
+        lines.append(f"| val_loss | {state['val_loss']:.4f} nats a token |")
+    lines += [f"| {key} | {session[key]} |" for key in ("device", "gpt2box", "torch") if session.get(key)]
+    return [*lines, ""]
