@@ -46,7 +46,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
     shutil.copytree(prepared, volumes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPT2BOX_VOLUMES", str(volumes))
-        settings = {**TINY, "name": "run", "dataset": "bpe", "learning_rate": 1e-2, "eval_windows": 0}
+        settings = {**TINY, "name": "run", "dataset": "bpe", "learning_rate": 1e-2}
+        run_job(None, {key: str(value) for key, value in settings.items()}, StopRequest())
+        settings = {**TINY, "name": "whole", "eval_windows": 0, "max_steps": 2, "eval_interval": 2}
         run_job(None, {key: str(value) for key, value in settings.items()}, StopRequest())
     return volumes / "runs" / "run"
 
@@ -57,6 +59,7 @@ def measure(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setenv("GPT2BOX_VOLUMES", str(run.parents[1]))
 
     def figures(*arguments: str) -> dict[str, Any]:
+        arguments = arguments if arguments[0] == "whole" else ("run", *arguments)
         capsys.readouterr()
         evaluate.main([*arguments, "--json"], standalone_mode=False)
         found: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -107,11 +110,11 @@ def test_loss_and_bits_per_byte_are_those_of_transformers_window_by_window(
 
 
 def test_a_whole_split_has_the_loss_that_training_noted(run: Path, measure: Evaluate) -> None:
-    noted = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    noted = [json.loads(line) for line in (run.parent / "whole" / "metrics.jsonl").open()]
     best = min(row["val_loss"] for row in noted if row["kind"] == "eval")
-    found = measure()  # training saw whole windows alone, all of them
+    found = measure("whole")  # training saw whole windows alone, all of them
     assert found["val_loss"] == pytest.approx(best, abs=2e-4)
-    assert found["on"].endswith("data/bpe") and found["stride"] == 32
+    assert found["on"].endswith("data/text") and found["stride"] == 32
 
 
 def likelihood(model: Any, context: list[int], continuation: list[int]) -> tuple[float, bool]:
@@ -203,14 +206,14 @@ def test_bad_requests_are_a_few_lines(
     (tmp_path / "broken.jsonl").write_text("{\n")
     (tmp_path / "latin.txt").write_bytes(b"na\xefve")
     for arguments, part in [
-        (["--dataset", "text"], "text is in tokens of a char tokenizer of 65"),
-        (["--dataset", "none"], "no dataset in"),
+        (["run", "--dataset", "text"], "text is in tokens of a char tokenizer of 65"),
+        (["run", "--dataset", "none"], "no dataset in"),
         (["--task", "hellaswag", "--text", str(tmp_path / "latin.txt")], "--text with --task"),
         (["--file", str(tmp_path / "bad.jsonl")], "--file without --task"),
-        (["--task", "lambada", "--file", str(tmp_path / "bad.jsonl")], "bad.jsonl is not lambada"),
-        (["--task", "lambada", "--file", str(tmp_path / "broken.jsonl")], "broken.jsonl, line 1"),
-        (["--text", str(tmp_path / "latin.txt")], "latin.txt"),
-        (["nothing"], "a run (run), a folder"),
+        (["run", "--task", "lambada", "--file", str(tmp_path / "bad.jsonl")], "bad.jsonl is not lambada"),
+        (["run", "--task", "lambada", "--file", str(tmp_path / "broken.jsonl")], "broken.jsonl, line 1"),
+        (["run", "--text", str(tmp_path / "latin.txt")], "latin.txt"),
+        (["nothing"], "a run ("),
     ]:
         done = gpt2box("eval", *arguments)
         assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr, done.stderr
