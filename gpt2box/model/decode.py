@@ -88,20 +88,21 @@ class Decoder:
         self.model = model
         self.autocast = torch.autocast(model.wte.weight.device.type, torch.float16, enabled=False)
         make = {None: _plain, "float32": _transposed, "float16": _in_16_bits, "int8": _in_8_bits}[weights]
-        if weights and model.wte.weight.device.type != "cpu":
+        self.output: Product = model.logits
+        if weights and model.wte.weight.device.type != "cpu":  # not verified on a GPU
             make = _plain
             if weights == "int8":
                 raise BadInput("int8 weights on a GPU", "--weights float16, or --device cpu")
             if weights == "float16":
                 model.matrices_to(torch.float16)
                 self.autocast = torch.autocast(model.wte.weight.device.type, torch.float16)
+                self.output = lambda x: F.linear(x, model.wte.weight)[..., : model.shape.vocab_size]
         self.layers = []
         for module in model.h:
             block = cast(Block, module)
             attention = make(block.attn.c_attn), make(block.attn.c_proj)
             mlp = make(block.mlp.c_fc), make(block.mlp.c_proj)
             self.layers.append(Layer(block.ln_1, *attention, block.ln_2, *mlp))
-        self.output: Product = model.logits
         if weights in ("float16", "int8") and make is not _plain:
             output = nn.Linear(1, 1, bias=False)
             output.weight = nn.Parameter(model.wte.weight.detach()[: model.shape.vocab_size], requires_grad=False)
