@@ -207,7 +207,7 @@ def monitor(run: str | None, once: bool) -> None:
     show(run, once)
 
 
-for command in (model_commands.sample, model_commands.evaluate, model_commands.export):
+for command in model_commands.COMMANDS:
     cli.add_command(command)
 
 

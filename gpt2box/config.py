@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from gpt2box.errors import BadInput
 
 # Radford et al. 2019, table 2, with the head counts of the published checkpoints.
-MODEL_SHAPES = {
+MODEL_SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
@@ -189,7 +189,7 @@ class Config(BaseModel):
         """A compiled backward pass hands out all gradients at once, which is what optimizer_in_backward is to avoid."""
         return self.compile is not False and not self.optimizer_in_backward
 
-    def shape(self) -> dict[str, int]:
+    def shape(self) -> dict[str, Any]:
         """n_layer, n_head and n_embd with the overrides applied."""
         own = {key: getattr(self, key) for key in ("n_layer", "n_head", "n_embd")}
         return {key: own[key] or size for key, size in MODEL_SHAPES[self.model].items()}

@@ -234,3 +234,35 @@ def export(model: str | None, form: str, dtype: str | None, out: Path | None, li
     folder = find_model(model, checkpoint)
     say(f"from {folder}")
     print(shown(write(folder, form, dtype, out, licence)))
+
+
+@click.command(name="import")
+@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--name", help="What it is called in volumes/models [default: the name of its folder].")
+@click.option("--out", type=click.Path(path_type=Path), help="Or another place.")
+@click.option(
+    "--text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Of a model in characters: the text it was trained on.",
+)
+@click.option(
+    "--gelu",
+    type=click.Choice(["exact", "tanh"]),
+    default="exact",
+    show_default=True,
+    help="nanoGPT's is exact since May 2023; before it was GPT-2's tanh form.",
+)
+def import_checkpoint(checkpoint: Path, name: str | None, out: Path | None, text: Path | None, gelu: str) -> None:
+    """Turn nanoGPT's CHECKPOINT, a ckpt.pt, into a Hugging Face folder, volumes/models/NAME.
+
+    From there: gpt2box sample FOLDER, gpt2box train CONFIG --init-from NAME. Weights alone; AdamW's averages stay.
+    """
+    from gpt2box.output.from_nanogpt import import_nanogpt
+    from gpt2box.paths import checked_name, make_writable, model_dir, shown
+
+    place = out or model_dir(checked_name(name or checkpoint.resolve().parent.name, "model"))
+    make_writable(place.absolute().parent)
+    print(shown(import_nanogpt(checkpoint, place.absolute(), text, {"exact": "none", "tanh": "tanh"}[gelu])))
+
+
+COMMANDS = [sample, evaluate, export, import_checkpoint]

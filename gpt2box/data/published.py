@@ -27,6 +27,7 @@ ASKED = {
     "gpt2-large": (3_247_159_000, ""),
     "gpt2-xl": (6_431_829_000, "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
 }
+GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # by the names of transformers
 
 
 def pretrained_folder(init_from: str) -> Path:
@@ -110,11 +111,16 @@ def shape_in(folder: Path) -> ModelShape:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.get("model_type") != "gpt2":
             raise BadInput(f"{path}: model_type {config.get('model_type')!r}", "'gpt2'")
-        for key, expected in {"activation_function": "gelu_new", "n_inner": None, "layer_norm_epsilon": 1e-5}.items():
+        gelu = GELU.get(config.get("activation_function", "gelu_new"))
+        if gelu is None:
+            raise BadInput(
+                f"{path}: activation_function {config['activation_function']!r}", f"one of: {', '.join(GELU)}"
+            )
+        for key, expected in {"n_inner": None, "layer_norm_epsilon": 1e-5}.items():
             if config.get(key, expected) not in (expected, 4 * config["n_embd"] if key == "n_inner" else expected):
                 raise BadInput(f"{path}: {key} {config[key]!r}", f"{expected!r}, as in the published GPT-2")
         sizes = {key: int(config[key]) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
         bias = bool(config.get("gpt2box", {}).get("bias", True))
-        return ModelShape(**sizes, block_size=int(config["n_positions"]), bias=bias)
+        return ModelShape(**sizes, block_size=int(config["n_positions"]), bias=bias, gelu=gelu)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{path} is damaged ({error!r})", "a GPT-2 config as transformers writes it") from error

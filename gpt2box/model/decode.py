@@ -122,7 +122,7 @@ class Decoder:
             x = model.wte(ids).to(model.sums) + model.wpe(positions).to(model.sums)  # (B, t, C)
             for index, layer in enumerate(self.layers):
                 x = x + layer.attn_c_proj(self._attend(layer.c_attn(layer.ln_1(x)), index, cache, mask))
-                x = x + layer.mlp_c_proj(F.gelu(layer.c_fc(layer.ln_2(x)), approximate="tanh"))
+                x = x + layer.mlp_c_proj(F.gelu(layer.c_fc(layer.ln_2(x)), approximate=model.shape.gelu))
             cache.length += new
             return self.output(model.ln_f(x[:, -1]))
 

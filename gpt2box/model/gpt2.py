@@ -49,11 +49,14 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(shape.n_embd, 4 * shape.n_embd, bias=shape.bias)
         self.c_proj = nn.Linear(4 * shape.n_embd, shape.n_embd, bias=shape.bias)
-        self.dropout = dropout
+        self.dropout, self.gelu = dropout, shape.gelu
 
     def forward(self, widened: Tensor, selective: bool) -> Tensor:
         """Of c_fc's output (B, T, 4 · C); returns (B, T, C)."""
-        x = gelu_linear(widened, self.c_proj) if selective else linear(F.gelu(widened, approximate="tanh"), self.c_proj)
+        if selective:
+            x = gelu_linear(widened, self.c_proj, self.gelu)
+        else:
+            x = linear(F.gelu(widened, approximate=self.gelu), self.c_proj)
         return F.dropout(x, self.dropout, self.training)
 
 

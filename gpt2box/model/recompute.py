@@ -35,9 +35,9 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
     return out
 
 
-def gelu_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+def gelu_linear(x: Tensor, linear: nn.Linear, approximate: str) -> Tensor:
     """linear(gelu(x)), keeping x."""
-    out: Tensor = _GeluLinear.apply(x, linear.weight, linear.bias)  # type: ignore[no-untyped-call]
+    out: Tensor = _GeluLinear.apply(x, linear.weight, linear.bias, approximate)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -91,14 +91,15 @@ class _NormLinear(torch.autograd.Function):
 
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return _product(F.gelu(x, approximate="tanh"), weight, bias)
+        ctx.has_bias, ctx.approximate = bias is not None, approximate
+        return _product(F.gelu(x, approximate=approximate), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        active = F.gelu(x, approximate="tanh")
+        active = F.gelu(x, approximate=ctx.approximate)
         grad_active, grad_weight, grad_bias = _linear_backward(grad_outputs[0], active, weight, ctx.has_bias)
-        return aten.gelu_backward(grad_active.to(x.dtype), x, approximate="tanh"), grad_weight, grad_bias
+        grad_x = aten.gelu_backward(grad_active.to(x.dtype), x, approximate=ctx.approximate)
+        return grad_x, grad_weight, grad_bias, None

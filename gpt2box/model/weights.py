@@ -32,7 +32,7 @@ def hub_config(shape: ModelShape, dropout: float, end_of_text: int | None, dtype
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "activation_function": "gelu_new",
+        "activation_function": "gelu_new" if shape.gelu == "tanh" else "gelu",
         "n_layer": shape.n_layer,
         "n_head": shape.n_head,
         "n_embd": shape.n_embd,

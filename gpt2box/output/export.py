@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from gpt2box.output.card import model_card
 from gpt2box.output.gguf import check_gguf, write_gguf, write_modelfile
 from gpt2box.output.sample import load_model
 from gpt2box.paths import fix_hint, fsync_dir, read_object
+from gpt2box.progress import say
 
 FORMATS = ("huggingface", "nanogpt", "gguf")
 DTYPES = {
@@ -49,34 +51,48 @@ def export(folder: Path, form: str, dtype: str | None, out: Path | None, licence
     model, words = load_model(folder, "cpu")
     model.eval()
     final = (out or usual_place(folder, form, dtype)).absolute()
+    if form == "huggingface":
+        write = partial(
+            write_folder, model=model, words=words, dtype=dtype, card=model_card(folder, model.shape, licence)
+        )
+    elif form == "nanogpt":
+        write = partial(write_nanogpt, model=model, state=read_object(folder / "state.json"))
+    else:
+        check_gguf(model, words, dtype)
+        if model.shape.gelu == "none":
+            say("note: llama.cpp computes GELU in GPT-2's tanh form, this model exactly: it will differ a little")
+        write = partial(write_gguf, model=model, words=words, dtype=dtype, title=final.stem)
+    publish(final, write)
+    if form == "gguf":
+        write_modelfile(final, model.shape.block_size)
+    return final
+
+
+def publish(final: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file or folder beside its place, and give it its name when that has worked.
+
+    Raises:
+        BadInput: the place is taken.
+        VolumeUnwritable: no space or no permission.
+    """
     if final.exists():
         raise BadInput(f"{final} is there already", "a new name", "--out ANOTHER, or move it away")
     temporary = final.with_name(f".{final.name}.tmp")
-    if form == "huggingface":
-        write = partial(write_folder, temporary, model, words, dtype, model_card(folder, model.shape, licence))
-    elif form == "nanogpt":
-        write = partial(write_nanogpt, temporary, model, read_object(folder / "state.json"))
-    else:
-        check_gguf(model, words, dtype)
-        write = partial(write_gguf, temporary, model, words, dtype, final.stem)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         remove(temporary)
-        write()
+        write(temporary)
         for path in [temporary, *temporary.rglob("*")]:
             if path.is_file():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         os.rename(temporary, final)
-        if form == "gguf":
-            write_modelfile(final, model.shape.block_size)
         fsync_dir(final.parent)
     except OSError as error:
         found = f"cannot write {final}: {error.strerror or error}"
         raise VolumeUnwritable(found, "free space and permission", fix_hint(final.parent)) from error
     finally:
         remove(temporary)
-    return final
 
 
 def usual_place(folder: Path, form: str, dtype: str) -> Path:

@@ -11,7 +11,7 @@ EIGHT_BIT_BLOCK = 256  # numbers in 8 bits that share a scale of 4 bytes
 
 @dataclass(frozen=True)
 class ModelShape:
-    """All that decides the size of each tensor."""
+    """All that decides the size of each tensor, and which function the network is."""
 
     n_layer: int
     n_head: int
@@ -19,6 +19,7 @@ class ModelShape:
     block_size: int
     vocab_size: int
     bias: bool = True
+    gelu: str = "tanh"  # GPT-2's; "none" for the exact one, as nanoGPT and Hugging Face's "gelu" have it
 
     @property
     def padded_vocab_size(self) -> int:

@@ -1,0 +1,130 @@
+"""A nanoGPT checkpoint (ckpt.pt) to a Hugging Face folder from which training, sampling and export go on."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2box.data import assets, tokenizer
+from gpt2box.data.tokenizer import Tokenizer
+from gpt2box.errors import BadInput, Damaged
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.output.export import publish, write_folder
+from gpt2box.paths import raw_dir
+from gpt2box.planning.shape import ModelShape
+
+GPT2_VOCABULARY = 50_257
+PADDED = 50_304  # what nanoGPT rounds it up to; the rows beyond stand for no token
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+COMPILED = "_orig_mod."  # before the names of a compiled model
+
+
+def import_nanogpt(path: Path, out: Path, text: Path | None, gelu: str) -> Path:
+    """Write the checkpoint's model to `out`, read it back and compare.
+
+    `text`: of a model in characters, the text that nanoGPT prepared: its characters in order are the vocabulary.
+
+    Raises:
+        BadInput: not nanoGPT's, or of a vocabulary that the text does not give.
+        Damaged: it cannot be read.
+        VolumeUnwritable: no space or no permission.
+    """
+    content = read(path)
+    shape = shape_of(content["model_args"], gelu, path)
+    words = words_of(shape, text, path)
+    stored = {name.removeprefix(COMPILED).removeprefix("transformer."): t for name, t in content["model"].items()}
+    model = GPT2.empty(ModelShape(**{**vars(shape), "vocab_size": words.vocab_size}), 0.0, "cpu")
+    fill(model, stored, shape.vocab_size, path)
+    step, loss = content.get("iter_num", 0), content.get("best_val_loss")
+    card = (
+        f"# {out.name}\n\nImported from nanoGPT's {path.name}: step {step}, best val_loss {float(loss or 'nan'):.4f}.\n"
+    )
+    publish(out, lambda beside: write_folder(beside, model, words, "float32", card))
+    return out
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The checkpoint's content; of pickle, only what holds no code.
+
+    Raises:
+        BadInput: not nanoGPT's.
+        Damaged: it cannot be read.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        first = str(error).splitlines()[0]
+        raise BadInput(f"{path} is not a checkpoint of tensors alone: {first}", "nanoGPT's ckpt.pt") from error
+    except (OSError, RuntimeError, EOFError) as error:
+        raise Damaged(
+            f"{path} cannot be read: {str(error).splitlines()[0]}", "a ckpt.pt as nanoGPT wrote it"
+        ) from error
+    if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
+        raise BadInput(f"{path} has no model and model_args", "nanoGPT's ckpt.pt")
+    return content
+
+
+def shape_of(sizes: dict[str, Any], gelu: str, path: Path) -> ModelShape:
+    """The network, as nanoGPT describes it.
+
+    Raises:
+        BadInput: sizes are missing.
+    """
+    try:
+        return ModelShape(**{key: int(sizes[key]) for key in SIZES}, bias=bool(sizes.get("bias", True)), gelu=gelu)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path}: model_args lacks {error}", f"{', '.join(SIZES)}") from error
+
+
+def words_of(shape: ModelShape, text: Path | None, path: Path) -> Tokenizer:
+    """The tokenizer that nanoGPT's checkpoint does not hold.
+
+    Raises:
+        BadInput: neither GPT-2's vocabulary nor that of the text.
+    """
+    if text is None:
+        if shape.vocab_size not in (GPT2_VOCABULARY, PADDED):
+            raise BadInput(
+                f"{path} has a vocabulary of {shape.vocab_size:,}",
+                f"{GPT2_VOCABULARY:,} or {PADDED:,}, GPT-2's; or the text of a model in characters",
+                f"gpt2box import {path} --text input.txt",
+            )
+        return tokenizer.from_ranks(assets.fetch(assets.GPT2_RANKS, raw_dir()))
+    try:
+        words = tokenizer.from_texts([text.read_text(encoding="utf-8")], end_of_text=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {text}: {error}", "plain text in UTF-8") from error
+    if words.vocab_size != shape.vocab_size:
+        raise BadInput(f"{text} has {words.vocab_size:,} different characters", f"{shape.vocab_size:,}, as {path}")
+    return words
+
+
+@torch.no_grad()
+def fill(model: GPT2, stored: dict[str, Tensor], rows: int, path: Path) -> None:
+    """Copy every tensor; the embedding's first vocab_size of `rows`.
+
+    Raises:
+        BadInput: which do not fit.
+    """
+    wanted = dict(model.named_parameters())
+    extra = {name for name in stored.keys() - wanted.keys() if not name.endswith((".attn.bias", "lm_head.weight"))}
+    faults = [f"{name}: not in this network" for name in extra]
+    for name, parameter in wanted.items():
+        expected = list(parameter.shape)
+        if name == "wte.weight":
+            expected[0] = rows
+        if name not in stored:
+            faults.append(f"{name}: missing")
+        elif list(stored[name].shape) != expected:
+            faults.append(f"{name}: found {list(stored[name].shape)}, expected {expected}")
+        elif name == "wte.weight":
+            parameter[: model.shape.vocab_size].copy_(stored[name][: model.shape.vocab_size])
+            parameter[model.shape.vocab_size :].zero_()
+        else:
+            parameter.copy_(stored[name])
+    if faults:
+        raise BadInput(f"{path} does not fit:\n    " + "\n    ".join(sorted(faults)[:8]), "nanoGPT's GPT")
