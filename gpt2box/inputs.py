@@ -120,5 +120,5 @@ def bring(config: Config, text: Path | None) -> None:
     dataset = open_dataset(folder)  # says what to do where it is missing
     made = "made" if written else "there"
     say(f"dataset {config.dataset}: {made}, {dataset.tokens('train'):,} tokens to train on")
-    if config.init_from in MODEL_SHAPES:
+    if config.init_from != "scratch" and not any((run_dir(config.name) / "checkpoints").glob("step-*")):
         say(f"weights of {config.init_from}: {pretrained_folder(config.init_from)}")

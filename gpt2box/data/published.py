@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gpt2box.config import MODEL_SHAPES, Config
-from gpt2box.data import assets
+from gpt2box.data import assets, hub_model
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.paths import model_dir, raw_dir
 from gpt2box.planning.shape import ModelShape
@@ -31,18 +31,21 @@ GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # by t
 
 
 def pretrained_folder(init_from: str) -> Path:
-    """The folder an `init_from` means; a published size is downloaded unless its folder is filled.
+    """The folder an `init_from` means; a published size or a model of the Hub is downloaded
+    unless it is there.
 
     Raises:
-        BadInput: no such folder.
+        BadInput: no such folder, or no such model on the Hub.
         TryAgain, Damaged: see assets.fetch.
     """
     if init_from not in MODEL_SHAPES:
         folder = Path(init_from) if "/" in init_from else model_dir(init_from)
+        if not folder.is_dir() and hub_model.NAME.fullmatch(init_from):
+            return hub_model.hub_model(init_from)
         if not (folder / "config.json").is_file():
             raise BadInput(
                 f"init_from {init_from}: no config.json in {folder}",
-                f"scratch, one of {', '.join(MODEL_SHAPES)}, or a folder in the Hugging Face layout",
+                f"scratch, one of {', '.join(MODEL_SHAPES)}, a Hugging Face folder, or OWNER/NAME of the Hub",
             )
         return folder
     folder = model_dir(init_from)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gpt2box.config import MODEL_SHAPES
-from gpt2box.data import assets, tokenizer
+from gpt2box.data import assets, hub_model, tokenizer
 from gpt2box.data.published import pretrained_folder, shape_in
 from gpt2box.data.tokenizer import Tokenizer, prompt_ids
 from gpt2box.errors import BadInput
@@ -52,11 +52,12 @@ def find_model(argument: str | None, which: str) -> Path:
         return folder / which
     if (Path(argument) / "config.json").is_file():
         return Path(argument)
-    if argument in MODEL_SHAPES:
+    if argument in MODEL_SHAPES or hub_model.NAME.fullmatch(argument):
         return pretrained_folder(argument)
     raise BadInput(
         f"no model {argument!r}",
-        f"a run ({', '.join(names) or 'none yet'}), a folder with config.json, or one of {', '.join(MODEL_SHAPES)}",
+        f"a run ({', '.join(names) or 'none yet'}), a folder with config.json, OWNER/NAME of the Hub, "
+        f"or one of {', '.join(MODEL_SHAPES)}",
     )
 
 
