@@ -15,7 +15,7 @@ from gpt2box.data import assets
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.data.tokens import ID_BYTES, SPLITS
 from gpt2box.errors import BadInput, VolumeUnwritable
-from gpt2box.paths import fix_hint, fsync_dir, locked, make_writable, read_object
+from gpt2box.paths import fix_hint, fsync_dir, locked, make_writable, read_object, write_atomically
 from gpt2box.progress import say
 
 SPLIT_SEED = 2357  # nanoGPT's, for OpenWebText
@@ -54,7 +54,7 @@ def make(folder: Path, identity: dict[str, Any], write: Callable[[Path], dict[st
             say(f"going on with {folder.name} where it was")
         try:
             temporary.mkdir(exist_ok=True)
-            write_object(temporary / "identity.json", identity)
+            write_atomically(temporary / "identity.json", json.dumps(identity))  # a torn one would lose all progress
             manifest = read_manifest(temporary)
             if damaged_splits(temporary, manifest):  # else it was ended just before the last rename
                 manifest = identity | write(temporary)

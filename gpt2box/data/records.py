@@ -114,10 +114,11 @@ def names_in(path: Path) -> list[str]:
         except UNREADABLE as error:
             raise unreadable(path, error) from error
     if kind in (".csv", ".tsv"):
+        csv.field_size_limit(LONGEST_FIELD)
         return next(csv.reader(io.StringIO(begin), delimiter="\t" if kind == ".tsv" else ","), [])
     try:
         record, _ = json.JSONDecoder().raw_decode(begin.lstrip(" \r\n\t["))
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     return list(record) if isinstance(record, dict) else []
 
@@ -221,6 +222,8 @@ def parquet_texts(unit: Unit) -> Iterator[str]:
             try:
                 batch = next(batches, None)
                 values = batch.column(0).to_pylist() if batch is not None else None
+            except UnicodeDecodeError as error:
+                raise BadInput(f"{where}: not UTF-8 ({error.reason})", "text in UTF-8") from error
             except (pyarrow.ArrowException, OSError) as error:
                 first = str(error).splitlines()[0]
                 raise Damaged(f"{where}: {first}", "the file as it was written", "get it again") from error
@@ -238,7 +241,7 @@ def json_lines(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{unit.path}, line {number}: {error}", "a JSON object a line") from error
         if isinstance(record, dict):
             column = column or column_of(list(record), "", unit.path)
@@ -253,7 +256,7 @@ def json_array(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
     content = lines.read()
     try:
         records = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         yield from json_lines(io.StringIO(content), unit)  # type: ignore[arg-type]
         return
     for number, record in enumerate(records if isinstance(records, list) else [records], 1):
@@ -270,8 +273,9 @@ def table(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
     index = names.index(column_of(names, unit.column, unit.path))
     for number, row in enumerate(rows, 2):
         if row:
-            if index >= len(row):
-                raise BadInput(f"{unit.path}, row {number}: {len(row)} fields", f"{len(names)} fields")
+            if len(row) != len(names):  # an unquoted comma, say: the text's rest would be lost
+                expected = f"{len(names)} fields; a field with a delimiter in double quotes"
+                raise BadInput(f"{unit.path}, row {number}: {len(row)} fields", expected)
             yield row[index]
 
 

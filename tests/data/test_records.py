@@ -164,3 +164,17 @@ def test_the_first_bad_byte_is_named_wherever_blocks_end(content: bytes) -> None
         except BadInput as error:
             found = error.found
     assert bool(found) == bool(expected) and expected in found
+
+
+def test_a_row_with_too_many_fields_is_refused_not_cut(tmp_path: Path) -> None:
+    path = tmp_path / "commas.csv"
+    path.write_text("text\none field\nthis one, alas, has three\n")
+    with pytest.raises(BadInput, match=r"row 3: 3 fields"):
+        own_text([str(path)])
+
+
+def test_records_nested_beyond_reason_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "deep.jsonl"
+    path.write_text('{"text": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
+    with pytest.raises(BadInput, match=r"deep\.jsonl, line 1"):
+        own_text([str(path)])
