@@ -17,7 +17,7 @@ SETTINGS = ("init_from", "learning_rate", "lr_schedule", "tokens_per_step", "dro
 
 def model_card(folder: Path, shape: ModelShape, licence: str) -> str:
     """README.md of the model in `folder`, from the records of its run where it is a run's checkpoint."""
-    run = folder.resolve().parents[1]
+    run = folder.resolve().parent.parent
     manifest, state = read_object(run / "manifest.json"), read_object(folder / "state.json")
     settings = read_yaml(run / "config.yaml") if manifest and (run / "config.yaml").exists() else {}
     name = run.name if manifest else folder.resolve().name

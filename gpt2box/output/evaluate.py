@@ -143,7 +143,7 @@ def dataset_of(folder: Path) -> Path:
     Raises:
         BadInput: no run's checkpoint.
     """
-    about: dict[str, Any] = read_object(folder.resolve().parents[1] / "manifest.json").get("dataset", {})
+    about: dict[str, Any] = read_object(folder.resolve().parent.parent / "manifest.json").get("dataset", {})
     if not about:
         raise BadInput(f"what should {folder} be evaluated on?", "a dataset or a text", "--dataset NAME or --text FILE")
     there = Path(about["folder"])

@@ -142,6 +142,10 @@ def encoded(context: str, continuation: str, words: Tokenizer) -> tuple[list[int
     before = len(words.encode(context)) if context else 0
     if not before and words.end_of_text is not None:
         return [words.end_of_text], whole
+    if not before:
+        raise BadInput(
+            f"nothing before {continuation[:40]!r}", "a context, as this vocabulary has no end-of-text token"
+        )
     return whole[:before], whole[before:]
 
 
@@ -150,6 +154,8 @@ def answers_to(pairs: Sequence[tuple[str, str]], model: GPT2, words: Tokenizer) 
     """How the model finds each continuation of its context; what is longer than its context loses its beginning."""
     device, block_size = model.wte.weight.device, model.shape.block_size
     requests = [encoded(*pair, words) for pair in pairs]
+    if (longest := max(len(continuation) for _, continuation in requests)) > block_size:
+        raise BadInput(f"an ending of {longest:,} tokens", f"at most {block_size:,}, the model's context")
     order = sorted(range(len(pairs)), key=lambda i: -len(requests[i][0] + requests[i][1]))  # alike beside each other
     answers: dict[int, Answer] = {}
     model.eval()
