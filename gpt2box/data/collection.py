@@ -61,7 +61,7 @@ def openwebtext(folder: Path | None, files: slice, keep_raw: bool) -> Collection
     identity = [fingerprint(path, path.name) for path in paths[files]]
     if any(hub.KNOWN.get(i["name"]) not in (None, (i["bytes"], i["sha256"])) for i in identity):
         say("note: these are not OpenWebText's files, but others of their names")
-    return Collection(f"OpenWebText, from {folder}", identity, sources, len(paths))
+    return Collection("OpenWebText, from a folder", identity, sources, len(paths))
 
 
 def from_hub(name: str, config: str, split: str, files: slice, keep_raw: bool) -> Collection:
@@ -71,7 +71,7 @@ def from_hub(name: str, config: str, split: str, files: slice, keep_raw: bool) -
         BadInput: no such dataset, or no such files of it.
     """
     sources, title, of = hub.dataset(name, config, split, files, keep_raw)
-    identity = [{"name": source.name, "bytes": source.size_bytes} for source in check_any(sources)]
+    identity = [{"name": s.name, "bytes": s.size_bytes, "sha256": s.sha256} for s in check_any(sources)]
     return Collection(title, identity, sources, of, brought=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from gpt2box.data import assets
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.data.tokens import ID_BYTES, SPLITS
 from gpt2box.errors import BadInput, VolumeUnwritable
-from gpt2box.paths import fix_hint, fsync_dir, locked, make_writable, read_object, write_atomically
+from gpt2box.paths import fix_hint, fsync_dir, locked, make_writable, read_object
 from gpt2box.progress import say
 
 SPLIT_SEED = 2357  # nanoGPT's, for OpenWebText
@@ -36,32 +37,38 @@ def make(folder: Path, identity: dict[str, Any], write: Callable[[Path], dict[st
         BadInput: files that are not a dataset's have its name, another process is making it, or what `write` raises.
         VolumeUnwritable: no space or no permission.
     """
-    present = read_manifest(folder)
-    if {key: present.get(key) for key in identity} == identity and not damaged_splits(folder, present):
+    identity = json.loads(json.dumps(identity))
+    of_bytes = {key: value for key, value in identity.items() if key != "source"}  # a path may be spelled otherwise
+    digest = hashlib.sha256(json.dumps(of_bytes, sort_keys=True).encode()).hexdigest()[:8]
+    retired, temporary = (folder.parent / f".{folder.name}.{suffix}" for suffix in ("old", f"{digest}.tmp"))
+    if not retired.exists() and (present := whole_manifest(folder, of_bytes)):
         return present, False
     make_writable(folder.parent)
     with locked(folder.parent / f".{folder.name}.lock", f"the dataset {folder.name} is being made"):
-        retired, temporary = (folder.parent / f".{folder.name}.{suffix}" for suffix in ("old", "tmp"))
         if retired.exists() and not folder.exists():  # killed between publish's two renames
             os.rename(retired, folder)
         check_replaceable(folder)
         shutil.rmtree(retired, ignore_errors=True)
-        manifest = read_manifest(temporary)
-        begun = read_object(temporary / "identity.json") or {key: manifest.get(key) for key in identity}
-        if not resumable or begun != json.loads(json.dumps(identity)):
+        if present := whole_manifest(folder, of_bytes):
+            return present, False
+        others = [path for path in folder.parent.glob(f".{folder.name}.????????.tmp") if path != temporary]
+        if not resumable:
             shutil.rmtree(temporary, ignore_errors=True)
         elif (temporary / "progress.json").exists():
             say(f"going on with {folder.name} where it was")
+        elif others:
+            say(f"note: {others[0]} is unfinished work on {folder.name} as asked for before; kept until this is done")
         try:
             temporary.mkdir(exist_ok=True)
-            write_atomically(temporary / "identity.json", json.dumps(identity))  # a torn one would lose all progress
-            manifest = read_manifest(temporary)
-            if damaged_splits(temporary, manifest):  # else it was ended just before the last rename
+            manifest = whole_manifest(temporary, of_bytes)
+            if not manifest:  # else it was ended just before the last rename
                 manifest = identity | write(temporary)
                 write_object(temporary / "dataset.json", manifest)
             for name in {path.name for path in temporary.iterdir()} - FILES:
                 (temporary / name).unlink()
             publish(temporary, folder, retired)
+            for path in others:
+                shutil.rmtree(path, ignore_errors=True)
         except OSError as error:
             found = f"cannot write {folder}: {error.strerror or error}"
             expected = "free space" + ("; it goes on where it was" if resumable else "")
@@ -75,8 +82,16 @@ def make(folder: Path, identity: dict[str, Any], write: Callable[[Path], dict[st
 
 
 def write_object(path: Path, content: dict[str, Any]) -> None:
-    """A JSON file."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """A JSON file. A file's name that is not UTF-8 stands in it as an escape, which JSON has for such."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def whole_manifest(folder: Path, of_bytes: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a dataset that follows from just that and is undamaged; else nothing."""
+    manifest = read_manifest(folder)
+    same = {key: manifest.get(key) for key in of_bytes} == of_bytes
+    return manifest if same and not damaged_splits(folder, manifest) else {}
 
 
 def check_replaceable(folder: Path) -> None:
@@ -152,8 +167,7 @@ def described(folder: Path, encoder: Tokenizer, figures: dict[str, int]) -> dict
 def publish(temporary: Path, folder: Path, retired: Path) -> None:
     """Give a finished folder its name; an older dataset of that name makes way."""
     for path in [*temporary.rglob("*"), temporary]:
-        if path.is_dir():
-            fsync_dir(path)
+        fsync_dir(path)
     if folder.exists():
         os.rename(folder, retired)
     os.rename(temporary, folder)

@@ -26,6 +26,7 @@ from gpt2box.errors import BadInput, Damaged, TryAgain
 from gpt2box.paths import make_writable, raw_dir, read_object, write_atomically
 from gpt2box.progress import say
 
+PASSING = "passing"  # inside a corpus's folder: files that are dropped once they are tokenised
 TRIES = 4  # of a download, which goes on where it broke off
 
 
@@ -143,18 +144,22 @@ def local_source(path: Path) -> Source:
 
 
 def downloaded(asset: Asset, folder: Path, keep_raw: bool) -> Source:
-    """A file that is brought when it is needed and dropped when it is tokenised, unless it is to be kept."""
-    path = folder / asset.filename
-    was_there = path.exists()
+    """A file that is brought when it is needed and dropped when it is tokenised, unless it is to be kept.
+
+    What is to be dropped lies in a folder of its own: so that after a kill it is still known which that is.
+    """
+    passing = folder / PASSING
 
     def bring() -> Path:
-        return persistently(lambda: assets.fetch(asset, folder, quiet=True), asset.filename)
+        place = folder if keep_raw or (folder / asset.filename).exists() else passing
+        if keep_raw and (passing / asset.filename).exists():
+            os.replace(passing / asset.filename, folder / asset.filename)
+        return persistently(lambda: assets.fetch(asset, make_writable(place), quiet=True), asset.filename)
 
     def done() -> None:
-        if not keep_raw and not was_there:
-            path.unlink(missing_ok=True)
+        (passing / asset.filename).unlink(missing_ok=True)
 
-    return Source(asset.filename, asset.size_bytes, bring, done)
+    return Source(asset.filename, asset.size_bytes, bring, done, asset.sha256)
 
 
 def persistently(bring: Callable[[], Path], what: str) -> Path:

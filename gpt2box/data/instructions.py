@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Columns:
 
     prompt: str
     response: str
-    context: str = ""
+    contexts: tuple[str, ...] = ()
 
 
 def columns_in(files: list[tuple[Path, str]], text: str, prompt: str, response: str) -> Columns | None:
@@ -64,8 +64,7 @@ def columns_in(files: list[tuple[Path, str]], text: str, prompt: str, response: 
     found = next((pair for pair in USUAL if set(pair) <= set(names)), None)
     if not prompt and (found is None or "text" in names):
         return None
-    context = next((name for name in CONTEXTS if name in names and not prompt), "")
-    return Columns(*((prompt, response) if prompt else found or ("", "")), context)
+    return Columns(prompt, response) if prompt else Columns(*(found or ("", "")), CONTEXTS)
 
 
 def prepare_instructions(files: list[tuple[Path, str]], columns: Columns, val_fraction: float, folder: Path) -> Made:
@@ -82,21 +81,23 @@ def prepare_instructions(files: list[tuple[Path, str]], columns: Columns, val_fr
         "split": {"val_fraction": val_fraction, "seed": SPLIT_SEED},
         "loss_on": "responses",
         "template": TEMPLATE,
-        "columns": [columns.prompt, columns.response, columns.context],
+        "columns": [columns.prompt, columns.response, *columns.contexts],
     }
     return make(folder, identity, lambda beside: write(files, columns, val_fraction, beside), resumable=False)
 
 
 def pairs(path: Path, name: str, columns: Columns) -> Iterator[tuple[str, str]]:
-    """Prompts and responses of a file: it is read once for each column."""
+    """Prompts and responses of a file: it is read once for each column. Any record may have a context or none."""
 
-    def column(wanted: str) -> Iterator[str]:
-        return ("".join(parts) for unit in units_of(path, name, wanted) for parts in texts(unit))
+    def column(wanted: str, may_lack: bool = False) -> Iterator[str]:
+        units = (replace(unit, may_lack=may_lack) for unit in units_of(path, name, wanted))
+        return ("".join(parts) for unit in units for parts in texts(unit))
 
-    contexts = column(columns.context) if columns.context else None
-    for prompt, response in zip(column(columns.prompt), column(columns.response), strict=True):
-        context = next(contexts) if contexts else ""
-        yield prompt + (f"\n\n{context}" if context.strip() else ""), response
+    of_objects = kind_of(path) in (".json", ".jsonl", ".ndjson")  # of the others, a file's records are all alike
+    there = [context for context in columns.contexts if of_objects or context in names_in(path)]
+    read = [column(columns.prompt), column(columns.response), *(column(context, may_lack=True) for context in there)]
+    for prompt, response, *contexts in zip(*read, strict=True):
+        yield "\n\n".join([prompt, *(context for context in contexts if context.strip())]), response
 
 
 def write(files: list[tuple[Path, str]], columns: Columns, val_fraction: float, folder: Path) -> dict[str, Any]:

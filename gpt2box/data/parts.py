@@ -94,8 +94,14 @@ def found_parts(name: str) -> tuple[Collection, list[Path], str]:
     first_part = records[0]
     end = 0
     for folder, record in zip(folders, records, strict=True):
-        if record["files"][0] != end:
-            raise BadInput(f"{folder.name} follows on file {end}", "parts without gap or overlap", again)
+        if record["files"][0] < end:
+            raise BadInput(
+                f"{folder.name} overlaps the part before it",
+                f"a part that begins with file {end}",
+                f"remove {folder}, or the other",
+            )
+        if record["files"][0] > end:
+            raise BadInput(f"files {end} to {record['files'][0] - 1} are missing", "parts of all files", again)
         for key in ("source", "of"):
             if record["collection"][key] != first_part["collection"][key] or record["column"] != first_part["column"]:
                 raise BadInput(f"{folder.name} is of another corpus than {folders[0].name}", "parts of one corpus")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -172,7 +173,7 @@ def own(item: str, inputs: Sequence[str], options: Options, target: Path) -> Mad
     request = Request(options.tokenizer, options.val_fraction or VAL_FRACTION_OF_FEW)
     if item:
         return prepare_few(CORPORA[item](), request, target)
-    with spooled(inputs, options.text_column) as given:
+    with spooled(inputs, options.text_column or options.prompt_column) as given:
         files = own_files(given)
         if columns := columns_in(files, options.text_column, options.prompt_column, options.response_column):
             refused = {"tokenizer": "--tokenizer char", "max_docs": "--max-docs", "split": "--split nanogpt"}
@@ -193,13 +194,11 @@ def spooled(inputs: Sequence[str], column: str) -> Iterator[list[str]]:
     if STDIN not in inputs:
         yield list(inputs)
         return
-    path = make_writable(raw_dir()) / (".stdin.jsonl" if column else ".stdin.txt")
-    try:
+    with tempfile.TemporaryDirectory(dir=make_writable(raw_dir()), prefix=".stdin-") as folder:
+        path = Path(folder) / ("stdin.jsonl" if column else "stdin.txt")
         with open(path, "wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
         yield [str(path) if item == STDIN else item for item in inputs]
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def summary(folder: Path, manifest: dict[str, Any]) -> list[str]:

@@ -31,6 +31,7 @@ class Unit:
     path: Path
     name: str  # as the manifest and messages have it
     column: str
+    may_lack: bool = False  # an object without the column has nothing there
     groups: tuple[int, int] | None = None  # first row group, and the one after the last
     rows: int | None = None  # where the file says so
 
@@ -54,14 +55,18 @@ def units_of(path: Path, name: str, column: str) -> list[Unit]:
         return [Unit(path, name, column)]
     with parquet(path) as file:
         column = column_of(list(file.schema_arrow.names), column, path)
-        index = file.schema_arrow.names.index(column)
         found: list[Unit] = []
         begin = rows = size = 0
         for group in range(file.num_row_groups):
             about = file.metadata.row_group(group)
-            rows, size = rows + about.num_rows, size + about.column(index).total_uncompressed_size
+            leaves = [about.column(leaf) for leaf in range(about.num_columns)]  # of a nested column there are several
+            rows, size = (
+                rows + about.num_rows,
+                size
+                + sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema.split(".")[0] == column),
+            )
             if size >= GROUP_BYTES or group == file.num_row_groups - 1:
-                found.append(Unit(path, name, column, (begin, group + 1), rows))
+                found.append(Unit(path, name, column, False, (begin, group + 1), rows))
                 begin, rows, size = group + 1, 0, 0
         return found
 
@@ -145,8 +150,10 @@ def texts(unit: Unit) -> Iterator[Iterator[str]]:
             for text in read(lines, unit):
                 yield iter((text,))
         except UnicodeDecodeError as error:
-            found = f"{unit.path} is not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason})"
-            raise BadInput(found, "text in UTF-8", iconv(unit.path)) from error
+            with opened(unit.path) as again:
+                for _ in decoded(again, unit.path):  # which says where
+                    pass
+            raise BadInput(f"{unit.path} is not UTF-8: {error.reason}", "text in UTF-8", iconv(unit.path)) from error
         except UNREADABLE as error:
             raise unreadable(unit.path, error) from error
 
@@ -189,6 +196,10 @@ def decoded(file: IO[bytes], path: Path) -> Iterator[str]:
             block = file.read(BLOCK)
         except UNREADABLE as error:
             raise unreadable(path, error) from error
+        if not offset and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise BadInput(
+                f"{path} is UTF-16", "plain text in UTF-8", f"iconv -f UTF-16 -t UTF-8 {path} > converted.txt"
+            )
         if (zero := block.find(b"\0")) >= 0:
             raise BadInput(f"{path} is binary: a zero byte at offset {offset + zero:,}", "plain text in UTF-8")
         held = len(utf8.getstate()[0])  # bytes of a character that the last block began
@@ -243,12 +254,9 @@ def json_lines(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{unit.path}, line {number}: {error}", "a JSON object a line") from error
-        if isinstance(record, dict):
-            column = column or column_of(list(record), "", unit.path)
-            if column not in record:
-                column_of(list(record), column, f"{unit.path}, line {number}")
-            record = record[column]
-        yield checked(record, f"{unit.path}, line {number}")
+        where = f"{unit.path}, line {number}"
+        column = column or (column_of(list(record), "", unit.path) if isinstance(record, dict) else "")
+        yield checked(of_object(record, column, unit, where), where)
 
 
 def json_array(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
@@ -256,27 +264,50 @@ def json_array(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
     content = lines.read()
     try:
         records = json.loads(content)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        if content.lstrip().startswith("["):
+            raise BadInput(f"{unit.path}: {error}", "a whole JSON array, or a JSON object a line") from error
         yield from json_lines(io.StringIO(content), unit)  # type: ignore[arg-type]
         return
     for number, record in enumerate(records if isinstance(records, list) else [records], 1):
-        if isinstance(record, dict):
-            record = record[column_of(list(record), unit.column, unit.path)]
-        yield checked(record, f"{unit.path}, element {number}")
+        where = f"{unit.path}, element {number}"
+        column = unit.column or (column_of(list(record), "", unit.path) if isinstance(record, dict) else "")
+        yield checked(of_object(record, column, unit, where), where)
+
+
+def of_object(record: object, column: str, unit: Unit, where: str) -> object:
+    """What an object has in the column; a record that is no object is the text, unless a column was asked for.
+
+    Raises:
+        BadInput: no such column.
+    """
+    if isinstance(record, dict):
+        return (
+            record.get(column) if column in record or unit.may_lack else record[column_of(list(record), column, where)]
+        )
+    if unit.column:
+        raise BadInput(f"{where}: {type(record).__name__}", f"an object with the column {unit.column}")
+    return record
 
 
 def table(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
     """A table with a line of names."""
     csv.field_size_limit(LONGEST_FIELD)
-    rows = csv.reader(lines, delimiter="\t" if kind_of(unit.path) == ".tsv" else ",")
-    names = next(rows, [])
-    index = names.index(column_of(names, unit.column, unit.path))
-    for number, row in enumerate(rows, 2):
-        if row:
-            if len(row) != len(names):  # an unquoted comma, say: the text's rest would be lost
-                expected = f"{len(names)} fields; a field with a delimiter in double quotes"
-                raise BadInput(f"{unit.path}, row {number}: {len(row)} fields", expected)
-            yield row[index]
+    rows = csv.reader(lines, delimiter="\t" if kind_of(unit.path) == ".tsv" else ",", strict=True)
+    try:
+        names = next((row for row in rows if row), [])
+        if not names:
+            return
+        index = names.index(column_of(names, unit.column, unit.path))
+        for number, row in enumerate(rows, 2):
+            if row:
+                if len(row) != len(names):  # an unquoted comma, say: the text's rest would be lost
+                    expected = f"{len(names)} fields; a field with a delimiter in double quotes"
+                    raise BadInput(f"{unit.path}, row {number}: {len(row)} fields", expected)
+                yield row[index]
+    except csv.Error as error:  # a quote that is never closed takes in all that follows
+        expected = 'fields in double quotes closed, and quotes inside them doubled: "so ""it"" is"'
+        raise BadInput(f"{unit.path}, up to line {rows.line_num:,}: {error}", expected) from error
 
 
 def checked(value: object, where: str) -> str:

@@ -42,6 +42,7 @@ class Source:
     size_bytes: int
     bring: Callable[[], Path]
     done: Callable[[], None]  # called when it is tokenised and durable
+    sha256: str = ""  # where known beforehand
 
 
 _encoder: BulkEncoder | None = None  # a worker's own
@@ -63,7 +64,8 @@ def end_with_parent() -> None:
 
 
 def tokenise(unit: Unit, end_of_text: int, spill: Path) -> Chunk:
-    """A unit's documents as tokens; those that are blank are left out, but for Parquet's, whose number is announced.
+    """A unit's documents as tokens; those that are blank are left out, but for Parquet's, whose number is announced:
+    these have no characters.
 
     What is too large for a pipe goes through the file `spill`.
     """
@@ -89,7 +91,7 @@ def tokenise(unit: Unit, end_of_text: int, spill: Path) -> Chunk:
         tokens.append(tail)
         lengths.append(length + 1)
         digests.append(digest_of(seen.digest))
-        characters.append(seen.characters)
+        characters.append(0 if seen.blank else seen.characters)
     counts = [np.array(values, dtype=np.uint32) for values in (lengths, characters)]
     if spill.exists():
         append(tokens, spill)
@@ -163,7 +165,7 @@ def run(
             sink.save(len(sources), 0)
     except BrokenProcessPool as error:
         raise MachineCannot(
-            "a worker was killed, as the system does when memory runs out",
+            "a worker was killed; mostly that is the system when memory runs out",
             "about 1 GiB of memory for each worker",
             f"fewer workers (there were {workers}): --workers {max(workers // 2, 1)}; it goes on where it was",
         ) from error

@@ -24,6 +24,7 @@ from gpt2box.data.tokenizer import Tokens
 from gpt2box.data.tokens import SPLITS
 from gpt2box.errors import BadInput
 from gpt2box.paths import read_object, write_atomically
+from gpt2box.progress import say
 
 DIGEST_BYTES = 16
 BUCKET_DOCUMENTS = 100_000  # some 230 MB of tokens in OpenWebText
@@ -141,9 +142,10 @@ class Sink:
         """The next unit's documents."""
         count = len(chunk.lengths)
         digests = [chunk.digests[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES] for i in range(count)]
-        keep = np.ones(count, dtype=bool)
+        blank = chunk.characters == 0
+        keep = ~blank
         if self.drop_duplicates:
-            keep = self.seen.firsts(chunk.digests)
+            keep &= self.seen.firsts(chunk.digests)
             self.files["digests"].write(b"".join(digests[i] for i in np.flatnonzero(keep)))
         drawn = [hashlib.blake2b(digest, key=self.key, digest_size=8).digest() for digest in digests]
         held_out = np.array([int.from_bytes(number, "little") < self.threshold for number in drawn], dtype=bool)
@@ -157,7 +159,8 @@ class Sink:
             put(self.files["train.bin"], (ids[:cut] for ids, cut in cuts))
             put(self.files["val.bin"], (ids[cut:] for ids, cut in cuts))
             self.note(chunk, keep, keep)
-        self.count("duplicates", (~keep).sum())
+        self.count("empty", blank.sum())
+        self.count("duplicates", (~keep & ~blank).sum())
         self.count("documents", count)
 
     def note(self, chunk: Chunk, train: npt.NDArray[np.bool_], val: npt.NDArray[np.bool_]) -> None:
@@ -181,9 +184,44 @@ class Sink:
 
     def finish(self) -> dict[str, int]:
         """All is taken: close; returns the counts. What else is in the folder stays until the dataset is published."""
+        if self.tail is None and self.threshold:
+            self.hold_out_the_end()
+        return self.closed()
+
+    def closed(self) -> dict[str, int]:
+        """Close the files; returns the counts."""
         for stream in self.files.values():
             stream.close()
         return dict(self.state["counts"])
+
+    def hold_out_the_end(self) -> None:
+        """Where chance held out next to nothing, as it may of few documents, the end of the whole text is held out.
+
+        From the document's beginning that is nearest to the wanted share, if one is near; else from within one.
+        """
+        train, val = (self.folder / f"{split}.bin" for split in SPLITS)
+        total = (train.stat().st_size + val.stat().st_size) // 2
+        wanted = int(total * self.threshold / 2**64)
+        if val.stat().st_size // 2 >= wanted / 10 or not self.state["sizes"]["train.bin"]:
+            return
+        tokens = np.memmap(train, "<u2", "r")
+        cut = max(len(tokens) - wanted, 0)
+        end_of_text, near = tokens[-1], max(cut - wanted // 2, 0)
+        begins = near + 1 + np.flatnonzero(tokens[near : len(tokens) - wanted // 2] == end_of_text)
+        if len(begins):
+            cut = int(begins[np.abs(begins - cut).argmin()])
+        moved = tokens[cut:]
+        put(self.files["val.bin"], (moved[i : i + (1 << 22)] for i in range(0, len(moved), 1 << 22)))
+        counts, documents = self.state["counts"], int((moved == end_of_text).sum())
+        share = round(counts["train characters"] * len(moved) / len(tokens))
+        for split, sign in zip(SPLITS, (-1, 1), strict=True):
+            counts[f"{split} characters"] += sign * share
+            counts[f"{split} documents"] += sign * documents
+        self.files["val.bin"].flush()
+        os.fsync(self.files["val.bin"].fileno())
+        os.truncate(train, cut * 2)  # ended before: done again; ended after: all begins anew
+        self.save(self.state["file"], self.state["unit"])
+        say(f"note: chance held out too few of {counts['documents']:,} documents, so the end of the text is held out")
 
 
 class ShuffledSink(Sink):
@@ -240,7 +278,7 @@ class ShuffledSink(Sink):
                 (self.folder / f"bucket-{index}{kind}").unlink(missing_ok=True)
         for stray in self.folder.glob("bucket-*"):
             stray.unlink()
-        return super().finish()
+        return self.closed()
 
     def sorted_bucket(self, index: int) -> list[Tokens]:
         """A bucket's documents by their place."""
