@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from gpt2box.data.batches import counted_targets, inputs_and_targets, read_windows
 from gpt2box.data.prepare import Options, prepare, verify
 from gpt2box.data.tokenizer import Gpt2Tokenizer
-from gpt2box.data.tokens import TokenFile, open_dataset
+from gpt2box.data.tokens import SPLITS, TokenFile, open_dataset
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.training.loop import target_shares
 from tests.conftest import Command, options, tiny_model
@@ -87,6 +87,19 @@ def test_an_instruction_with_its_input_is_one_prompt(
     text = gpt2_tokenizer.decode_bytes(np.fromfile(folder / "train.bin", "<u2").tolist()).decode()
     assert "### Instruction:\nSort 3.\n\nb a\n\n### Response:\na b 3<|endoftext|>" in text
     assert "### Instruction:\nSort 4.\n\n### Response:\na b 4<|endoftext|>" in text
+
+
+def test_a_context_counts_in_whichever_record_it_is(
+    volumes: Path, tmp_path: Path, gpt2_tokenizer: Gpt2Tokenizer
+) -> None:
+    records = [{"instruction": f"Add {i} to", "output": f"{i} more, {i} in all, as asked of me"} for i in range(80)]
+    with_context = [record | {("input", "context")[i % 2]: f"number {i}"} for i, record in enumerate(records[1:])]
+    path = write_jsonl(tmp_path / "later.jsonl", [records[0], *with_context])
+    folder = made_of(path)
+    ids = np.concatenate([np.fromfile(folder / f"{split}.bin", "<u2") for split in SPLITS]).tolist()
+    text = gpt2_tokenizer.decode_bytes(ids).decode()
+    assert all(f"Add {i} to\n\nnumber {i - 1}\n" in text for i in range(1, 80))
+    assert "Add 0 to\n\n### Response" in text
 
 
 def test_a_record_with_a_text_or_a_named_column_stays_plain_text(volumes: Path, tmp_path: Path) -> None:

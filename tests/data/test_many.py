@@ -248,6 +248,31 @@ def test_a_few_long_texts_are_cut_and_not_held_out(tmp_path: Path, volumes: Path
     assert np.fromfile(folder / "val.bin", "<u2")[-1] == 50_256
 
 
+def test_where_chance_holds_out_nothing_the_end_is(tmp_path: Path, volumes: Path) -> None:
+    """Twelve documents at 1%: by their content none is drawn."""
+    path = tmp_path / "few.jsonl"
+    texts = [f"{index} and more. " * 2000 for index in range(12)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    collection = own_collection(own_files([str(path)]))
+    manifest, _ = prepare_many(collection, Choices(val_fraction=0.01), volumes / "data/few")
+    train, val = (np.fromfile(volumes / f"data/few/{split}.bin", "<u2") for split in ("train", "val"))
+    whole = np.concatenate([train, val])
+    assert (whole == 50_256).sum() == 12 and whole[-1] == 50_256
+    assert len(val) == pytest.approx(0.01 * len(whole), rel=0.01)
+    assert manifest["splits"]["val"]["tokens"] == len(val)
+    manifest, _ = prepare_many(collection, Choices(val_fraction=0.1, split="content"), volumes / "data/more")
+    val = np.fromfile(volumes / "data/more/val.bin", "<u2")
+    assert val[-1] == 50_256 and manifest["splits"]["val"]["documents"] == (val == 50_256).sum()
+
+
+def test_the_same_text_under_another_path_is_there_already(tmp_path: Path, volumes: Path, gpt2box: Command) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_bytes(TINYSHAKESPEARE.read_bytes()[:20_000])
+    assert gpt2box("prepare", str(tmp_path / "a/text.txt")).returncode == 0
+    assert "nothing to do" in gpt2box("prepare", str(tmp_path / "b/text.txt")).stderr
+
+
 def test_two_at_once_are_refused(tmp_path: Path, volumes: Path) -> None:
     from gpt2box.paths import locked
 
