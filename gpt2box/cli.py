@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,12 @@ def prepare(inputs: tuple[str, ...], name: str | None, verify: bool, **options: 
             datasets.verify(item)
         return
     options["workers"] = options["workers"] or 0
-    datasets.prepare(inputs, datasets.Options(**options), name)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # tidies up, as at Ctrl-C
+    try:
+        datasets.prepare(inputs, datasets.Options(**options), name)
+    except (KeyboardInterrupt, SystemExit):
+        print("stopped: the same command goes on where it was", file=sys.stderr)
+        raise
 
 
 @cli.command(cls=SettingsCommand)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,37 @@ def openwebtext(folder: Path | None, files: slice, keep_raw: bool) -> Collection
     paths = sorted(folder.glob("train-*.parquet"))
     if not paths:
         raise BadInput(f"no train-*.parquet in {folder}", "the Parquet files of openwebtext, or a part of them")
-    sources = check_any([hub.local_source(path) for path in paths][files])
+    paths, of = numbered(paths, files)
+    sources = check_any([hub.local_source(path) for path in paths])
     total = sum(source.size_bytes for source in sources)
     if (len(sources), total) != (pin.files, pin.size_bytes):
-        say(f"note: {len(sources)} of {len(paths)} files, {size(total)}: not the whole of OpenWebText")
-    identity = [fingerprint(path, path.name) for path in paths[files]]
+        say(f"note: {len(sources)} of {of} files, {size(total)}: not the whole of OpenWebText")
+    identity = [fingerprint(path, path.name) for path in paths]
     if any(hub.KNOWN.get(i["name"]) not in (None, (i["bytes"], i["sha256"])) for i in identity):
         say("note: these are not OpenWebText's files, but others of their names")
-    return Collection("OpenWebText, from a folder", identity, sources, len(paths))
+    return Collection("OpenWebText, from a folder", identity, sources, of)
+
+
+def numbered(paths: list[Path], files: slice) -> tuple[list[Path], int]:
+    """Those that are asked for, by the number in their names if all have one: other machines may have the others.
+
+    Returns: them, and how many there are in all.
+
+    Raises:
+        BadInput: one that is asked for is missing.
+    """
+    found = [re.fullmatch(r"train-(\d{5})-of-(\d{5})\.parquet", path.name) for path in paths]
+    if files.stop is None or not all(found) or len({match[2] for match in found if match}) != 1:
+        return paths[files], len(paths)
+    of = int(found[0][2]) if found[0] else 0
+    by_number = {int(match[1]): path for match, path in zip(found, paths, strict=True) if match}
+    wanted = range(of)[files]
+    if missing := [number for number in wanted if number not in by_number]:
+        raise BadInput(
+            f"no train-{missing[0]:05d}-of-{of:05d}.parquet in {paths[0].parent}",
+            f"the files {wanted.start} to {wanted.stop - 1}",
+        )
+    return [by_number[number] for number in wanted], of
 
 
 def from_hub(name: str, config: str, split: str, files: slice, keep_raw: bool) -> Collection:

@@ -124,7 +124,14 @@ def in_folder(folder: Path) -> list[Path]:
         BadInput: neither.
     """
     kinds = (TEXT_SUFFIXES, RECORD_SUFFIXES)
-    visible = [file for file in folder.rglob("*") if not any(p.startswith(".") for p in file.relative_to(folder).parts)]
+    visible: list[Path] = []
+    linked: list[Path] = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        linked += [Path(parent, name) for name in folders if os.path.islink(Path(parent, name))]
+        visible += [Path(parent, name) for name in names if not name.startswith(".")]
+    if linked:
+        say(f"note: {len(linked)} linked folders such as {linked[0]} are left out; name them to have them too")
     plain, records = (sorted(f for f in visible if kind_of(f) in kind and f.is_file()) for kind in kinds)
     if plain and records:
         say(f"note: beside texts, {len(records)} files such as {records[0]} are left out; name them to have them too")
@@ -133,6 +140,11 @@ def in_folder(folder: Path) -> list[Path]:
         packed = ", ".join(COMPRESSED)
         raise BadInput(f"no text in the folder {folder}", f"files that end in one of: {known} (also {packed})")
     return plain or records
+
+
+def refuse(error: OSError) -> None:
+    """A folder inside the user's that cannot be read."""
+    raise BadInput(f"cannot read {error.filename}: {error.strerror}", "a folder that may be read") from error
 
 
 def is_small(files: list[tuple[Path, str]]) -> bool:

@@ -6,6 +6,8 @@ used.
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import http.client
 import json
 import os
@@ -14,6 +16,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,11 +149,14 @@ def local_source(path: Path) -> Source:
 def downloaded(asset: Asset, folder: Path, keep_raw: bool) -> Source:
     """A file that is brought when it is needed and dropped when it is tokenised, unless it is to be kept.
 
-    What is to be dropped lies in a folder of its own: so that after a kill it is still known which that is.
+    What is to be dropped lies in a folder of its own: so that after a kill it is still known which that is. Two jobs
+    that need the same file have it one after the other: the second would else lose it under its hands.
     """
     passing = folder / PASSING
+    place_in_lock = zlib.crc32(asset.filename.encode())
 
     def bring() -> Path:
+        fcntl.lockf(lock_of(folder), fcntl.LOCK_EX, 1, place_in_lock)
         place = folder if keep_raw or (folder / asset.filename).exists() else passing
         if keep_raw and (passing / asset.filename).exists():
             os.replace(passing / asset.filename, folder / asset.filename)
@@ -158,8 +164,18 @@ def downloaded(asset: Asset, folder: Path, keep_raw: bool) -> Source:
 
     def done() -> None:
         (passing / asset.filename).unlink(missing_ok=True)
+        fcntl.lockf(lock_of(folder), fcntl.LOCK_UN, 1, place_in_lock)
 
     return Source(asset.filename, asset.size_bytes, bring, done, asset.sha256)
+
+
+@functools.cache
+def lock_of(folder: Path) -> int:
+    """The descriptor of a corpus's lock file, a byte of which stands for one of its files.
+
+    It is open as long as the process is: closing any descriptor of a file gives up all of a process's locks on it.
+    """
+    return os.open(make_writable(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
 
 
 def persistently(bring: Callable[[], Path], what: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from gpt2box.data.sink import ShuffledSink, Sink
 from gpt2box.data.tokens import FORMAT
 from gpt2box.errors import VolumeUnwritable
 from gpt2box.machine import host
-from gpt2box.paths import raw_dir
+from gpt2box.paths import raw_dir, read_object, write_atomically
 from gpt2box.progress import say, size
 
 FILES_AT_ONCE = 4  # of those that are brought: the one at work, those ahead, one being written
@@ -66,6 +67,8 @@ def check_space(collection: Collection, choices: Choices, temporary: Path, parts
         return
     largest = max((source.size_bytes for source in collection.sources), default=0)
     ahead = largest * FILES_AT_ONCE if collection.brought else 0
+    if collection.brought and choices.split == "nanogpt" and not collection.documents:
+        ahead = collection.size_bytes()  # all are brought before the first is tokenised: to be counted
     there = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
     tokens = sum(path.stat().st_size for part in parts for path in part.iterdir()) or collection.token_bytes()
     needed, free = max(tokens - there, 0) + ahead, host.free_bytes(temporary)
@@ -89,7 +92,9 @@ def write(collection: Collection, choices: Choices, folder: Path, parts: Sequenc
     saving = aside.submit(encoder.save, folder / "tokenizer")  # a second's work
     sink: Sink
     if choices.split == "nanogpt":
-        documents = collection.documents or rows_in(collection.sources)
+        counted = folder / "documents.json"  # counting brings every file, and those tokenised are gone on going on
+        documents = collection.documents or read_object(counted).get("rows") or rows_in(collection.sources)
+        write_atomically(counted, json.dumps({"rows": documents}))
         documents = min(documents, choices.max_documents or documents)
         sink = ShuffledSink(folder, documents, choices.val_fraction, SPLIT_SEED)
     else:

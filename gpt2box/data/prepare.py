@@ -70,6 +70,10 @@ def prepare(inputs: Sequence[str], options: Options, name: str | None = None, fo
     check_apart(item, options)
     target = folder or dataset_dir(checked_name(name or usual_name(inputs[0], options), "dataset"))
     if options.shard_range:
+        if name:
+            raise BadInput(
+                "--name has no meaning with --shard-range", "it is given with --merge, when the parts are put together"
+            )
         collected = large(item, replace(options, shards=options.shard_range))
         title = usual_name(inputs[0], Options())
         workers = options.workers or usual_workers()
@@ -107,7 +111,7 @@ def known_among(inputs: Sequence[str]) -> str:
 def usual_name(first: str, options: Options) -> str:
     """What a dataset is called after its (first) input."""
     if first.startswith(HUB):
-        title = first.rpartition("/")[2].removeprefix(HUB)
+        title = "-".join(filter(None, [first.removeprefix(HUB), options.hub_config, options.hub_split]))
     else:
         title = first if first in KNOWN else "stdin" if first == STDIN else title_of(Path(first))
     parts = [slug(title)]
@@ -198,6 +202,9 @@ def spooled(inputs: Sequence[str], column: str) -> Iterator[list[str]]:
         path = Path(folder) / ("stdin.jsonl" if column else "stdin.txt")
         with open(path, "wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
+        with open(path, "rb") as file:
+            if not column and file.read(2) == b'{"':
+                say("note: standard input is taken as plain text; if these are JSON records, give --text-column NAME")
         yield [str(path) if item == STDIN else item for item in inputs]
 
 

@@ -107,7 +107,7 @@ def test_a_dataset_of_the_hub_comes_file_by_file(
     assert not list((volumes / "data/raw").rglob("*.parquet"))  # dropped when they were done with
     local = gpt2box("prepare", "openwebtext", "--from", str(corpus), "--val-fraction", "0.1", "--name", "local")
     assert local.returncode == 0
-    assert (volumes / "data/speeches/train.bin").read_bytes() == (volumes / "data/local/train.bin").read_bytes()
+    assert (volumes / "data/someone-speeches/train.bin").read_bytes() == (volumes / "data/local/train.bin").read_bytes()
     part = gpt2box("prepare", "hub:someone/speeches", "--shards", "4:6", "--keep-raw")
     assert part.returncode == 0, part.stderr
     assert len(list((volumes / "data/raw").rglob("*.parquet"))) == 2
@@ -142,6 +142,24 @@ def pinned(server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(hub, "KNOWN", {})
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     return server
+
+
+def test_two_jobs_that_need_the_same_files_do_not_take_them_from_each_other(
+    server: Hub, volumes: Path, gpt2box: Command
+) -> None:
+    results = {}
+
+    def job(name: str) -> None:
+        results[name] = gpt2box("prepare", "hub:someone/speeches", "--name", name, "--workers", "1")
+
+    threads = [threading.Thread(target=job, args=[name]) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [done.returncode for done in results.values()] == [0, 0], results
+    assert (volumes / "data/a/train.bin").read_bytes() == (volumes / "data/b/train.bin").read_bytes()
+    assert not list((volumes / "data/raw/someone--speeches").glob("**/*.parquet"))
 
 
 def test_downloads_that_break_off_go_on(volumes: Path, pinned: Hub) -> None:

@@ -165,6 +165,35 @@ def test_several_machines_make_the_same_bytes_as_one(volumes: Path, corpus: Path
     assert torn.returncode == 4 and part.name in torn.stderr and "Traceback" not in torn.stderr
 
 
+def test_a_machine_may_have_its_own_files_alone(tmp_path: Path, volumes: Path, corpus: Path, gpt2box: Command) -> None:
+    base = ["prepare", "openwebtext"]
+    for first, last in ((0, 2), (2, 6)):
+        (folder := tmp_path / f"machine-{first}").mkdir()
+        for path in sorted(corpus.glob("*.parquet"))[first:last]:
+            (folder / path.name).symlink_to(path)
+        done = gpt2box(*base, "--from", str(folder), "--shard-range", f"{first}:{last}")
+        assert done.returncode == 0, done.stderr
+    missing = gpt2box(*base, "--from", str(folder), "--shard-range", "1:6")
+    assert missing.returncode == 2 and "no train-00001-of-00006.parquet" in missing.stderr
+    assert gpt2box(*base, "--merge").returncode == 0
+    assert gpt2box(*base, "--from", str(corpus), "--name", "one").returncode == 0
+    assert bins(volumes / "data/openwebtext") == bins(volumes / "data/one")
+
+
+def test_a_signal_leaves_no_process_and_no_copy_of_the_input(volumes: Path, corpus: Path) -> None:
+    command = [sys.executable, "-m", "gpt2box", "prepare", "-", "--workers", "1", "--max-docs", "1000000"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdin and process.stderr
+    while not list((volumes / "data/raw").glob(".stdin-*/stdin.txt")):
+        time.sleep(0.01)
+    process.stdin.write("some text\n" * 100)
+    process.stdin.flush()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert process.stderr.read() == "stopped: the same command goes on where it was\n"
+    assert not list((volumes / "data/raw").glob(".stdin-*"))
+
+
 def test_a_part_of_the_corpus_has_a_name_of_its_own(volumes: Path, corpus: Path, gpt2box: Command) -> None:
     base = ["prepare", "openwebtext", "--from", str(corpus), "--val-fraction", "0.1"]
     assert gpt2box(*base, "--max-docs", "500", "--keep-duplicates").returncode == 0
