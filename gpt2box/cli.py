@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from gpt2box import __version__, model_commands
+from gpt2box import __version__, model_commands, output_commands
 from gpt2box.errors import BadInput, Gpt2boxError, VolumeUnwritable
 from gpt2box.options import Between, FirstToLast, SettingsCommand, plain_names
 
@@ -213,7 +213,7 @@ def monitor(run: str | None, once: bool) -> None:
     show(run, once)
 
 
-for command in model_commands.COMMANDS:
+for command in [*model_commands.COMMANDS, *output_commands.COMMANDS]:
     cli.add_command(command)
 
 

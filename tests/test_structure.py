@@ -20,7 +20,7 @@ LAYERS = [
     ["training"],
     ["output"],
     ["inputs", "preflight", "planner", "fitting", "job"],
-    ["options", "model_commands", "cli"],
+    ["options", "model_commands", "output_commands", "cli"],
     ["__main__", "container"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

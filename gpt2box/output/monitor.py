@@ -78,7 +78,7 @@ def newest_run() -> Path | None:
 def run_line(folder: Path) -> str:
     """Where a run is: the last line of each kind in its metrics.jsonl."""
     last: dict[str, dict[str, Any]] = {}
-    for row in parse(tail(folder / "metrics.jsonl")):
+    for row in parse(tail(folder / "metrics.jsonl").splitlines()):
         last[row["kind"]] = row
     if not last:
         return f"{folder.name}  not one step yet"

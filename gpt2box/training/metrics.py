@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +53,19 @@ class Metrics:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, without a torn one."""
-    return list(parse(path.read_text(encoding="utf-8", errors="replace"))) if path.exists() else []
+    return list(stream(path))
 
 
-def parse(text: str) -> Iterator[dict[str, Any]]:
-    """The whole lines in a piece of a metrics.jsonl."""
-    for line in text.splitlines():
+def stream(path: Path) -> Iterator[dict[str, Any]]:
+    """The same, one after the other: a long run has a million. Nothing where there is no such file."""
+    if path.exists():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            yield from parse(file)
+
+
+def parse(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The whole lines among those of a piece of a metrics.jsonl."""
+    for line in lines:
         try:
             row = json.loads(line)
             yield {**row, "step": int(row["step"]), "kind": str(row["kind"])}

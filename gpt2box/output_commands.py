@@ -1,0 +1,74 @@
+"""The commands for runs that are there: what they are, how they went, how they compare.
+
+Part of the command line (cli.py), and like it without heavy imports at the top.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from gpt2box.errors import BadInput
+
+
+@click.command()
+@click.argument("run", required=False)
+def report(run: str | None) -> None:
+    """Write RUN (the newest by default) down on one page, volumes/runs/RUN/report.html.
+
+    Settings, curves to look closer at, samples, planned against measured, the next commands. The page needs no
+    network, and can be written while the run is trained.
+    """
+    from gpt2box.output.page import report_page
+    from gpt2box.output.runs import find_run
+    from gpt2box.paths import shown
+
+    print(shown(report_page(find_run(run))))
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[RUN]...")
+@click.option("--compare", is_flag=True, help="Settings that differ, key figures, and a page with the curves together.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="That page [default: volumes/runs/compare.html]."
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def runs(names: tuple[str, ...], compare: bool, out: Path | None, as_json: bool) -> None:
+    """List the runs, newest first, or only those named.
+
+    \b
+    gpt2box runs
+    gpt2box runs --compare demo demo-2
+    """
+    names = tuple(dict.fromkeys(names))
+    if out and not compare:
+        raise BadInput("--out without --compare", "gpt2box runs --compare RUN RUN --out PAGE")
+    if compare and len(names) < 2:
+        raise BadInput("--compare with less than two runs", "two or more", "gpt2box runs lists them")
+    from gpt2box.output import compare as comparison
+    from gpt2box.output.runs import as_lines, find_run, folders, look_at
+    from gpt2box.paths import runs_dir, shown
+
+    found = [look_at(folder) for folder in (map(find_run, names) if names else folders())]
+    if compare:
+        page = out or runs_dir() / "compare.html"
+        compared = comparison.compare(found)
+        comparison.write_page(compared, page)
+        if as_json:
+            print(json.dumps({**compared.as_dict(), "page": shown(page)}, indent=2))
+        else:
+            print("\n".join([*compared.lines(), f"curves: {shown(page)}"]))
+        return
+    if not names:
+        found.sort(key=lambda run: run.changed, reverse=True)
+    if as_json:
+        print(json.dumps([run.as_dict() for run in found], indent=2))
+    elif found:
+        print("\n".join(as_lines(found)))
+    else:
+        print(f"no run in {shown(runs_dir())} yet; gpt2box train demo makes one")
+
+
+COMMANDS = [report, runs]
