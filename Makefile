@@ -56,6 +56,12 @@ sample: ## text from the newest run: PROMPT="It was a"
 monitor: ## watch the card and the run, in a second terminal
 	@scripts/box.sh run monitor $(if $(ARGS),monitor $(ARGS))
 
+report: ## a run on one page, report.html in its folder: ARGS=RUN
+	@scripts/box.sh run report report $(ARGS)
+
+runs: ## the runs and how they went: ARGS="--compare RUN RUN"
+	@scripts/box.sh run report runs $(ARGS)
+
 tensorboard: ## the curves of all runs, on http://localhost:6006
 	@scripts/box.sh run tensorboard
 

@@ -28,6 +28,7 @@ from gpt2box.model.generate import Choice, generate
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.weights import load_hub
 from gpt2box.output.learned import by_heart, read_by_heart, side_by_side
+from gpt2box.output.page import report_page
 from gpt2box.output.report import loss_png
 from gpt2box.paths import dataset_dir, in_image, locked, make_writable, run_dir, shown, text_path, write_atomically
 from gpt2box.planning.plan import RunPlan, make_plan
@@ -104,7 +105,7 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> N
             state = job.state
             if config.sample_tokens and not stop:
                 look_back(config, job)
-        report(config, argument, run, state, stop, plan)
+    report(config, argument, run, state, stop, plan)
 
 
 def train_again_where_half_done(job: Job) -> None:
@@ -337,6 +338,7 @@ def report(
     if learned := read_by_heart(run, kept_step(run, state)):
         say(f"  by heart        {learned.words()}")
     say(f"  loss curve      {shown(picture)}")
+    say(f"  report          {shown(report_page(run))} (opens in a browser)")
     best = run / "checkpoints" / "best"
     model = best if best.exists() else run / "checkpoints" / "last"
     say(f"  model           {shown(model)} (a Hugging Face folder)")

@@ -114,7 +114,7 @@ preflight | job)
     fi
     ;;
 run)
-    case $1 in tensorboard | prepare) ;; *) check_nvidia ;; esac
+    case $1 in tensorboard | prepare | report) ;; *) check_nvidia ;; esac
     ensure_image
     if [ "$1" = tensorboard ]; then set -- --service-ports "$@"; fi
     if [ "$1" = prepare ]; then

@@ -1,7 +1,7 @@
 """Pages of HTML that need no network: one file with its style, its scripts and its curves.
 
-Whatever is put into a tag is escaped, unless `tag` itself has made it. Plots are drawn by uPlot (web/uplot.min.js, MIT, is
-its 1.6.32 as published) through web/page.js, which reads the curves from a block of JSON.
+Whatever is put into a tag is escaped, unless `tag` itself has made it. Plots are drawn by uPlot (MIT;
+web/uplot.min.js is its 1.6.32 as published) through web/page.js, which reads the curves from a block of JSON.
 """
 
 from __future__ import annotations
