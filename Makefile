@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export STACK CPU DATA PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image preflight plan shakespeare train-medium finetune prepare sample monitor tensorboard stop test test-gpu test-image lint format \
+.PHONY: help demo image preflight plan shakespeare train-medium finetune prepare sample monitor report runs tensorboard stop test test-gpu test-image lint format \
 	lock clean
 
 help: ## list the tasks
