@@ -133,6 +133,16 @@ class Config(BaseModel):
         group="Optimizer",
     )
 
+    lora_rank: Whole = setting(
+        0,
+        "train adapters of this rank on the frozen weights (LoRA), merged in checkpoints; 0: all",
+        group="Adapters",
+        ge=0,
+    )
+    lora_alpha: Number | None = setting(
+        None, "strength of the adapters, a multiple of lora_rank (default: twice lora_rank)", group="Adapters", gt=0
+    )
+
     device: str = setting(
         "auto",
         "auto, cpu, cuda or cuda:N",
@@ -278,8 +288,26 @@ def _contradictions(config: Config) -> list[str]:
         faults.append(f"warmup_steps: found {config.warmup_steps}; expected at most decay_steps or max_steps")
     if config.compile is True and config.optimizer_in_backward:
         faults.append("compile: found true; expected auto or false with optimizer_in_backward")
+    if config.lora_rank:
+        faults += _contradictions_of_adapters(config)
+    elif config.lora_alpha is not None:
+        faults.append(f"lora_alpha: found {config.lora_alpha}; expected none without lora_rank")
     if not config.dataset:
         faults.append("dataset: missing; expected the name of a prepared dataset (gpt2box prepare --help)")
+    return faults
+
+
+def _contradictions_of_adapters(config: Config) -> list[str]:
+    faults = []
+    if config.init_from == "scratch":
+        faults.append("lora_rank: found with init_from scratch; expected weights to begin from, such as gpt2-medium")
+    if config.lora_rank > config.shape()["n_embd"]:
+        faults.append(f"lora_rank: found {config.lora_rank}; expected at most n_embd, {config.shape()['n_embd']}")
+    for key in ("optimizer_states", "optimizer_in_backward"):
+        if getattr(config, key) != Config.model_fields[key].default:
+            faults.append(f"{key}: found with lora_rank, whose gradients and averages are small; expected the default")
+    if config.activation_checkpointing == "selective":
+        faults.append("activation_checkpointing: found selective; expected auto, none or full with lora_rank")
     return faults
 
 

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpt2box import config_file
-from gpt2box.config import Config, may_change, validate
+from gpt2box.config import Config
 from gpt2box.data.batches import check_long_enough
 from gpt2box.data.published import pretrained_folder, shape_from, shape_in
 from gpt2box.data.tokenizer import prompt_ids
 from gpt2box.data.tokens import SPLITS, Dataset, open_dataset
-from gpt2box.errors import BadInput, MachineCannot
+from gpt2box.errors import MachineCannot
 from gpt2box.fitting import choose_way, place_of, ways_down
 from gpt2box.inputs import bring, has_dataset
 from gpt2box.machine.device import choose_compile, choose_device, choose_dtype, describe
-from gpt2box.machine.provenance import provenance
 from gpt2box.model.decode import Decoder
 from gpt2box.model.generate import Choice, generate
 from gpt2box.model.gpt2 import GPT2
+from gpt2box.model.lora import add_adapters
 from gpt2box.model.weights import load_hub
 from gpt2box.output.learned import by_heart, read_by_heart, side_by_side
 from gpt2box.output.page import report_page
@@ -35,6 +33,7 @@ from gpt2box.planning.plan import RunPlan, make_plan
 from gpt2box.planning.shape import ModelShape
 from gpt2box.preflight import check_gpu
 from gpt2box.progress import duration, say, size
+from gpt2box.run_records import check_unchanged, write_records
 from gpt2box.stop import StopRequest
 from gpt2box.training import checkpoint
 from gpt2box.training.checkpoint import TrainState
@@ -88,10 +87,10 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> N
             with saying_out_of_memory(plan):
                 model = empty_model(plan)
                 optimizer = make_optimizer(model, plan)
+                if not found or plan.lora_rank:
+                    initialise(model, config, weights)
                 if found:
                     checkpoint.restore(found[0], model, optimizer, state)
-                else:
-                    initialise(model, config, weights)
             write_records(run, config, plan, dataset, describe(device))
             sampler = Sampler(config, model, dataset, run)
             pretrained = config.init_from != "scratch"
@@ -133,7 +132,7 @@ def model_shape(config: Config, dataset: Dataset) -> tuple[Path | None, ModelSha
         )
         return None, shape
     checkpoints = sorted((run_dir(config.name) / "checkpoints").glob("step-*/config.json"))
-    if checkpoints and not config.eval_only:  # going on; the first weights may be gone
+    if checkpoints and not config.eval_only and not config.lora_rank:  # going on; the first weights may be gone
         return None, shape_in(checkpoints[-1].parent)
     folder = pretrained_folder(config.init_from)
     return folder, shape_from(config, shape_in(folder), str(folder), dataset.tokenizer.vocab_size)
@@ -151,6 +150,8 @@ def empty_model(plan: RunPlan) -> GPT2:
     """The network without values, as the plan has it."""
     model = GPT2.empty(plan.shape, plan.dropout, plan.device, getattr(torch, plan.weights_dtype))
     configure(model, plan)
+    if plan.lora_rank:
+        add_adapters(model, plan.lora_rank, plan.lora_alpha, plan.seed)
     return model
 
 
@@ -171,6 +172,9 @@ def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
         f"  {plan.tokens_per_step:,} tokens a step = {plan.micro_batch_size} × {shape.block_size} × "
         f"{plan.grad_accum_steps} micro-steps; {plan.max_steps:,} steps = {plan.epochs:.2g} passes over the text"
     )
+    if plan.lora_rank:
+        trained = shape.adapter_parameters(plan.lora_rank)
+        say(f"  trained are adapters of rank {plan.lora_rank}, {trained:,} parameters; the weights stay as they are")
     compiled = "compiled" if plan.compile else "not compiled"
     recompute = "" if plan.activation_checkpointing == "none" else f", {plan.activation_checkpointing} recompute"
     say(f"  {device}; {plan.dtype}, {compiled}{recompute}; a checkpoint is {size(plan.checkpoint_bytes)}")
@@ -206,6 +210,8 @@ def evaluate_only(config: Config, plan: RunPlan, dataset: Dataset, weights: Path
     best = run / "checkpoints" / "best"
     began = config_file.read_yaml(run / "config.yaml").get("init_from") if (run / "config.yaml").exists() else None
     of_run = best.exists() and began == config.init_from
+    if plan.lora_rank:  # its checkpoints have the adapters added in
+        plan = replace(plan, lora_rank=0, weights_dtype="float32")
     with saying_out_of_memory(plan):
         model = empty_model(plan)
         if of_run:
@@ -216,65 +222,12 @@ def evaluate_only(config: Config, plan: RunPlan, dataset: Dataset, weights: Path
     print(f"val_loss {val_loss:.4f} ({best if of_run else config.init_from}, windows {val_set})")
 
 
-def check_unchanged(config: Config, dataset: Dataset, run: Path) -> None:
-    """A run goes on with the settings and the text it began with, but for settings that do not change what is learned.
-
-    Raises:
-        BadInput: lists what differs.
-    """
-    began = read_manifest(run)
-    if began and began["dataset"]["splits"] != dataset.manifest.get("splits"):
-        raise BadInput(
-            f"the dataset in {dataset.folder} is not the one that the run {config.name} began with",
-            f"the same text: {began['dataset']['splits']}",
-            f"prepare it as it was, or begin another run with --name {config.name}-2",
-        )
-    path = run / "config.yaml"
-    if not path.exists():
-        return
-    before = validate(config_file.read_yaml(path), str(path))
-    differing = [key for key in Config.model_fields if getattr(before, key) != getattr(config, key)]
-    if refused := [key for key in differing if not may_change(key)]:
-        lines = [f"{key}: {getattr(before, key)} before, {getattr(config, key)} now" for key in refused]
-        raise BadInput(
-            f"the run {config.name} began with other settings:\n    " + "\n    ".join(lines),
-            "the same settings to go on",
-            f"undo the change, or begin another run with --name {config.name}-2",
-        )
-    for key in differing:
-        stretched = key == "max_steps" and config.decay_steps is None and config.lr_schedule != "constant"
-        tail = "; the learning rate's schedule now ends there" if stretched else ""
-        say(f"note: {key}: {getattr(before, key)} before, {getattr(config, key)} now{tail}")
-
-
 def announce_resume(config: Config, folder: Path, state: TrainState, passed_over: list[Any]) -> None:
     """Say where the run goes on, and which checkpoints were damaged."""
     for fault in passed_over:
         say(f"note: passed over a damaged checkpoint: {fault.found}")
     if state.step < config.max_steps:
         say(f"resuming from {folder} at step {state.step:,}")
-
-
-def read_manifest(run: Path) -> dict[str, Any]:
-    """manifest.json, or nothing where it is missing or unreadable."""
-    try:
-        content: dict[str, Any] = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-        return content if "splits" in content["dataset"] else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def write_records(run: Path, config: Config, plan: RunPlan, dataset: Dataset, device: str) -> None:
-    """config.yaml, plan.json and manifest.json; the last keeps what each session ran on."""
-    write_atomically(run / "config.yaml", config_file.to_yaml(config))
-    write_atomically(run / "plan.json", json.dumps(asdict(plan), indent=2) + "\n")
-    summary = {key: dataset.manifest.get(key) for key in ("source", "tokenizer", "splits")}
-    session = {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **provenance(device)}
-    manifest = {
-        "dataset": {"folder": str(dataset.folder), **summary},
-        "sessions": [*read_manifest(run).get("sessions", []), session],
-    }
-    write_atomically(run / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 class Sampler:
@@ -300,7 +253,7 @@ class Sampler:
 def look_back(config: Config, job: Job) -> None:
     """What the weights that `sample` takes write, before and after, and whether it is the training text by heart."""
     step = kept_step(job.run, job.state)
-    load_hub(job.model, job.run / "checkpoints" / checkpoint.folder_name(step))
+    checkpoint.load_weights(job.run / "checkpoints" / checkpoint.folder_name(step), job.model)
     if job.pretrained and (columns := side_by_side(job.run, step)):
         say(columns)
     prompt, length = config.sample_prompt, config.sample_tokens

@@ -182,7 +182,7 @@ def plan_lines(config: Config, shape: ModelShape, chosen: Option) -> Iterator[st
     if tokens := train_tokens(config):
         yield f"{config.max_steps * config.tokens_per_step / tokens:.2g} passes over {tokens:,} tokens"
     kept = config.keep_last + 2
-    each = shape.checkpoint_bytes(config.weights_dtype, config.optimizer_states)
+    each = shape.checkpoint_bytes(config.weights_dtype, config.optimizer_states, config.lora_rank)
     yield f"checkpoints: {size(each)} each, {size(kept * each)} on disk"
 
 
@@ -220,7 +220,7 @@ def as_dict(config: Config, shape: ModelShape, target: Target, chosen: Option, f
         "tokens_per_step": config.tokens_per_step,
         "chosen": one(chosen),
         "seconds": round(total / chosen.tokens_per_sec) if chosen.tokens_per_sec else None,
-        "checkpoint_bytes": shape.checkpoint_bytes(config.weights_dtype, config.optimizer_states),
+        "checkpoint_bytes": shape.checkpoint_bytes(config.weights_dtype, config.optimizer_states, config.lora_rank),
         "alternatives": [one(option) for option in found],
     }
 

@@ -19,7 +19,7 @@ LAYERS = [
     ["model"],
     ["training"],
     ["output"],
-    ["inputs", "preflight", "planner", "fitting", "job"],
+    ["inputs", "preflight", "planner", "fitting", "run_records", "job"],
     ["options", "model_commands", "output_commands", "cli"],
     ["__main__", "container"],
 ]

@@ -51,6 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         sums = torch.promote_types(torch.float32, hidden.dtype)
         wanted = grad_enabled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
+        trained = wanted and ctx.needs_input_grad[1]  # else the weight is frozen
         counted = targets != IGNORE  # (M,)
         factor = scale / counted.sum().clamp(min=1).to(sums)  # of each token's loss
         weight_low = weight.to(dtype)
@@ -75,6 +76,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad = exp.to(dtype)
             del logits, exp  # else they would live on beside those of the next chunk
             grad_hidden[rows] = grad @ weight_low
+            if not trained:
+                continue
             if grad_weight is None:
                 grad_weight = torch.zeros_like(weight, dtype=sums)
             if dtype == sums:
@@ -85,8 +88,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad_weight[part] += grad[:, part].t() @ chunk
             del grad
         if wanted:
-            assert grad_weight is not None
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return loss
 
     @staticmethod
@@ -104,4 +106,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 None,
                 None,
             )  # spares a pass over the largest gradient
-        return grad_hidden.mul_(outer), grad_weight.mul_(outer), None, None, None, None, None, None
+        if grad_weight is not None:
+            grad_weight.mul_(outer)
+        return grad_hidden.mul_(outer), grad_weight, None, None, None, None, None, None

@@ -19,14 +19,19 @@ aten = torch.ops.aten
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """layer(x); a copy of the weight in another dtype is not kept but made again in the backward pass."""
+    """layer(x) and what its adapter (lora.py), if it has one, adds.
+
+    A copy of the weight in another dtype is not kept but made again in the backward pass.
+    """
     autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     if not autocast and layer.weight.dtype == x.dtype:
-        plain: Tensor = layer(x)
-        return plain
-    low = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
-    out: Tensor = _CastLinear.apply(low, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
-    return out
+        out: Tensor = layer(x)
+    else:
+        out = _CastLinear.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+    adapter = getattr(layer, "lora", None)
+    return out if adapter is None else out + adapter(x)
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
@@ -58,13 +63,16 @@ def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool) ->
 class _CastLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.frozen = not weight.requires_grad  # then x is not needed
+        ctx.save_for_backward(None if ctx.frozen else x, weight)
         ctx.has_bias = bias is not None
         return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        if ctx.frozen:
+            return grad_outputs[0] @ weight.to(grad_outputs[0].dtype), None, None
         return _linear_backward(grad_outputs[0], x, weight, ctx.has_bias)
 
 

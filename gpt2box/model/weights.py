@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.model.gpt2 import GPT2
+from gpt2box.model.lora import MARK, merged
 from gpt2box.planning.shape import ModelShape
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -71,8 +72,8 @@ def copy_from_hub(name: str, target: Tensor, stored: Tensor) -> None:
 
 
 def hub_state(model: GPT2) -> dict[str, Tensor]:
-    """All tensors of model.safetensors."""
-    state = {PREFIX + name: to_hub(name, p, model.shape.vocab_size) for name, p in model.named_parameters()}
+    """All tensors of model.safetensors; adapters are added in."""
+    state = {PREFIX + name: to_hub(name, p, model.shape.vocab_size) for name, p in merged(model).items()}
     if not model.shape.bias:
         for name, tensor in list(state.items()):
             if name.endswith("weight") and not name.endswith(("wte.weight", "wpe.weight")):
@@ -89,7 +90,7 @@ def load_hub(model: GPT2, folder: Path) -> None:
         BadInput: pickled weights, or tensors that do not fit: which, expected, found.
         Damaged: a file is not safetensors.
     """
-    wanted = dict(model.named_parameters())
+    wanted = {name: parameter for name, parameter in model.named_parameters() if MARK not in name}
     faults = []
     seen = set()
     for key, tensor in stored_tensors(folder):

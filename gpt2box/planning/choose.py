@@ -81,7 +81,8 @@ def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:
     sizes = [n for n in range(1, most + 1) if sequences % n == 0]
     if config.micro_batch_size != "auto":
         sizes = [config.micro_batch_size]
-    modes = ["none", "full"] if compiled else list(RECOMPUTE)  # compiled, selective is undone (see memory.py)
+    # Compiled, selective is undone (see memory.py); the adapters need what it would make again.
+    modes = ["none", "full"] if compiled or config.lora_rank else list(RECOMPUTE)
     if config.activation_checkpointing != "auto":
         modes = [config.activation_checkpointing]
     for count, mode in itertools.product(sizes, modes):
@@ -98,6 +99,7 @@ def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:
             weights_dtype=config.weights_dtype,
             optimizer_states=config.optimizer_states,
             optimizer_in_backward=config.optimizer_in_backward,
+            lora_rank=config.lora_rank,
         )
         option = Option(count, accumulation, mode, training_memory(shape, step), 0.0)
         known = place.kind and place.on_gpu and place.dtype == "bfloat16"
@@ -110,6 +112,9 @@ def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:
 
 def rate(config: Config, shape: ModelShape, kind: CardKind, option: Option, compiled: bool) -> float:
     """Expected tokens a second."""
+    if config.lora_rank:
+        way = (option.micro_batch_size, option.grad_accum_steps, option.activation_checkpointing)
+        return tokens_per_sec(shape, kind, *way, compiled, adapters=shape.adapter_parameters(config.lora_rank))
     lean = config.optimizer_states != "float32" or config.weights_dtype != "float32"
     updates = option.grad_accum_steps if config.optimizer_in_backward else int(lean)
     way = (option.micro_batch_size, option.grad_accum_steps, option.activation_checkpointing)
@@ -138,6 +143,8 @@ def rungs(config: Config, shape: ModelShape, place: Place) -> Iterator[tuple[str
         if config.compile is True and "optimizer_in_backward" in changes:  # the two exclude each other
             changes = changes | {"compile": "auto"}
         changed = {key: value for key, value in changes.items() if getattr(config, key) != value}
+        if config.lora_rank:  # whose optimizer takes next to nothing
+            changed = {key: value for key, value in changed.items() if not key.startswith("optimizer")}
         if not compiles:
             changed.pop("compile", None)
         if changed in tried:

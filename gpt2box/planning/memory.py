@@ -119,6 +119,7 @@ class Step:
     weights_dtype: str
     optimizer_states: str
     optimizer_in_backward: bool
+    lora_rank: int = 0
 
 
 def training_memory(shape: ModelShape, step: Step) -> Memory:
@@ -160,6 +161,18 @@ def training_memory(shape: ModelShape, step: Step) -> Memory:
         work, work // 2 + (scratch if step.optimizer_in_backward else 0)
     )  # half of it is gone by the time a gradient is taken in
 
+    if step.lora_rank:  # only the adapters have gradients and averages
+        trained = shape.adapter_parameters(step.lora_rank)
+        weights += 4 * trained
+        averages = 8 * trained
+        always = block_grads = 4 * trained
+        product = 2 if low else 4
+        per_layer += product * (M * 4 * step.lora_rank + (16 * C * step.lora_rank if low and mode != "full" else 0))
+        saved = L * per_layer + ends
+        kept_grad = output_grad = 0
+        # An adapter's output and its sum with the product's; the figure is the simulation's.
+        forming = chunk + 10 * M * C
+        work += (4 if mode == "full" else 10) * M * C
     held = always if step.accumulates else 0
     embedding_grads = VOCABULARY_COPIES + (1 if step.accumulates and not step.optimizer_in_backward else 0)
     moments = {

@@ -24,6 +24,8 @@ class RunPlan:
     weights_dtype: str
     optimizer_states: str
     optimizer_in_backward: bool
+    lora_rank: int  # 0: all weights are trained
+    lora_alpha: float
 
     micro_batch_size: int
     grad_accum_steps: int
@@ -88,6 +90,8 @@ def make_plan(
         weights_dtype=config.weights_dtype,
         optimizer_states=config.optimizer_states,
         optimizer_in_backward=config.optimizer_in_backward,
+        lora_rank=config.lora_rank,
+        lora_alpha=2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
         micro_batch_size=option.micro_batch_size,
         grad_accum_steps=option.grad_accum_steps,
         sequences_per_step=sequences,
@@ -111,7 +115,7 @@ def make_plan(
         keep_last=config.keep_last,
         log_interval=config.log_interval,
         parameters=shape.parameters,
-        checkpoint_bytes=shape.checkpoint_bytes(config.weights_dtype, config.optimizer_states),
+        checkpoint_bytes=shape.checkpoint_bytes(config.weights_dtype, config.optimizer_states, config.lora_rank),
         memory=option.memory.parts(),
         expected_tokens_per_sec=option.tokens_per_sec,
     )

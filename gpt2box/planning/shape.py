@@ -34,8 +34,14 @@ class ModelShape:
         final = 2 * C if self.bias else C
         return (self.vocab_size + self.block_size) * C + self.n_layer * block + final
 
-    def checkpoint_bytes(self, weights_dtype: str, optimizer_states: str) -> int:
+    def adapter_parameters(self, rank: int) -> int:
+        """Of adapters (model/lora.py) on a block's four products, whose widths in and out add up to 16·C."""
+        return self.n_layer * 16 * self.n_embd * rank
+
+    def checkpoint_bytes(self, weights_dtype: str, optimizer_states: str, lora_rank: int = 0) -> int:
         """Size of a checkpoint on disk: weights and AdamW's two averages."""
+        if lora_rank:
+            return 4 * self.parameters + 12 * self.adapter_parameters(lora_rank)
         weight = 2 if weights_dtype == "bfloat16" else 4
         averages = 2 * (1 + 4 / EIGHT_BIT_BLOCK) if optimizer_states == "int8" else 8
         return round((weight + averages) * self.parameters)

@@ -26,18 +26,24 @@ def tokens_per_sec(
     activation_checkpointing: str,
     compiled: bool,
     lean_updates: int = 0,
+    adapters: int = 0,
 ) -> float:
     """Expected tokens a second in training, with bfloat16; 0 for a card without bfloat16.
 
-    `lean_updates`: how often in a step training/lean.py goes through all parameters.
+    `lean_updates`: how often in a step training/lean.py goes through all parameters. `adapters`: how many parameters
+    they have, if these alone are trained; a third of the arithmetic, the frozen weights' gradients, is then spared.
     """
     if not kind.bf16_tflops:
         return 0.0
     M = micro_batch_size * shape.block_size
     share = EFFICIENCY * (1.0 if compiled else EAGER) * M / (M + FULL_GPU_TOKENS / 4)
-    arithmetic = M * shape.flops_per_token * RECOMPUTED[activation_checkpointing] / (kind.bf16_tflops * 1e12 * share)
+    work = RECOMPUTED[activation_checkpointing] - (1 / 3 if adapters else 0)
+    arithmetic = M * (shape.flops_per_token * work + 6 * adapters) / (kind.bf16_tflops * 1e12 * share)
     N = padded_parameters(shape)
     per_byte = 1 / (kind.bandwidth_gb_s * 1e9 * BANDWIDTH_EFFICIENCY)
+    if adapters:
+        weights = 12 * N * per_byte
+        return grad_accum_steps * M / (grad_accum_steps * (arithmetic + weights) + 32 * adapters * per_byte)
     weights = 24 * N * per_byte  # a micro-step reads weights twice, writes two copies, adds to the gradients
     # The optimizer's step: weights, gradients, two averages, read and written; lean.py's, operation by operation.
     update = (LEAN_BYTES * lean_updates if lean_updates else 32) * N * per_byte

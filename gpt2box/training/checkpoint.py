@@ -20,13 +20,15 @@ from torch import Tensor
 
 from gpt2box.data.assets import sha256_of
 from gpt2box.data.tokenizer import Tokenizer
-from gpt2box.errors import Damaged, VolumeUnwritable
+from gpt2box.errors import BadInput, Damaged, VolumeUnwritable
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.weights import copy_from_hub, hub_config, hub_state, load_hub, to_hub
+from gpt2box.model.lora import adapters
+from gpt2box.model.weights import PREFIX, copy_from_hub, hub_config, hub_state, load_hub, stored_tensors, to_hub
 from gpt2box.paths import fix_hint, fsync_dir
 from gpt2box.training.lean import LeanAdamW, reset
 
 FORMAT = 1
+ADAPTERS = "adapters.safetensors"
 AVERAGES = ("exp_avg", "exp_avg_sq")
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")  # of averages in 8 bits
 
@@ -85,10 +87,14 @@ def write_files(
     folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: TrainState, tokenizer: Tokenizer
 ) -> None:
     """All files of a checkpoint, synced, state.json last."""
-    config = hub_config(model.shape, model.dropout, tokenizer.end_of_text, model.wte.weight.dtype)
+    weights, trained = hub_state(model), adapters(model)
+    dtype = weights["transformer.wte.weight"].dtype
+    config = hub_config(model.shape, model.dropout, tokenizer.end_of_text, dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(folder)
-    save_file(hub_state(model), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if trained:
+        save_file({name: parameter.detach().cpu() for name, parameter in trained.items()}, folder / ADAPTERS)
     # Before the first step all averages are zero.
     averages = optimizer_state(model, optimizer) if state.optimizer_steps else {}
     save_file(averages, folder / "optimizer.safetensors")
@@ -108,7 +114,7 @@ def write_files(
 def optimizer_state(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's averages: in the layout of the weights, or in 8 bits (training/eight_bit.py) as they lie in memory."""
     tensors = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained_parameters(model).items():
         entry = optimizer.state[parameter]
         if isinstance(optimizer, LeanAdamW):  # whose tensors may have left out different steps
             tensors[f"step.{name}"] = entry["step"].cpu()
@@ -119,6 +125,11 @@ def optimizer_state(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, 
                     entry[key].cpu() if flat else to_hub(name, entry[key], model.shape.vocab_size)
                 )
     return tensors
+
+
+def trained_parameters(model: GPT2) -> dict[str, torch.nn.Parameter]:
+    """All parameters by name, or of a model with adapters those of the adapters."""
+    return adapters(model) or dict(model.named_parameters())
 
 
 def checkpoint_bytes(model: GPT2, optimizer: torch.optim.Optimizer) -> int:
@@ -214,13 +225,36 @@ def newest(folder: Path) -> tuple[Path, TrainState, list[Damaged]] | None:
 
 
 @torch.no_grad()
+def load_weights(folder: Path, model: GPT2) -> None:
+    """The weights of a checkpoint; of a model with adapters these alone, onto the weights that they were trained on.
+
+    Raises:
+        BadInput: the model was given other weights than those; or see load_hub.
+    """
+    trained = adapters(model)
+    if not trained:
+        return load_hub(model, folder)
+    own = dict(model.named_parameters())
+    for key, stored in stored_tensors(folder):
+        name = key.removeprefix(PREFIX)
+        # Norms and biases stand for all: adapters leave them as they are, and no two trainings end in the same.
+        if stored.dim() == 1 and name in own and not torch.equal(stored, own[name].float().cpu()):
+            raise BadInput(
+                f"the adapters in {folder} were trained on other weights than these: {name} differs",
+                "the weights that init_from had when the run began",
+            )
+    with safe_open(folder / ADAPTERS, framework="pt") as tensors:
+        for name, parameter in trained.items():
+            parameter.copy_(tensors.get_tensor(name))
+
+
+@torch.no_grad()
 def restore(folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
     """Read weights and averages of a whole checkpoint into the existing tensors."""
-    load_hub(model, folder)
-    parameters = dict(model.named_parameters())
+    load_weights(folder, model)
     with safe_open(folder / "optimizer.safetensors", framework="pt") as tensors:
         stored = set(tensors.keys())
-        for name, parameter in parameters.items():
+        for name, parameter in trained_parameters(model).items():
             entry = optimizer.state[parameter]
             if f"{AVERAGES[0]}.{name}" not in stored:  # of step 0
                 reset(entry)

@@ -15,15 +15,16 @@ Optimizer = torch.optim.AdamW | LeanAdamW
 
 
 def make_optimizer(model: GPT2, plan: RunPlan) -> Optimizer:
-    """AdamW, PyTorch's fused one where the plan is plain; weight decay on matrices only, not on biases and norms.
+    """AdamW of all parameters, or of the adapters alone; PyTorch's fused one where the plan is plain.
 
-    Its averages are made here and not in the first step, which might find no memory for them half-way.
+    Weight decay is on matrices only, not on biases and norms. The averages are made here and not in the first step,
+    which might find no memory for them half-way.
     """
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (plan.beta1, plan.beta2)
-    if plan.optimizer_in_backward or plan.optimizer_states != "float32" or plan.weights_dtype != "float32":
+    if plan.optimizer_in_backward or plan.optimizer_states != "float32" or matrices[0].dtype != torch.float32:
         return LeanAdamW(groups, plan.learning_rate, betas, plan.optimizer_states, plan.seed)
     optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=betas, fused=True)
     for parameter in [*matrices, *vectors]:

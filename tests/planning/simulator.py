@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from gpt2box.job import configure
 from gpt2box.model.gpt2 import GPT2
+from gpt2box.model.lora import adapters, add_adapters
 from gpt2box.planning.plan import RunPlan
 from gpt2box.training import eight_bit
 from gpt2box.training.optim import make_optimizer, make_update
@@ -239,6 +240,11 @@ def simulate(plan: RunPlan, real: bool = False) -> Simulated:
             recorder.see(parameter, "weights")
             recorder.name(parameter, "weights")
         configure(model, plan)
+        if plan.lora_rank:
+            add_adapters(model, plan.lora_rank, plan.lora_alpha, plan.seed)
+            for parameter in adapters(model).values():
+                recorder.see(parameter, "weights")
+                recorder.name(parameter, "weights")
         model.train()
         optimizer = make_optimizer(model, plan)
         update = make_update(optimizer, plan)

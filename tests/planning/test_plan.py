@@ -25,6 +25,7 @@ from tests.planning.simulator import simulate
 NANOGPT_4X1024 = 11.66  # GiB that nanoGPT's own step takes for GPT-2 Medium, by the same kind of simulation
 
 
+LORA = {"init_from": "x", "lora_rank": 16, "weights_dtype": "bfloat16"}
 LEAN = {"optimizer_states": "int8", "weights_dtype": "bfloat16", "optimizer_in_backward": True}
 
 
@@ -70,6 +71,11 @@ def shape_of(name: str, block_size: int = 1024) -> ModelShape:
         (ModelShape(4, 20, 1280, 1024, 50_257), 4, "full", "bfloat16", {"optimizer_states": "int8"}),
         (ModelShape(3, 25, 1600, 1024, 50_257), 8, "full", "bfloat16", LEAN),
         (ModelShape(6, 10, 640, 256, 50_257, bias=False), 3, "none", "float32", {"weights_dtype": "bfloat16"}),
+        (ModelShape(12, 20, 1280, 1024, 50_257), 4, "none", "bfloat16", LORA),
+        (ModelShape(12, 25, 1600, 1024, 50_257), 16, "full", "bfloat16", {**LORA, "lora_rank": 64, "dropout": 0.1}),
+        (shape_of("gpt2-medium"), 2, "none", "bfloat16", {**LORA, "weights_dtype": "float32"}),
+        (ModelShape(9, 12, 768, 384, 65), 16, "none", "float32", {**LORA, "weights_dtype": "float32"}),
+        (ModelShape(9, 12, 768, 384, 65), 16, "full", "float32", {**LORA, "accumulation": 1}),
     ],
 )
 def test_planned_bytes_are_the_simulated_ones(

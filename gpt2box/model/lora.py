@@ -1,0 +1,67 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): a product with W becomes one with W + α/r · B·A.
+
+W is frozen, and may be kept in bfloat16; only A (r, in) and B (out, r) of each linear layer of a block are trained, in
+float32. B begins at zero, so the first step starts from the weights as they are. They ride on the layers as submodules
+`lora`, which recompute.py's `linear` looks for; what is written to disk for others has them added in.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2box.model.gpt2 import GPT2
+
+MARK = ".lora."  # in a parameter's name
+
+
+class Adapter(nn.Module):
+    """What is added to a layer's output."""
+
+    def __init__(self, layer: nn.Linear, rank: int, alpha: float) -> None:
+        super().__init__()
+        device = layer.weight.device
+        self.a = nn.Parameter(torch.empty(rank, layer.in_features, device=device))
+        self.b = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
+        self.scale = alpha / rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of the layer's input (…, in); returns (…, out)."""
+        return F.linear(F.linear(x, self.a) * self.scale, self.b)
+
+
+@torch.no_grad()
+def add_adapters(model: GPT2, rank: int, alpha: float, seed: int) -> None:
+    """Freeze all that is there and put an adapter on each linear layer of the blocks; `rank` at most n_embd.
+
+    A is uniform in ±1/√in, as in the authors' code (a Kaiming initialisation with a = √5).
+    """
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in [module for module in model.h.modules() if isinstance(module, nn.Linear)]:
+        adapter = Adapter(layer, rank, alpha)
+        bound = layer.in_features**-0.5
+        # drawn on the CPU: a seed gives the same on any device
+        adapter.a.copy_(torch.empty(adapter.a.shape).uniform_(-bound, bound, generator=generator))
+        layer.lora = adapter
+
+
+def adapters(model: GPT2) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by name; none of a model without."""
+    return {name: parameter for name, parameter in model.named_parameters() if MARK in name}
+
+
+@torch.no_grad()
+def merged(model: GPT2) -> dict[str, Tensor]:
+    """The network's own parameters by name; of a model with adapters, these added in, all in float32."""
+    own = {name: parameter for name, parameter in model.named_parameters() if MARK not in name}
+    if not adapters(model):
+        return dict(own)
+    return {name: _with_adapter(model, name, parameter.float()) for name, parameter in own.items()}
+
+
+def _with_adapter(model: GPT2, name: str, weight: Tensor) -> Tensor:
+    module, _, kind = name.rpartition(".")
+    adapter = getattr(model.get_submodule(module), "lora", None)
+    return torch.addmm(weight, adapter.b, adapter.a, alpha=adapter.scale) if adapter and kind == "weight" else weight

@@ -1,0 +1,179 @@
+"""Adapters: what they compute, what is trained, what is written, what goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from gpt2box.data.published import shape_in
+from gpt2box.errors import BadInput
+from gpt2box.job import run_job
+from gpt2box.model.decode import Cache, Decoder
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.model.lora import adapters, add_adapters, merged
+from gpt2box.stop import StopRequest
+from gpt2box.training import checkpoint
+from tests.conftest import TINY, tiny_model
+
+LORA = {"init_from": "first", "lora_rank": 3, "max_steps": 10, "eval_interval": 5, "save_interval": 5}
+
+
+def batch(seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(0, 101, (2, 21), generator=torch.Generator().manual_seed(seed))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def with_adapters(dtype: torch.dtype = torch.float64) -> GPT2:
+    model = tiny_model().to(dtype)
+    add_adapters(model, 4, 8.0, seed=3)
+    for number, parameter in enumerate(adapters(model).values()):
+        torch.manual_seed(number)
+        parameter.data = torch.randn_like(parameter, dtype=dtype) * 0.1
+    return model
+
+
+def test_at_the_beginning_nothing_has_changed() -> None:
+    plain, model = tiny_model(), tiny_model()
+    add_adapters(model, 4, 8.0, seed=3)
+    assert torch.equal(plain(*batch()), model(*batch()))
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_loss_and_gradients_are_those_of_the_merged_weights(mode: str) -> None:
+    model = with_adapters()
+    model.activation_checkpointing = mode
+    model.train()
+    model(*batch()).backward()
+    # The same function, with the adapters added in by autograd itself.
+    whole = tiny_model().to(torch.float64).train()
+    values = dict(whole.named_parameters())
+    trained = {name: p.detach().clone().requires_grad_() for name, p in adapters(model).items()}
+    for name in values:
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora.a" in trained:
+            values[name] = values[name].detach() + 2.0 * trained[f"{layer}.lora.b"] @ trained[f"{layer}.lora.a"]
+    torch.func.functional_call(whole, values, batch()).backward()
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            torch.testing.assert_close(parameter.grad, trained[name].grad)
+        else:
+            assert parameter.grad is None, name
+    assert len(trained) == 2 * 4 * 3
+
+
+def test_frozen_weights_in_bfloat16_give_the_gradients_of_float32() -> None:
+    grads = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = with_adapters(torch.float32)
+        model.wte.weight.data = model.wte.weight.data.bfloat16().float()
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and ".lora." not in name:
+                parameter.data = parameter.data.bfloat16().to(dtype)
+        model.train()
+        model(*batch()).backward()
+        grads.append([parameter.grad for parameter in adapters(model).values()])
+    for full, half in zip(*grads, strict=True):
+        torch.testing.assert_close(half, full)
+
+
+def test_sampling_uses_them_as_training_does() -> None:
+    model = with_adapters(torch.float32).eval()
+    ids = batch()[0]
+    hidden = model.hidden(ids)
+    cache = Cache(model, 2, ids.size(1))
+    with torch.no_grad():
+        torch.testing.assert_close(Decoder(model)(ids, cache), model.logits(hidden[:, -1]))
+    whole = tiny_model()
+    for name, parameter in whole.named_parameters():
+        parameter.data = merged(model)[name]
+    torch.testing.assert_close(whole.eval().hidden(ids), hidden)
+
+
+def train(name: str, **changes: object) -> None:
+    run_job(None, {key: str(value) for key, value in {**TINY, "name": name, **changes}.items()}, StopRequest())
+
+
+@pytest.fixture
+def first(volumes: Path) -> Path:
+    """Weights to begin from, in volumes/models/first."""
+    train("before", max_steps=10)
+    folder = volumes / "models" / "first"
+    folder.parent.mkdir(exist_ok=True)
+    shutil.copytree(volumes / "runs/before/checkpoints" / checkpoint.folder_name(10), folder)
+    return folder
+
+
+@pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16"])
+def test_a_run_goes_on_in_the_same_bits_and_leaves_the_weights_as_they_are(
+    volumes: Path, first: Path, weights_dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**LORA, "weights_dtype": weights_dtype, "dropout": 0.1, "learning_rate": 0.01}
+    train("straight", **settings, sample_tokens=10)
+    assert "adapters of rank 3" in capsys.readouterr().err
+    train("halved", **{**settings, "max_steps": 5}, decay_steps=10, warmup_steps=0)
+    train("halved", **settings, decay_steps=10, warmup_steps=0)
+    train("whole", **settings, decay_steps=10, warmup_steps=0)
+    ends = [volumes / "runs" / name / "checkpoints" / checkpoint.folder_name(10) for name in ("halved", "whole")]
+    for file in ("adapters.safetensors", "optimizer.safetensors", "model.safetensors"):
+        assert (ends[0] / file).read_bytes() == (ends[1] / file).read_bytes(), file
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, ends[1]))
+    rounded = {
+        name: t.bfloat16().float() if weights_dtype == "bfloat16" and t.dim() > 1 else t for name, t in before.items()
+    }
+    changed = {name for name in before if not torch.equal(rounded[name], after[name])}
+    assert changed == {
+        name for name in before if ".h." in name and name.endswith(("attn.weight", "proj.weight", "fc.weight"))
+    }
+    losses = [json.loads(line) for line in (volumes / "runs/whole/metrics.jsonl").read_text().splitlines()]
+    val_losses = [row["val_loss"] for row in losses if row["kind"] == "eval"]
+    assert val_losses[-1] < val_losses[0]
+
+
+def test_a_checkpoint_is_a_plain_gpt2_for_everyone_else(
+    volumes: Path, first: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("tuned", **LORA, learning_rate=0.01)
+    folder = (volumes / "runs/tuned/checkpoints/best").resolve()
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(20)[None]
+    mine = GPT2.empty(shape_in(folder), 0.0, "cpu")
+    checkpoint.load_weights(folder, mine)
+    with torch.no_grad():
+        torch.testing.assert_close(mine.eval().logits(mine.hidden(ids)), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    capsys.readouterr()
+    train("tuned", **LORA, learning_rate=0.01, eval_only=True)
+    state = json.loads((folder / "state.json").read_text())
+    printed = float(capsys.readouterr().out.split()[1])
+    assert printed == pytest.approx(state["best_val_loss"], abs=1e-4)
+
+
+def test_other_weights_beneath_them_are_refused(volumes: Path, first: Path) -> None:
+    train("tuned", **{**LORA, "max_steps": 5})
+    tensors = load_file(first / "model.safetensors")
+    tensors["transformer.ln_f.bias"] = tensors["transformer.ln_f.bias"] + 1e-3
+    save_file(tensors, first / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"other weights than these: ln_f\.bias differs"):
+        train("tuned", **LORA)
+    with pytest.raises(BadInput, match="lora_rank: 3 before, 2 now"):
+        train("tuned", **{**LORA, "lora_rank": 2})
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"lora_rank": 4}, "init_from scratch"),
+        ({**LORA, "optimizer_states": "int8"}, "optimizer_states: found with lora_rank"),
+        ({**LORA, "activation_checkpointing": "selective"}, "none or full with lora_rank"),
+        ({**LORA, "lora_rank": 5000}, "at most n_embd"),
+        ({"lora_alpha": 3}, "expected none without lora_rank"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(settings: dict[str, object], part: str) -> None:
+    with pytest.raises(BadInput, match=part):
+        train("x", **settings)
