@@ -44,7 +44,7 @@ shakespeare: ## train GPT-2 Medium from scratch on Shakespeare: the first test o
 train-medium: ## train GPT-2 Medium from scratch on OpenWebText
 	@DATA= scripts/box.sh job openwebtext $(ARGS)
 
-finetune: ## fine-tune the published GPT-2 Medium: DATA=mybook.txt (Shakespeare without it); SIZE=large or xl
+finetune: ## fine-tune the published GPT-2 Medium: DATA=mybook.txt (Shakespeare without it); SIZE=large, xl or lora
 	@scripts/box.sh job finetune$(if $(SIZE),-$(SIZE)) $(ARGS)
 
 prepare: ## a dataset alone, in the container: DATA=notes/ or ARGS="openwebtext-10k", ARGS="hub:OWNER/NAME --name mine"

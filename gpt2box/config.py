@@ -195,6 +195,12 @@ class Config(BaseModel):
     log_interval: Whole = setting(
         10, "steps between lines of metrics.jsonl and the log", group="Checkpoints", may_change=True, ge=1
     )
+    log_format: Literal["auto", "text", "json"] = setting(
+        "auto",
+        "auto: a panel on a terminal, else lines of text. json: metrics.jsonl's lines on standard output, too",
+        group="Checkpoints",
+        may_change=True,
+    )
 
     @property
     def may_compile(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from gpt2box.config import Config
 from gpt2box.machine.device import describe
-from gpt2box.machine.gpu import Card, ask_driver
+from gpt2box.machine.gpu import card_of
 from gpt2box.machine.host import memory_bytes
 from gpt2box.paths import read_object, run_dir
 from gpt2box.planning.cards import card_found
@@ -19,7 +19,7 @@ from gpt2box.planning.shape import ModelShape
 
 def place_of(device: torch.device, dtype: str, compiled: bool) -> Place:
     """The device, with what is free there now."""
-    card = card_of(device)
+    card = card_of(str(device))
     if device.type == "cuda":
         free = card.free_bytes if card else None
         if free is None:  # asked through PyTorch, CUDA's own share is already taken
@@ -48,12 +48,6 @@ def ways_down(config: Config, shape: ModelShape, place: Place) -> list[Option]:
     """All ways to do the steps, for when memory runs out, the fixed settings' own as well."""
     open_ = config.model_copy(update={"micro_batch_size": "auto", "activation_checkpointing": "auto"})
     return options(open_, shape, place)
-
-
-def card_of(device: torch.device) -> Card | None:
-    """What the driver says of the device's card."""
-    cards = ask_driver().cards if device.type == "cuda" else []
-    return cards[device.index or 0] if len(cards) > (device.index or 0) else None
 
 
 def steps_remain(config: Config) -> bool:

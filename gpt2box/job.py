@@ -37,8 +37,8 @@ from gpt2box.run_records import check_unchanged, write_records
 from gpt2box.stop import StopRequest
 from gpt2box.training import checkpoint
 from gpt2box.training.checkpoint import TrainState
+from gpt2box.training.display import Display
 from gpt2box.training.loop import HalfDoneStep, Job, train
-from gpt2box.training.metrics import Display
 from gpt2box.training.optim import make_optimizer
 from gpt2box.training.validation import evaluate
 
@@ -65,7 +65,8 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> N
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
     place = place_of(device, dtype, compile_model)
     option = choose_way(config, shape, place)
-    plan = make_plan(config, shape, dataset.tokens("train"), str(device), dtype, compile_model, option)
+    peak = place.kind.bf16_tflops if place.kind and place.on_gpu and dtype == "bfloat16" else 0.0
+    plan = make_plan(config, shape, dataset.tokens("train"), str(device), dtype, compile_model, option, peak)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where a product is float32
     describe_plan(config, plan, describe(device))
@@ -247,7 +248,7 @@ class Sampler:
         write_atomically(folder / f"step-{step:08d}.txt", text + "\n")
         first_or_last = step == 0 or step >= self.config.max_steps
         shown = text.strip().splitlines()[: None if first_or_last else 3]
-        display.line("\n".join(f"    | {line}" for line in shown))
+        display.sample(shown)
 
 
 def look_back(config: Config, job: Job) -> None:

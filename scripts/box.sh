@@ -101,7 +101,7 @@ image)
     ;;
 preflight | job)
     job=$1
-    base=${job%-large} && base=${base%-xl} # finetune-large and finetune-xl run in the services of finetune
+    base=${job%-large} && base=${base%-xl} && base=${base%-lora} # finetune-large and the like run in the services of finetune
     shift
     check_nvidia
     ensure_image

@@ -78,6 +78,13 @@ def ask_driver() -> Nvml:
         ask(pynvml.nvmlShutdown)
 
 
+def card_of(device: str) -> Card | None:
+    """What the driver says of the card that PyTorch calls `cuda` or `cuda:N`."""
+    kind, _, number = device.partition(":")
+    cards = ask_driver().cards if kind == "cuda" else []
+    return cards[int(number or 0)] if len(cards) > int(number or 0) else None
+
+
 def ask(function: Callable[..., Any], *arguments: Any) -> Any:
     """What NVML answers, or None where it does not."""
     try:

@@ -172,7 +172,7 @@ def training_memory(shape: ModelShape, step: Step) -> Memory:
         kept_grad = output_grad = 0
         # An adapter's output and its sum with the product's; the figure is the simulation's.
         forming = chunk + 10 * M * C
-        work += (4 if mode == "full" else 10) * M * C
+        work += (5 if mode == "full" else 10) * M * C
     held = always if step.accumulates else 0
     embedding_grads = VOCABULARY_COPIES + (1 if step.accumulates and not step.optimizer_in_backward else 0)
     moments = {

@@ -56,6 +56,17 @@ class RunPlan:
     checkpoint_bytes: int
     memory: dict[str, int]  # expected bytes by part, and how fast; estimated
     expected_tokens_per_sec: float
+    peak_tflops: float  # of the card, in `dtype`; 0 where that is not known
+    log_format: str
+
+    def mfu(self, tokens_per_sec: float) -> float | None:
+        """Share of the card's peak that the model's own arithmetic comes to (Chowdhery et al. 2022, appendix B).
+
+        None rather than a wrong one: where the peak is not known, or where gradients are not formed of all weights.
+        """
+        if not self.peak_tflops or self.lora_rank:
+            return None
+        return round(tokens_per_sec * self.shape.flops_per_token / (self.peak_tflops * 1e12), 4)
 
 
 def in_this_way(plan: RunPlan, way: Option) -> RunPlan:
@@ -71,7 +82,14 @@ def in_this_way(plan: RunPlan, way: Option) -> RunPlan:
 
 
 def make_plan(
-    config: Config, shape: ModelShape, train_tokens: int, device: str, dtype: str, compile_model: bool, option: Option
+    config: Config,
+    shape: ModelShape,
+    train_tokens: int,
+    device: str,
+    dtype: str,
+    compile_model: bool,
+    option: Option,
+    peak_tflops: float = 0.0,
 ) -> RunPlan:
     """The plan of a run on a device that has been looked at (see machine/device.py), in the way that was chosen."""
     sequences = config.tokens_per_step // config.block_size
@@ -118,4 +136,6 @@ def make_plan(
         checkpoint_bytes=shape.checkpoint_bytes(config.weights_dtype, config.optimizer_states, config.lora_rank),
         memory=option.memory.parts(),
         expected_tokens_per_sec=option.tokens_per_sec,
+        peak_tflops=peak_tflops,
+        log_format=config.log_format,
     )

@@ -31,8 +31,9 @@ from gpt2box.planning.plan import RunPlan, in_this_way
 from gpt2box.stop import StopRequest
 from gpt2box.training import checkpoint
 from gpt2box.training.checkpoint import TrainState
+from gpt2box.training.display import Display
 from gpt2box.training.lean import LeanAdamW, StepInBackward
-from gpt2box.training.metrics import Display, Interval, Metrics, finite_or_none
+from gpt2box.training.metrics import Interval, Metrics, finite_or_none
 from gpt2box.training.optim import GuardedStep, Optimizer, learning_rate, make_update
 from gpt2box.training.validation import autocast, evaluate
 
@@ -82,8 +83,8 @@ def train(job: Job) -> None:
     batches = open_batches(job)
     forward = torch.compile(job.model) if plan.compile else job.model
     update = make_update(job.optimizer, plan)
-    metrics = Metrics(job.run / "metrics.jsonl", state.step, state.evaluated_step)
-    display = Display(state.step, plan.max_steps)
+    metrics = Metrics(job.run / "metrics.jsonl", state.step, state.evaluated_step, echo=plan.log_format == "json")
+    display = Display(job.run.name, state.step, plan)
     interval = Interval()
     # LeanAdamW's step may break off half-way; then there must be a checkpoint to go back to.
     saved_step = -1 if isinstance(job.optimizer, LeanAdamW) and state.step == 0 else state.step
@@ -268,20 +269,18 @@ def log(
     check_finite(job, update)
     state.seconds += seconds
     tokens_per_sec = steps * plan.tokens_per_step / max(seconds, 1e-9)
-    memory = peak_memory_bytes(torch.device(plan.device))
-    skipped = int(update.skipped)
-    metrics.write(
-        state.step,
-        "train",
-        loss=finite_or_none(loss),
-        learning_rate=lr,
-        grad_norm=finite_or_none(float(grad_norm)),
-        tokens_per_sec=round(tokens_per_sec, 1),
-        peak_memory_bytes=memory,
-        skipped_steps=skipped,
-    )
+    row = {
+        "loss": finite_or_none(loss),
+        "learning_rate": lr,
+        "grad_norm": finite_or_none(float(grad_norm)),
+        "tokens_per_sec": round(tokens_per_sec, 1),
+        "peak_memory_bytes": peak_memory_bytes(torch.device(plan.device)),
+        "skipped_steps": int(update.skipped),
+        "mfu": plan.mfu(tokens_per_sec),
+    }
+    metrics.write(state.step, "train", **row)
     left = (plan.max_steps - state.step) * plan.tokens_per_step / tokens_per_sec
-    display.train(state.step, loss, tokens_per_sec, left, memory)
+    display.train(state.step, row, left)
 
 
 def check_finite(job: Job, update: Update) -> None:
@@ -327,7 +326,7 @@ def evaluate_and_note(job: Job, metrics: Metrics, display: Display) -> bool:
         state.evaluations_without_best += 1
         state.stopped_early = 0 < plan.patience <= state.evaluations_without_best
     metrics.write(state.step, "eval", val_loss=finite_or_none(val_loss), val_set=val_set, best=improved)
-    display.line(f"step {state.step:,}/{plan.max_steps:,}  val_loss {val_loss:.4f}{'  best' if improved else ''}")
+    display.evaluated(state.step, val_loss, improved, state.best_val_loss, state.best_step)
     if math.isfinite(val_loss):
         try:
             job.sample(display, state.step)

@@ -1,8 +1,8 @@
-"""What a run writes down while it goes: metrics.jsonl, the same for TensorBoard, and a bar or lines for the user.
+"""What a run writes down while it goes: metrics.jsonl, the same for TensorBoard, and for programs that look on.
 
 metrics.jsonl, one object a line. Every line has `step`, `kind` and `time` (Unix seconds).
     train   loss (mean since the last line), learning_rate, grad_norm (of the last step), tokens_per_sec,
-            peak_memory_bytes, skipped_steps (non-finite, so far in this session)
+            peak_memory_bytes, skipped_steps (non-finite, so far in this session), mfu (of the card, or null)
     eval    val_loss, val_set (its name: runs compare where it is equal), best
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,16 +19,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 from gpt2box.paths import write_atomically
-from gpt2box.progress import LINE_SECONDS, duration, say, size
 
 
 class Metrics:
     """Appends to metrics.jsonl; begins by dropping lines from steps that will be done again, and a torn last line.
 
-    Every number goes to TensorBoard's events beside it, too, under the same name.
+    Every number goes to TensorBoard's events beside it, too, under the same name. With `echo` each line is also
+    written to standard output.
     """
 
-    def __init__(self, path: Path, step: int, evaluated_step: int) -> None:
+    def __init__(self, path: Path, step: int, evaluated_step: int, echo: bool = False) -> None:
+        self._echo = echo
         kept = [row for row in read(path) if row["step"] <= (step if row["kind"] == "train" else evaluated_step)]
         if path.exists():
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -40,8 +40,11 @@ class Metrics:
 
     def write(self, step: int, kind: str, **values: Any) -> None:
         """Append a line and hand it to the system at once."""
-        self._file.write(json.dumps({"step": step, "kind": kind, **values, "time": round(time.time(), 3)}) + "\n")
+        line = json.dumps({"step": step, "kind": kind, **values, "time": round(time.time(), 3)})
+        self._file.write(line + "\n")
         self._file.flush()
+        if self._echo:
+            print(line, flush=True)
         for name, value in values.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self._events.add_scalar(f"{kind}/{name}", value, step)
@@ -71,47 +74,6 @@ def parse(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             yield {**row, "step": int(row["step"]), "kind": str(row["kind"])}
         except (ValueError, KeyError, TypeError):
             continue
-
-
-class Display:
-    """A bar on a terminal, a line at most every few seconds in a log."""
-
-    def __init__(self, step: int, max_steps: int) -> None:
-        self._max_steps = max_steps
-        self._bar: Any = None
-        self._printed = 0.0
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            columns = (
-                TextColumn("step {task.completed:,}/{task.total:,}"),
-                BarColumn(None),
-                TextColumn("{task.fields[text]}"),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True, expand=True)
-            self._task = self._bar.add_task("", total=max_steps, completed=step, text="")
-            self._bar.start()
-
-    def train(self, step: int, loss: float, tokens_per_sec: float, seconds_left: float, memory_bytes: int) -> None:
-        """Show a step's figures."""
-        text = f"loss {loss:.4f}  {tokens_per_sec:,.0f} tokens/s  {size(memory_bytes)}  {duration(seconds_left)} left"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
-        elif time.monotonic() - self._printed >= LINE_SECONDS or step == self._max_steps:
-            self._printed = time.monotonic()
-            say(f"step {step:,}/{self._max_steps:,}  {text}")
-
-    def line(self, text: str) -> None:
-        """A line that stays, above the bar where there is one."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            say(text)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
 
 class Interval:

@@ -143,6 +143,7 @@ def test_the_fastest_plan_that_fits_is_chosen_and_the_step_stays_the_same() -> N
         ("finetune", 11.5, 4),
         ("finetune-large", 11.5, 4),
         ("finetune-xl", 11.5, 4),
+        ("finetune-lora", 7.5, 1),
     ],
 )
 def test_every_published_size_fits_twelve_gib(config: str, gib: float, at_least: int) -> None:

@@ -329,7 +329,7 @@ def test_recomputing_and_bfloat16_train(volumes: Path, way: str) -> None:
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.1
 
 
-@pytest.mark.parametrize("config", ["finetune", "finetune-large", "finetune-xl"])
+@pytest.mark.parametrize("config", ["finetune", "finetune-large", "finetune-xl", "finetune-lora"])
 def test_the_finetune_configs_run_end_to_end(volumes: Path, config: str, gpt2box: Command) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 

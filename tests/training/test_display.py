@@ -1,0 +1,103 @@
+"""What training shows: a panel on a terminal, lines in a log, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gpt2box import config_file
+from gpt2box.planning.choose import Place, options
+from gpt2box.planning.plan import RunPlan, make_plan
+from gpt2box.planning.shape import ModelShape
+from gpt2box.training.display import Display
+from tests.conftest import Command
+from tests.conftest import options as tiny
+
+
+def plan(**flags: str) -> RunPlan:
+    config = config_file.load(None, {"dataset": "x", **flags})[0]
+    shape = ModelShape(24, 16, 1024, 1024, 50_257)
+    way = options(config, shape, Place("a card", 0, None, "bfloat16", on_gpu=True, compiled=False))[0]
+    return make_plan(config, shape, 10**6, "cpu", "bfloat16", False, way, peak_tflops=58.3)
+
+
+ROW = {
+    "loss": 3.0, "learning_rate": 3e-4, "grad_norm": 0.5, "tokens_per_sec": 10_000.0, "peak_memory_bytes": 2**33,
+    "skipped_steps": 0, "mfu": 0.4,
+}  # fmt: skip
+
+
+def test_on_a_terminal_there_is_a_panel(volumes: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "gpt2box",
+        "train",
+        *tiny(name="a", max_steps=30, eval_interval=10, log_interval=1),
+    ]
+    command += ["--sample-tokens=20"]
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80", "LINES": "40", "TERM": "xterm"}
+    running = subprocess.Popen(command, stderr=theirs, stdout=subprocess.PIPE, env=environment)
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            seen += os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+    os.close(ours)
+    assert running.communicate()[0] == b"" and running.returncode == 0
+    text = seen.decode()
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text[text.rindex("╭") : text.rindex("╰")])
+    for part in ("30 of 30", "▁", "tokens/s", "at step 30", "learning rate", "sample"):
+        assert part in last, last
+    assert all(len(line.rstrip()) <= 80 for line in last.splitlines())
+    assert text.rindex("\x1b[?25h") > text.rindex("╭"), "the cursor is there again"
+    assert "finished at step 30" in text.split("╰")[-1] and "step 30/30  val_loss" in text
+
+
+def test_a_program_reads_the_figures_as_json(volumes: Path, gpt2box: Command) -> None:
+    done = gpt2box("train", *tiny(name="a", max_steps=20, eval_interval=10, log_interval=5), "--log-format=json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (volumes / "runs/a/metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["step"], row["kind"]) for row in rows] == [
+        (0, "eval"), (5, "train"), (10, "train"), (10, "eval"), (15, "train"), (20, "train"), (20, "eval"),
+    ]  # fmt: skip
+    assert rows[1]["mfu"] is None, "nothing is known of this CPU's peak"
+    assert "tokens/s" not in done.stderr and "finished at step 20" in done.stderr
+
+
+def test_the_share_of_the_peak_is_that_of_the_models_own_arithmetic() -> None:
+    mine = plan()
+    per_token = 6 * mine.shape.parameters + 12 * 24 * 1024 * 1024
+    assert mine.mfu(10_000) == pytest.approx(10_000 * per_token / 58.3e12, abs=1e-4)
+    assert replace(mine, peak_tflops=0.0).mfu(10_000) is None
+    assert plan(init_from="gpt2-medium", lora_rank="4").mfu(10_000) is None
+
+
+def test_the_panel_says_what_is_known_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    display = Display("a", 0, plan())
+    assert display.lines() == {}
+    display.train(10, {**ROW, "loss": 4.0}, 100)
+    display.train(20, ROW, 90)
+    display.evaluated(20, 3.2, True, 3.2, 20)
+    display.evaluated(30, 3.5, False, 3.2, 20)
+    display.sample(["To be\x1b[2J"])
+    found = display.lines()
+    assert found["loss"] == "3.0000  █▁  -1.0000 in 10 steps"
+    assert found["val_loss"] == "3.5000 at step 30, best 3.2000 at step 20"
+    assert found["speed"] == "10,000 tokens/s, MFU 40% of 58.3 TFLOPS"
+    assert found["sample"] == "To be�[2J" and "\x1b" not in capsys.readouterr().err
+    display.train(30, {**ROW, "loss": None, "grad_norm": None, "skipped_steps": 2, "mfu": None}, 80)
+    found = display.lines()
+    assert "not finite, 2 steps left out" in found["optimizer"] and "MFU" not in found["speed"]
