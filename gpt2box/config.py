@@ -189,6 +189,13 @@ class Config(BaseModel):
     save_interval: Whole | None = setting(
         None, "steps between checkpoints (default: eval_interval)", group="Checkpoints", may_change=True, ge=1
     )
+    save_minutes: Number = setting(
+        30,
+        "and a checkpoint when none was written for so long; 0: by steps alone",
+        group="Checkpoints",
+        may_change=True,
+        ge=0,
+    )
     keep_last: Whole = setting(
         2, "newest checkpoints kept, besides the best", group="Checkpoints", may_change=True, ge=1
     )

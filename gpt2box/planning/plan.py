@@ -49,6 +49,7 @@ class RunPlan:
     eval_windows: int
     patience: int
     save_interval: int
+    save_minutes: float  # 0: by steps alone
     keep_last: int
     log_interval: int
 
@@ -130,6 +131,7 @@ def make_plan(
         eval_windows=config.eval_windows,
         patience=config.patience,
         save_interval=config.save_interval or config.eval_interval,
+        save_minutes=config.save_minutes,
         keep_last=config.keep_last,
         log_interval=config.log_interval,
         parameters=shape.parameters,

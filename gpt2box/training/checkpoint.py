@@ -6,6 +6,7 @@ file, so a folder that a crash or a bad disk has damaged is recognised and passe
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import adapters
 from gpt2box.model.weights import PREFIX, copy_from_hub, hub_config, hub_state, load_hub, stored_tensors, to_hub
 from gpt2box.paths import fix_hint, fsync_dir
+from gpt2box.progress import size
 from gpt2box.training.lean import LeanAdamW, reset
 
 FORMAT = 1
@@ -57,13 +59,14 @@ def save(folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: Tra
     """Write a checkpoint of `state.step` under `folder` and point `last` at it; `best` where it is the best.
 
     Raises:
-        VolumeUnwritable: no space or no permission; earlier checkpoints are untouched.
+        VolumeUnwritable: no space, which is looked at before, or no permission; earlier checkpoints are untouched.
     """
     final = folder / folder_name(state.step)
     temporary = folder / f".{final.name}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         recover(folder)
+        check_space(folder, model, optimizer, state)
         temporary.mkdir()
         write_files(temporary, model, optimizer, state, tokenizer)
         retired = folder / f".{final.name}.old"
@@ -77,7 +80,7 @@ def save(folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: Tra
         shutil.rmtree(temporary, ignore_errors=True)
         raise VolumeUnwritable(
             f"cannot save {final}: {getattr(error, 'strerror', None) or error}",
-            f"about {checkpoint_bytes(model, optimizer) / 2**30:.2f} GiB free",
+            f"{size(checkpoint_bytes(model, optimizer, state))} free",
             fix_hint(folder),
         ) from error
     return final
@@ -132,10 +135,23 @@ def trained_parameters(model: GPT2) -> dict[str, torch.nn.Parameter]:
     return adapters(model) or dict(model.named_parameters())
 
 
-def checkpoint_bytes(model: GPT2, optimizer: torch.optim.Optimizer) -> int:
-    """Size of a checkpoint on disk."""
-    tensors = [*model.parameters(), *(tensor for entry in optimizer.state.values() for tensor in entry.values())]
-    return sum(tensor.nbytes for tensor in tensors)
+def checkpoint_bytes(model: GPT2, optimizer: torch.optim.Optimizer, state: TrainState) -> int:
+    """Size of a checkpoint on disk, but for small files."""
+    own = model.parameters()
+    weights = sum(4 * p.numel() for p in own) if adapters(model) else sum(p.nbytes for p in own)
+    if not state.optimizer_steps:
+        return weights
+    return weights + sum(int(tensor.nbytes) for entry in optimizer.state.values() for tensor in entry.values())
+
+
+def check_space(folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+    """Before anything is written.
+
+    Raises:
+        OSError: ENOSPC, as the system would, but with nothing to tidy up.
+    """
+    if shutil.disk_usage(folder).free < checkpoint_bytes(model, optimizer, state):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def recover(folder: Path) -> None:

@@ -88,6 +88,7 @@ def train(job: Job) -> None:
     interval = Interval()
     # LeanAdamW's step may break off half-way; then there must be a checkpoint to go back to.
     saved_step = -1 if isinstance(job.optimizer, LeanAdamW) and state.step == 0 else state.step
+    saved_at = time.monotonic()
     job.model.train()
     with ExitStack() as stack, closing(metrics), closing(display):
         stack.callback(lambda: batches.close())
@@ -104,12 +105,13 @@ def train(job: Job) -> None:
                         checkpoint.save(job.run / "checkpoints", job.model, job.optimizer, state, job.tokenizer)
                     raise
             over = bool(job.stop) or state.step >= plan.max_steps or state.stopped_early
-            new = state.step != saved_step and (over or state.step % plan.save_interval == 0)
+            late = 0 < plan.save_minutes * 60 <= begun - saved_at
+            new = state.step != saved_step and (over or late or state.step % plan.save_interval == 0)
             if new or (improved and (state.step > 0 or job.pretrained)):
                 check_finite(job, update)
                 checkpoint.save(job.run / "checkpoints", job.model, job.optimizer, state, job.tokenizer)
                 checkpoint.prune(job.run / "checkpoints", plan.keep_last, state)
-                saved_step = state.step
+                saved_step, saved_at = state.step, time.monotonic()
             if over:
                 break
             interval.leave_out(time.monotonic() - begun)

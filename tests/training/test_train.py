@@ -177,7 +177,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_what_is_needed(volumes
         f"sys.argv = ['gpt2box', 'train', *{options(name='run', max_steps=20)!r}]; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 78 and "cannot save" in done.stderr and "GiB free" in done.stderr, done.stderr
+    assert done.returncode == 78 and "cannot save" in done.stderr and "B free" in done.stderr, done.stderr
     assert digests(volumes, 10) == before
     assert not list((volumes / "runs/run/checkpoints").glob(".step*"))
     train(max_steps=20)
@@ -437,3 +437,31 @@ def test_a_compiled_run_trains_like_an_eager_one(volumes: Path) -> None:
         for name in ("eager", "compiled")
     )
     assert eager == pytest.approx(compiled, abs=1e-4)
+
+
+def test_a_checkpoint_is_never_older_than_save_minutes(volumes: Path) -> None:
+    train(max_steps=20, save_interval=1000, eval_interval=1000, save_minutes=1e-9)
+    kept = sorted(path.name for path in (volumes / "runs/run/checkpoints").glob("step-*"))
+    assert kept == [checkpoint.folder_name(step) for step in range(1, 21)]
+
+
+def test_where_there_is_no_space_for_a_checkpoint_none_is_begun(volumes: Path, gpt2box: Command) -> None:
+    runs = volumes / "runs"
+    runs.mkdir()
+    size = 2 * 2**20
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(runs)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a file system of its own needs root")
+    try:
+        command = ["train", *options(name="run", max_steps=10, eval_interval=10, save_interval=5, keep_last=100)]
+        assert gpt2box(*command).returncode == 0
+        used = sum(path.stat().st_size for path in runs.rglob("*") if path.is_file() and not path.is_symlink())
+        (runs / "filler").write_bytes(bytes(size - used - 300_000))
+        full = gpt2box(*command, "--max-steps=20")
+        assert full.returncode == 78 and "cannot save" in full.stderr and "KiB free" in full.stderr, full.stderr
+        assert not list((runs / "run/checkpoints").glob(".step-*"))
+        (runs / "filler").unlink()
+        again = gpt2box(*command, "--max-steps=20")
+        assert again.returncode == 0 and "at step 10" in again.stderr, again.stderr
+    finally:
+        subprocess.run(["umount", str(runs)], check=True)
