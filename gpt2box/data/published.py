@@ -123,7 +123,10 @@ def shape_in(folder: Path) -> ModelShape:
             if config.get(key, expected) not in (expected, 4 * config["n_embd"] if key == "n_inner" else expected):
                 raise BadInput(f"{path}: {key} {config[key]!r}", f"{expected!r}, as in the published GPT-2")
         sizes = {key: int(config[key]) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+        sizes["block_size"] = int(config["n_positions"])
+        if min(sizes.values()) < 1 or sizes["n_embd"] % sizes["n_head"]:
+            raise ValueError(f"no network has the sizes {sizes}")
         bias = bool(config.get("gpt2box", {}).get("bias", True))
-        return ModelShape(**sizes, block_size=int(config["n_positions"]), bias=bias, gelu=gelu)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return ModelShape(**sizes, bias=bias, gelu=gelu)
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{path} is damaged ({error!r})", "a GPT-2 config as transformers writes it") from error

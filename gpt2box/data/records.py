@@ -120,7 +120,10 @@ def names_in(path: Path) -> list[str]:
             raise unreadable(path, error) from error
     if kind in (".csv", ".tsv"):
         csv.field_size_limit(LONGEST_FIELD)
-        return next(csv.reader(io.StringIO(begin), delimiter="\t" if kind == ".tsv" else ","), [])
+        try:
+            return next(csv.reader(io.StringIO(begin, newline=None), delimiter="\t" if kind == ".tsv" else ","), [])
+        except csv.Error:
+            return []
     try:
         record, _ = json.JSONDecoder().raw_decode(begin.lstrip(" \r\n\t["))
     except (ValueError, RecursionError):

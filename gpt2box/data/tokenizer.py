@@ -169,6 +169,7 @@ def load(folder: Path) -> Tokenizer:
             if model["type"] != "WordLevel" or any(len(character) != 1 for character in model["vocab"]):
                 raise BadInput(f"{folder}/tokenizer.json: a {model['type']} tokenizer", "vocab.json and merges.txt")
             ordered = sorted(model["vocab"], key=model["vocab"].__getitem__)
+            check_ids(model["vocab"])
             return CharTokenizer("".join(ordered), bool(content["added_tokens"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(
@@ -181,8 +182,19 @@ def _from_vocabulary(vocabulary: dict[str, int], folder: Path) -> Gpt2Tokenizer:
     """GPT-2's BPE from printable tokens and ids, which are the ranks."""
     if vocabulary.pop(END_OF_TEXT) != len(vocabulary):
         raise BadInput(f"{folder}: end of text is not the vocabulary's last token", "GPT-2's own vocabulary")
+    check_ids(vocabulary)
     alphabet = {character: byte for byte, character in enumerate(byte_alphabet())}
     return Gpt2Tokenizer({bytes(alphabet[c] for c in token): rank for token, rank in vocabulary.items()})
+
+
+def check_ids(vocabulary: dict[str, int]) -> None:
+    """Whether each id from 0 on occurs once.
+
+    Raises:
+        ValueError: if not.
+    """
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        raise ValueError(f"the ids of {len(vocabulary):,} tokens are not those from 0 to {len(vocabulary) - 1:,}")
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -51,7 +51,10 @@ def tag(name: str, *inside: str, **attributes: str) -> Html:
 
 def escaped(text: str) -> str:
     """HTML as it is, other text with nothing in it that a browser would take for HTML."""
-    return text if isinstance(text, Html) else html.escape(text.replace("\0", "\N{REPLACEMENT CHARACTER}"))
+    if isinstance(text, Html):
+        return text
+    whole = text.encode("utf-8", errors="replace").decode("utf-8")  # JSON can hold half a character
+    return html.escape(whole.replace("\0", "\N{REPLACEMENT CHARACTER}"))
 
 
 def together(parts: Iterable[str]) -> Html:

@@ -103,17 +103,17 @@ def look_at(folder: Path) -> Run:
         step=step,
         max_steps=max_steps,
         best_val_loss=best,
-        best_step=best_step,
+        best_step=None if best is None else whole(best_step),
         tokens=step * whole(plan.get("tokens_per_step")),
-        seconds=float(found.get("seconds") or 0),
+        seconds=whole(found.get("seconds")),
         size_bytes=size_on_disk(folder),
         changed=last_written(folder),
     )
 
 
 def whole(value: object) -> int:
-    """0 for what is no number."""
-    return int(value) if isinstance(value, int | float) else 0
+    """0 for what is no number, or none that a run could have."""
+    return int(value) if isinstance(value, int | float) and abs(value) < 2**63 else 0
 
 
 def broken_settings(folder: Path, plan: dict[str, Any]) -> str:

@@ -51,11 +51,23 @@ def evaluate(task: str, model: GPT2, words: Tokenizer, path: Path | None, most: 
         BadInput: a file of another form.
         TryAgain: the Hub does not answer.
     """
-    parts_of = {"hellaswag": hellaswag_parts, "lambada": lambada_parts}
     figures_of = {"hellaswag": hellaswag_figures, "lambada": lambada_figures}
     if path is None:
         name, split = ON_THE_HUB[task]
         path = hub.dataset(name, "", split, slice(0, 1), keep_raw=True)[0][0].bring()
+    records = read_task(task, path, most)
+    answers = iter(answers_to([pair for pairs, _ in records for pair in pairs], model, words))
+    grouped = [([(next(answers), len(pair[1]) - 1) for pair in pairs], label) for pairs, label in records]
+    return {"task": task, "records": len(records)} | figures_of[task](grouped)
+
+
+def read_task(task: str, path: Path, most: int | None) -> list[Record]:
+    """A task's records, at most so many.
+
+    Raises:
+        BadInput: a file of another form, or an empty one.
+    """
+    parts_of = {"hellaswag": hellaswag_parts, "lambada": lambada_parts}
     try:
         records = [parts_of[task](record) for record in islice(read(path), most)]
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
@@ -63,9 +75,7 @@ def evaluate(task: str, model: GPT2, words: Tokenizer, path: Path | None, most: 
         raise BadInput(f"{path} is not {task}: {error!r}", expected) from error
     if not records:
         raise BadInput(f"{path} is empty", "records")
-    answers = iter(answers_to([pair for pairs, _ in records for pair in pairs], model, words))
-    grouped = [([(next(answers), len(pair[1]) - 1) for pair in pairs], label) for pairs, label in records]
-    return {"task": task, "records": len(records)} | figures_of[task](grouped)
+    return records
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
