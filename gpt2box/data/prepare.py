@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -201,7 +200,8 @@ def spooled(inputs: Sequence[str], column: str) -> Iterator[list[str]]:
     with tempfile.TemporaryDirectory(dir=make_writable(raw_dir()), prefix=".stdin-") as folder:
         path = Path(folder) / ("stdin.jsonl" if column else "stdin.txt")
         with open(path, "wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
+            while block := sys.stdin.buffer.read1(1 << 20):  # not read: between two of its own, a signal is not seen
+                file.write(block)
         with open(path, "rb") as file:
             if not column and file.read(2) == b'{"':
                 say("note: standard input is taken as plain text; if these are JSON records, give --text-column NAME")

@@ -188,6 +188,7 @@ def test_a_signal_leaves_no_process_and_no_copy_of_the_input(volumes: Path, corp
         time.sleep(0.01)
     process.stdin.write("some text\n" * 100)
     process.stdin.flush()
+    time.sleep(0.5)  # it waits for more
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 143
     assert process.stderr.read() == "stopped: the same command goes on where it was\n"

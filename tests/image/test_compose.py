@@ -191,6 +191,10 @@ def test_make_does_the_same_with_options_and_hands_on_failures(project: Project)
     assert done.returncode == 0 and done.stdout.startswith('He said "stop; echo it"'), done.stderr
     done = project.run("make", "monitor", "CPU=1", "ARGS=--once")
     assert done.returncode == 0 and "short  step 12/12" in done.stdout
+    done = project.run("make", "runs")
+    assert done.returncode == 0 and "short  finished  12 of 12" in done.stdout, done.stdout + done.stderr
+    done = project.run("make", "report", "ARGS=short")
+    assert done.returncode == 0 and (project.folder / "volumes/runs/short/report.html").exists(), done.stderr
     done = project.run("make", "finetune", "CPU=1", "DATA=nothing.txt")
     assert done.returncode != 0 and "no file or folder nothing.txt" in done.stderr
     done = project.run("scripts/box.sh", "image", STACK="cu12")
