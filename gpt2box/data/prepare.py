@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -200,7 +201,9 @@ def spooled(inputs: Sequence[str], column: str) -> Iterator[list[str]]:
     with tempfile.TemporaryDirectory(dir=make_writable(raw_dir()), prefix=".stdin-") as folder:
         path = Path(folder) / ("stdin.jsonl" if column else "stdin.txt")
         with open(path, "wb") as file:
-            while block := sys.stdin.buffer.read1(1 << 20):  # not read: between two of its own, a signal is not seen
+            while block := os.read(
+                sys.stdin.fileno(), 1 << 20
+            ):  # a buffer's read sees no signal between two of its own
                 file.write(block)
         with open(path, "rb") as file:
             if not column and file.read(2) == b'{"':
