@@ -201,9 +201,8 @@ def spooled(inputs: Sequence[str], column: str) -> Iterator[list[str]]:
     with tempfile.TemporaryDirectory(dir=make_writable(raw_dir()), prefix=".stdin-") as folder:
         path = Path(folder) / ("stdin.jsonl" if column else "stdin.txt")
         with open(path, "wb") as file:
-            while block := os.read(
-                sys.stdin.fileno(), 1 << 20
-            ):  # a buffer's read sees no signal between two of its own
+            # Not through the buffer, whose read sees no signal between two of its own.
+            while block := os.read(sys.stdin.fileno(), 1 << 20):
                 file.write(block)
         with open(path, "rb") as file:
             if not column and file.read(2) == b'{"':
