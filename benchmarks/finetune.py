@@ -9,35 +9,19 @@ Python (`pydoc_data`, 0.7 MB), with every learning rate of a list. Printed: the 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from low_memory import TEXT, curve
+
 from gpt2box.data.corpora import own_text
 from gpt2box.data.few import Request, prepare_few
-from gpt2box.job import run_job
-from gpt2box.stop import StopRequest
 
-TEXT = Path(__file__).parents[1] / "tests" / "data_files" / "tinyshakespeare.txt"
-SETTINGS = {
-    "n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 64, "tokens_per_step": 3072, "micro_batch_size": 48,
-    "beta2": 0.99, "eval_windows": 600, "device": "cpu", "log_interval": 1000, "keep_last": 1,
-    "activation_checkpointing": "none",
-}  # fmt: skip
 RATES = {"all weights": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "adapters": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]}
 RANKS = (2, 8, 32)
-
-
-def curve(volumes: Path, name: str, **settings: object) -> list[tuple[int, float]]:
-    """(step, val_loss) of a run."""
-    values = {key: str(value) for key, value in {**SETTINGS, "name": name, **settings}.items()}
-    run_job(None, values, StopRequest())
-    lines = (volumes / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [(row["step"], row["val_loss"]) for row in rows if row["kind"] == "eval"]
 
 
 def texts(volumes: Path) -> None:
