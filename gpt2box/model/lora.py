@@ -52,10 +52,15 @@ def adapters(model: GPT2) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if MARK in name}
 
 
+def own_parameters(model: GPT2) -> dict[str, nn.Parameter]:
+    """The network's parameters by name, without those of adapters."""
+    return {name: parameter for name, parameter in model.named_parameters() if MARK not in name}
+
+
 @torch.no_grad()
 def merged(model: GPT2) -> dict[str, Tensor]:
     """The network's own parameters by name; of a model with adapters, these added in, all in float32."""
-    own = {name: parameter for name, parameter in model.named_parameters() if MARK not in name}
+    own = own_parameters(model)
     if not adapters(model):
         return dict(own)
     return {name: _with_adapter(model, name, parameter.float()) for name, parameter in own.items()}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.lora import MARK, merged
+from gpt2box.model.lora import merged, own_parameters
 from gpt2box.planning.shape import ModelShape
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -90,7 +90,7 @@ def load_hub(model: GPT2, folder: Path) -> None:
         BadInput: pickled weights, or tensors that do not fit: which, expected, found.
         Damaged: a file is not safetensors.
     """
-    wanted = {name: parameter for name, parameter in model.named_parameters() if MARK not in name}
+    wanted = own_parameters(model)
     faults = []
     seen = set()
     for key, tensor in stored_tensors(folder):

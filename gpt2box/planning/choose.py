@@ -112,12 +112,11 @@ def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:
 
 def rate(config: Config, shape: ModelShape, kind: CardKind, option: Option, compiled: bool) -> float:
     """Expected tokens a second."""
+    way = (option.micro_batch_size, option.grad_accum_steps, option.activation_checkpointing)
     if config.lora_rank:
-        way = (option.micro_batch_size, option.grad_accum_steps, option.activation_checkpointing)
         return tokens_per_sec(shape, kind, *way, compiled, adapters=shape.adapter_parameters(config.lora_rank))
     lean = config.optimizer_states != "float32" or config.weights_dtype != "float32"
     updates = option.grad_accum_steps if config.optimizer_in_backward else int(lean)
-    way = (option.micro_batch_size, option.grad_accum_steps, option.activation_checkpointing)
     return tokens_per_sec(shape, kind, *way, compiled, updates)
 
 
