@@ -69,7 +69,7 @@ stop: ## what runs in a container saves and ends
 	@scripts/box.sh stop
 
 test: $(VENV)/ready ## run the tests (STACK=cu121 or cu13x: with that lock)
-	@$(BIN)/python -m pytest --ignore tests/image --ignore tests/gpu
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal --ignore tests/image --ignore tests/gpu
 
 test-gpu: $(VENV)/ready ## with STACK=cu121 or cu13x: planned memory against a real card's
 	@$(BIN)/python -m pytest -s tests/gpu

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "gpt2box"
 # Each layer imports only from its own and those before it.
 LAYERS = [
     ["errors", "progress", "paths", "stop", "__init__"],
-    ["nanogpt", "config", "config_file"],
+    ["nanogpt", "config", "contradictions", "config_file"],
     ["machine", "planning"],
     ["data"],
     ["model"],

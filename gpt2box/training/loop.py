@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -23,23 +22,20 @@ from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.data.tokens import Dataset
 from gpt2box.errors import BadInput
 from gpt2box.machine.device import peak_memory_bytes
-from gpt2box.machine.host import memory_bytes
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.planning.choose import Option, lower
-from gpt2box.planning.memory import Memory
-from gpt2box.planning.plan import RunPlan, in_this_way
+from gpt2box.planning.choose import Option
+from gpt2box.planning.plan import RunPlan
 from gpt2box.stop import StopRequest
 from gpt2box.training import checkpoint
 from gpt2box.training.checkpoint import TrainState
 from gpt2box.training.display import Display
+from gpt2box.training.ladder import step_down, step_up
 from gpt2box.training.lean import LeanAdamW, StepInBackward
 from gpt2box.training.metrics import Interval, Metrics, finite_or_none
 from gpt2box.training.optim import GuardedStep, Optimizer, learning_rate, make_update
 from gpt2box.training.validation import autocast, evaluate
 
 MOST_BAD_STEPS = 5  # non-finite steps in a row after which a run stops
-
-RETRY_STEPS = 100  # after memory ran out, until the way before is tried again; twice as many each time it ran out
 
 Update = GuardedStep | StepInBackward
 
@@ -60,7 +56,7 @@ class Job:
     pretrained: bool  # the weights before the first step are worth keeping
     ways: list[Option]  # to do the same steps, fastest first: where to turn when memory runs out
     left: list[Option] = field(default_factory=list)  # the ways that were given up, the first at the beginning
-    retry_steps: int = field(default_factory=lambda: RETRY_STEPS)
+    retry_steps: int = 0  # until the way before is tried again
     retry_at: int = 0
 
 
@@ -200,60 +196,6 @@ def target_shares(of_step: list[Tensor]) -> list[float]:
     """What makes a mean over all targets of a step that count, of the micro-batches' own means."""
     counts = [counted_targets(batch) for batch in of_step]
     return [count * len(counts) / max(sum(counts), 1) for count in counts]
-
-
-def step_down(job: Job, display: Display) -> None:
-    """Give memory back and take the fastest way that needs less.
-
-    Raises:
-        torch.cuda.OutOfMemoryError: there is none.
-    """
-    job.optimizer.zero_grad(set_to_none=True)
-    gc.collect()
-    torch.cuda.empty_cache()
-    way = lower(job.ways, job.plan.memory)
-    if way is None:
-        raise torch.cuda.OutOfMemoryError(f"at step {job.state.step}")
-    job.left.append(way_of(job.plan))
-    job.retry_at = job.state.step + job.retry_steps
-    job.retry_steps *= 2
-    take_way(job, way)
-    display.line(
-        f"out of memory in step {job.state.step + 1:,}: doing it again with {way.words()}; "
-        f"a step stays {job.plan.tokens_per_step:,} tokens"
-    )
-
-
-def step_up(job: Job, display: Display) -> None:
-    """Return to the way before memory ran out, where there seems to be memory for it again."""
-    way = job.left[-1]
-    further = way.memory.total - way_of(job.plan).memory.total
-    device = torch.device(job.plan.device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_bytes()[1]
-    job.retry_at = job.state.step + RETRY_STEPS
-    if free < further:
-        return
-    job.left.pop()
-    take_way(job, way)
-    display.line(f"memory is free again: from step {job.state.step + 1:,} with {way.words()}")
-
-
-def take_way(job: Job, way: Option) -> None:
-    """The same steps, done otherwise from now on."""
-    job.plan = in_this_way(job.plan, way)
-    job.model.activation_checkpointing = way.activation_checkpointing
-
-
-def way_of(plan: RunPlan) -> Option:
-    """How the plan does its steps."""
-    memory = Memory(**plan.memory, moment="")
-    return Option(
-        plan.micro_batch_size,
-        plan.grad_accum_steps,
-        plan.activation_checkpointing,
-        memory,
-        plan.expected_tokens_per_sec,
-    )
 
 
 def log(

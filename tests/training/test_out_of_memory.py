@@ -122,7 +122,7 @@ def test_a_step_that_broke_off_half_way_is_taken_back(
 def test_when_memory_returns_so_does_the_way_before(
     volumes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpt2box.training.loop.RETRY_STEPS", 3)
+    monkeypatch.setattr("gpt2box.training.ladder.RETRY_STEPS", 3)
     train("plain", max_steps=12)
     train("refused", Refuse("gelu_backward", 5), max_steps=12)
     said = capsys.readouterr().err

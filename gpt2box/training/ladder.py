@@ -1,0 +1,73 @@
+"""Where memory runs out in the middle of a run: the same steps in a way that takes less, and back again."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING
+
+import torch
+
+from gpt2box.machine.host import memory_bytes
+from gpt2box.planning.choose import Option, lower
+from gpt2box.planning.memory import Memory
+from gpt2box.planning.plan import RunPlan, in_this_way
+from gpt2box.training.display import Display
+
+if TYPE_CHECKING:
+    from gpt2box.training.loop import Job
+
+RETRY_STEPS = 100  # after memory ran out, until the way before is tried again; twice as many each time it ran out
+
+
+def step_down(job: Job, display: Display) -> None:
+    """Give memory back and take the fastest way that needs less.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: there is none.
+    """
+    job.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+    way = lower(job.ways, job.plan.memory)
+    if way is None:
+        raise torch.cuda.OutOfMemoryError(f"at step {job.state.step}")
+    job.left.append(way_of(job.plan))
+    job.retry_steps = max(2 * job.retry_steps, RETRY_STEPS)
+    job.retry_at = job.state.step + job.retry_steps
+    take_way(job, way)
+    display.line(
+        f"out of memory in step {job.state.step + 1:,}: doing it again with {way.words()}; "
+        f"a step stays {job.plan.tokens_per_step:,} tokens"
+    )
+
+
+def step_up(job: Job, display: Display) -> None:
+    """Return to the way before memory ran out, where there seems to be memory for it again."""
+    way = job.left[-1]
+    further = way.memory.total - way_of(job.plan).memory.total
+    device = torch.device(job.plan.device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_bytes()[1]
+    job.retry_at = job.state.step + RETRY_STEPS
+    if free < further:
+        return
+    job.left.pop()
+    take_way(job, way)
+    display.line(f"memory is free again: from step {job.state.step + 1:,} with {way.words()}")
+
+
+def take_way(job: Job, way: Option) -> None:
+    """The same steps, done otherwise from now on."""
+    job.plan = in_this_way(job.plan, way)
+    job.model.activation_checkpointing = way.activation_checkpointing
+
+
+def way_of(plan: RunPlan) -> Option:
+    """How the plan does its steps."""
+    memory = Memory(**plan.memory, moment="")
+    return Option(
+        plan.micro_batch_size,
+        plan.grad_accum_steps,
+        plan.activation_checkpointing,
+        memory,
+        plan.expected_tokens_per_sec,
+    )
