@@ -134,4 +134,5 @@ def rows_in(sources: list[Source]) -> int:
             raise BadInput(f"--split nanogpt with {source.name}", expected)
         with parquet(source.bring()) as file:
             total += file.metadata.num_rows
+        source.leave()
     return total

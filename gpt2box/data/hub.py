@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import re
+import struct
 import time
 import urllib.error
 import urllib.parse
@@ -143,38 +144,44 @@ def local_source(path: Path) -> Source:
     """
     if not path.is_file():
         raise BadInput(f"no file {path}", "a file")
-    return Source(path.name, path.stat().st_size, lambda: path, lambda: None)
+    return Source(path.name, path.stat().st_size, lambda: path, lambda: None, lambda: None)
 
 
 def downloaded(asset: Asset, folder: Path, keep_raw: bool) -> Source:
     """A file that is brought when it is needed and dropped when it is tokenised, unless it is to be kept.
 
     What is to be dropped lies in a folder of its own: so that after a kill it is still known which that is. Two jobs
-    that need the same file have it one after the other: the second would else lose it under its hands.
+    that need the same file have it one after the other: the second would else lose it under its hands. Each works
+    through the files in the same order, so that the one that is furthest behind always has what it waits for.
     """
     passing = folder / PASSING
-    place_in_lock = zlib.crc32(asset.filename.encode())
+
+    def lock(kind: int) -> None:
+        # A byte of one file stands for the asset. Of the open file (since Linux 3.15), not of the process as lockf's:
+        # there the system takes two jobs that wait for each other's next file for a deadlock, and fails one.
+        one_byte = struct.pack("hhqqi4x", kind, os.SEEK_SET, zlib.crc32(asset.filename.encode()), 1, 0)
+        fcntl.fcntl(lock_of(folder), fcntl.F_OFD_SETLKW, one_byte)
 
     def bring() -> Path:
-        fcntl.lockf(lock_of(folder), fcntl.LOCK_EX, 1, place_in_lock)
+        lock(fcntl.F_WRLCK)
         place = folder if keep_raw or (folder / asset.filename).exists() else passing
         if keep_raw and (passing / asset.filename).exists():
             os.replace(passing / asset.filename, folder / asset.filename)
         return persistently(lambda: assets.fetch(asset, make_writable(place), quiet=True), asset.filename)
 
+    def leave() -> None:
+        lock(fcntl.F_UNLCK)
+
     def done() -> None:
         (passing / asset.filename).unlink(missing_ok=True)
-        fcntl.lockf(lock_of(folder), fcntl.LOCK_UN, 1, place_in_lock)
+        leave()
 
-    return Source(asset.filename, asset.size_bytes, bring, done, asset.sha256)
+    return Source(asset.filename, asset.size_bytes, bring, done, leave, asset.sha256)
 
 
 @functools.cache
 def lock_of(folder: Path) -> int:
-    """The descriptor of a corpus's lock file, a byte of which stands for one of its files.
-
-    It is open as long as the process is: closing any descriptor of a file gives up all of a process's locks on it.
-    """
+    """The descriptor of a corpus's lock file, open as long as the process is: what a killed job held is then free."""
     return os.open(make_writable(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
 
 

@@ -42,6 +42,7 @@ class Source:
     size_bytes: int
     bring: Callable[[], Path]
     done: Callable[[], None]  # called when it is tokenised and durable
+    leave: Callable[[], None]  # called where it is only looked at: another job may have it in between
     sha256: str = ""  # where known beforehand
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from gpt2box.data import hub, published
+from gpt2box.data import collection, hub, published
 from gpt2box.data.prepare import Options, prepare
+from gpt2box.data.shards import aside
 from gpt2box.errors import Damaged, TryAgain
 from tests.conftest import Command
 from tests.data.conftest import FILES
@@ -160,6 +164,39 @@ def test_two_jobs_that_need_the_same_files_do_not_take_them_from_each_other(
     assert [done.returncode for done in results.values()] == [0, 0], results
     assert (volumes / "data/a/train.bin").read_bytes() == (volumes / "data/b/train.bin").read_bytes()
     assert not list((volumes / "data/raw/someone--speeches").glob("**/*.parquet"))
+
+
+OTHER_JOB = """
+import sys
+from gpt2box.data import collection
+first, second = collection.from_hub("someone/speeches", "", "train", slice(0, 2), False).sources
+second.bring()
+print("has the second", flush=True)
+sys.stdin.readline()
+first.bring()  # which waits for the other job
+first.done()
+second.done()
+print("done", flush=True)
+"""
+
+
+def test_two_jobs_that_wait_for_each_others_next_file_both_end(server: Hub, volumes: Path) -> None:
+    first, second = collection.from_hub("someone/speeches", "", "train", slice(0, 2), False).sources
+    command = [sys.executable, "-c", OTHER_JOB]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin and other.stdout
+        assert other.stdout.readline() == "has the second\n"
+        assert first.bring().exists()
+        ahead = aside(second.bring)
+        other.stdin.write("go on\n")
+        other.stdin.flush()
+        time.sleep(0.3)  # both wait, as far as can be seen from here
+        assert not ahead.done()
+        first.done()
+        assert ahead.result(timeout=60).exists()
+        second.done()
+        assert other.stdout.readline() == "done\n"
+    assert other.returncode == 0
 
 
 def test_downloads_that_break_off_go_on(volumes: Path, pinned: Hub) -> None:
