@@ -104,6 +104,11 @@ class Config(BaseModel):
     )
 
     max_steps: Whole = setting(100_000, "optimizer steps", group="Optimizer", may_change=True, ge=0)
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw",
+        "muon: for the matrices inside the blocks, AdamW for the rest; fewer tokens to a loss, from scratch",
+        group="Optimizer",
+    )
     learning_rate: Number = setting(3e-4, "highest learning rate", group="Optimizer", gt=0, le=1)
     min_lr: Number | None = setting(None, "learning rate at the end (default: a tenth)", group="Optimizer", ge=0, le=1)
     warmup_steps: Whole | None = setting(

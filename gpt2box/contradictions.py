@@ -26,6 +26,8 @@ def contradictions(config: Config) -> list[str]:
         faults.append(f"warmup_steps: found {config.warmup_steps}; expected at most decay_steps or max_steps")
     if config.compile is True and config.optimizer_in_backward:
         faults.append("compile: found true; expected auto or false with optimizer_in_backward")
+    if config.optimizer == "muon" and config.optimizer_in_backward:
+        faults.append("optimizer: found muon with optimizer_in_backward; expected adamw: muon needs whole gradients")
     if config.lora_rank:
         faults += contradictions_of_adapters(config)
     elif config.lora_alpha is not None:
@@ -42,6 +44,8 @@ def contradictions_of_adapters(config: Config) -> list[str]:
         faults.append("lora_rank: found with init_from scratch; expected weights to begin from, such as gpt2-medium")
     if config.lora_rank > config.shape()["n_embd"]:
         faults.append(f"lora_rank: found {config.lora_rank}; expected at most n_embd, {config.shape()['n_embd']}")
+    if config.optimizer == "muon":
+        faults.append("optimizer: found muon with lora_rank; expected adamw, as adapters are published with")
     for key in ("optimizer_states", "optimizer_in_backward"):
         if getattr(config, key) != Config.model_fields[key].default:
             faults.append(f"{key}: found with lora_rank, whose gradients and averages are small; expected the default")

@@ -97,6 +97,7 @@ def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:
             on_gpu=place.on_gpu,
             compiled=compiled,
             weights_dtype=config.weights_dtype,
+            optimizer=config.optimizer,
             optimizer_states=config.optimizer_states,
             optimizer_in_backward=config.optimizer_in_backward,
             lora_rank=config.lora_rank,
@@ -117,7 +118,7 @@ def rate(config: Config, shape: ModelShape, kind: CardKind, option: Option, comp
         return tokens_per_sec(shape, kind, *way, compiled, adapters=shape.adapter_parameters(config.lora_rank))
     lean = config.optimizer_states != "float32" or config.weights_dtype != "float32"
     updates = option.grad_accum_steps if config.optimizer_in_backward else int(lean)
-    return tokens_per_sec(shape, kind, *way, compiled, updates)
+    return tokens_per_sec(shape, kind, *way, compiled, updates, muon=config.optimizer == "muon")
 
 
 def lower(found: list[Option], too_much: dict[str, int]) -> Option | None:
@@ -144,6 +145,8 @@ def rungs(config: Config, shape: ModelShape, place: Place) -> Iterator[tuple[str
         changed = {key: value for key, value in changes.items() if getattr(config, key) != value}
         if config.lora_rank:  # whose optimizer takes next to nothing
             changed = {key: value for key, value in changed.items() if not key.startswith("optimizer")}
+        if config.optimizer == "muon":  # which takes no part of a gradient
+            changed.pop("optimizer_in_backward", None)
         if not compiles:
             changed.pop("compile", None)
         if changed in tried:

@@ -22,6 +22,9 @@ SMALL = 24 << 20  # what is small, and rounding to blocks of 512 bytes
 CUDA_CONTEXT = round(0.45 * GIB)  # 0.3 to 0.5 were seen; outside PyTorch's own count
 LEAN_CHUNK = 2 << 20  # numbers that training/lean.py updates at a time,
 LEAN_SCRATCH = 60  # and bytes that it takes for each
+MUON_SCRATCH = 16  # bytes for each number of the largest matrix that training/muon.py updates; with
+MUON_SCRATCH_LOW = 26  # weights in bfloat16, and
+MUON_SCRATCH_INT8 = 42  # for each of a chunk, beside 4 for each of the matrix, where its momentum is in 8 bits
 VOCABULARY_COPIES = 2  # the tied embedding's two gradients and their sum, beside the one that is kept
 
 
@@ -117,13 +120,26 @@ class Step:
     on_gpu: bool
     compiled: bool
     weights_dtype: str
+    optimizer: str
     optimizer_states: str
     optimizer_in_backward: bool
     lora_rank: int = 0
 
 
+def update_scratch(shape: ModelShape, step: Step, lean: bool) -> int:
+    """Working set of the optimizer's step: PyTorch's fused AdamW has none, training/muon.py that of a matrix."""
+    largest = 4 * shape.n_embd**2
+    embedding = max(shape.padded_vocab_size, shape.block_size) * shape.n_embd
+    if step.optimizer != "muon":
+        return LEAN_SCRATCH * min(LEAN_CHUNK, max(embedding, largest)) if lean else 0
+    matrix = (MUON_SCRATCH_LOW if step.weights_dtype == "bfloat16" else MUON_SCRATCH) * largest
+    if step.optimizer_states == "int8":
+        matrix = max(matrix, 4 * largest + MUON_SCRATCH_INT8 * min(LEAN_CHUNK, largest))
+    return max(matrix, LEAN_SCRATCH * min(LEAN_CHUNK, embedding) if lean else 0)
+
+
 def training_memory(shape: ModelShape, step: Step) -> Memory:
-    """The highest moment of a step with AdamW."""
+    """The highest moment of a step."""
     L, C, T = shape.n_layer, shape.n_embd, shape.block_size
     M = step.micro_batch_size * T
     P = shape.padded_vocab_size
@@ -136,11 +152,12 @@ def training_memory(shape: ModelShape, step: Step) -> Memory:
     kept = KEPT[step.dtype][mode]
 
     weights = weight * matrices + 4 * (N - matrices)
-    averages = 8 * N
+    inside = 12 * L * C * C if step.optimizer == "muon" else 0  # of which one number is kept, not two
+    averages = 8 * N - 4 * inside
     if step.optimizer_states == "int8":
-        averages = 2 * (matrices + 4 * matrices // EIGHT_BIT_BLOCK) + 8 * (N - matrices)
+        averages = (2 * matrices - inside) * (EIGHT_BIT_BLOCK + 4) // EIGHT_BIT_BLOCK + 8 * (N - matrices)
     lean = step.optimizer_in_backward or step.optimizer_states == "int8" or weight == 2
-    scratch = LEAN_SCRATCH * min(LEAN_CHUNK, max(P * C, 4 * C * C)) if lean else 0
+    scratch = update_scratch(shape, step, lean)
     always = 0 if step.optimizer_in_backward else weights  # gradients, where they are kept between micro-steps
     block_grads = 0 if step.optimizer_in_backward else weights - weight * (P + T) * C
 
@@ -185,7 +202,7 @@ def training_memory(shape: ModelShape, step: Step) -> Memory:
             hidden_grad + kept_grad,
         ),
         "the embedding's gradient": (always, M * (8 * C + 48), embedding_grads * kept_grad),
-        "the embedding's update": (always, scratch, kept_grad if step.optimizer_in_backward else 0),
+        "the largest update": (always, scratch, kept_grad if step.optimizer_in_backward else 0),
     }
     moment = max(moments, key=lambda name: sum(moments[name]))
     gradients, activations, loss = moments[moment]

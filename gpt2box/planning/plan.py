@@ -34,6 +34,7 @@ class RunPlan:
     epochs: float
 
     max_steps: int
+    optimizer: str
     learning_rate: float
     min_lr: float
     warmup_steps: int
@@ -117,6 +118,7 @@ def make_plan(
         tokens_per_step=config.tokens_per_step,
         epochs=config.max_steps * config.tokens_per_step / max(train_tokens, 1),
         max_steps=config.max_steps,
+        optimizer=config.optimizer,
         learning_rate=config.learning_rate,
         min_lr=config.learning_rate / 10 if config.min_lr is None else config.min_lr,
         warmup_steps=warmup,

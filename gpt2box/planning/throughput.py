@@ -13,6 +13,10 @@ EAGER = (
 # cards whose memory is fast for their arithmetic
 BANDWIDTH_EFFICIENCY = 0.8
 LEAN_BYTES = 400  # a parameter, read and written by some 40 operations; counted, not measured
+MUON_BYTES = 210  # the same, of a number in a matrix that muon.py updates; counted in its operations
+# Products of muon.py in a layer: five times two products and a square, for four matrices of C × C (queries, keys,
+# values, output) and two of C × 4 C, come to 300 C³ operations.
+MUON_PRODUCTS = 300
 FULL_GPU_TOKENS = 1024  # a micro-batch of so many tokens reaches half of it
 # Arithmetic over that of a plain step, in which the backward pass is two thirds.
 RECOMPUTED = {"none": 1.0, "selective": 1.02, "full": 4 / 3}
@@ -27,11 +31,13 @@ def tokens_per_sec(
     compiled: bool,
     lean_updates: int = 0,
     adapters: int = 0,
+    muon: bool = False,
 ) -> float:
     """Expected tokens a second in training, with bfloat16; 0 for a card without bfloat16.
 
     `lean_updates`: how often in a step training/lean.py goes through all parameters. `adapters`: how many parameters
     they have, if these alone are trained; a third of the arithmetic, the frozen weights' gradients, is then spared.
+    `muon`: the matrices inside the blocks are its own.
     """
     if not kind.bf16_tflops:
         return 0.0
@@ -46,5 +52,9 @@ def tokens_per_sec(
         return grad_accum_steps * M / (grad_accum_steps * (arithmetic + weights) + 32 * adapters * per_byte)
     weights = 24 * N * per_byte  # a micro-step reads weights twice, writes two copies, adds to the gradients
     # The optimizer's step: weights, gradients, two averages, read and written; lean.py's, operation by operation.
-    update = (LEAN_BYTES * lean_updates if lean_updates else 32) * N * per_byte
+    a_number = LEAN_BYTES * lean_updates if lean_updates else 32
+    inside = 12 * shape.n_layer * shape.n_embd**2 if muon else 0
+    update = (a_number * (N - inside) + MUON_BYTES * inside) * per_byte
+    if muon:
+        update += MUON_PRODUCTS * shape.n_layer * shape.n_embd**3 / (kind.bf16_tflops * 1e12 * EFFICIENCY)
     return grad_accum_steps * M / (grad_accum_steps * (arithmetic + weights) + update)

@@ -31,8 +31,7 @@ from gpt2box.training.lean import LeanAdamW, reset
 
 FORMAT = 1
 ADAPTERS = "adapters.safetensors"
-AVERAGES = ("exp_avg", "exp_avg_sq")
-SCALES = ("exp_avg_scale", "exp_avg_sq_scale")  # of averages in 8 bits
+AVERAGE = "exp_avg"  # what every optimizer keeps of every parameter
 
 
 @dataclass
@@ -115,18 +114,17 @@ def write_files(
 
 
 def optimizer_state(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's averages: in the layout of the weights, or in 8 bits (training/eight_bit.py) as they lie in memory."""
+    """All it keeps: averages in the layout of the weights, and else (8 bits, a number a row) as it lies in memory."""
     tensors = {}
     for name, parameter in trained_parameters(model).items():
-        entry = optimizer.state[parameter]
-        if isinstance(optimizer, LeanAdamW):  # whose tensors may have left out different steps
-            tensors[f"step.{name}"] = entry["step"].cpu()
-        for key in (*AVERAGES, *SCALES):
-            if key in entry:
-                flat = SCALES[0] in entry
-                tensors[f"{key}.{name}"] = (
-                    entry[key].cpu() if flat else to_hub(name, entry[key], model.shape.vocab_size)
-                )
+        for key, tensor in optimizer.state[parameter].items():
+            if key == "step":
+                if isinstance(optimizer, LeanAdamW):  # whose tensors may have left out different steps
+                    tensors[f"step.{name}"] = tensor.cpu()
+            elif tensor.shape == parameter.shape:
+                tensors[f"{key}.{name}"] = to_hub(name, tensor, model.shape.vocab_size)
+            else:
+                tensors[f"{key}.{name}"] = tensor.cpu()
     return tensors
 
 
@@ -272,13 +270,13 @@ def restore(folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: 
         stored = set(tensors.keys())
         for name, parameter in trained_parameters(model).items():
             entry = optimizer.state[parameter]
-            if f"{AVERAGES[0]}.{name}" not in stored:  # of step 0
+            if f"{AVERAGE}.{name}" not in stored:  # of step 0
                 reset(entry)
                 continue
             steps = tensors.get_tensor(f"step.{name}") if f"step.{name}" in stored else state.optimizer_steps
             entry["step"].fill_(float(steps))
-            for key in (*AVERAGES, *SCALES):
-                if SCALES[0] in entry:
-                    entry[key].copy_(tensors.get_tensor(f"{key}.{name}"))
-                elif key in entry:
+            for key in entry.keys() - {"step"}:
+                if entry[key].shape == parameter.shape:
                     copy_from_hub(name, entry[key], tensors.get_tensor(f"{key}.{name}"))
+                else:
+                    entry[key].copy_(tensors.get_tensor(f"{key}.{name}"))

@@ -7,6 +7,7 @@ the backward pass where it accumulates or clips. What each costs in loss is in d
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -98,10 +99,10 @@ class LeanAdamW(torch.optim.Optimizer):
             store(state, "exp_avg_sq", rows, v, keep, self.generator)
 
 
-def empty_state(parameter: Tensor, states: str) -> dict[str, Tensor]:
+def empty_state(parameter: Tensor, states: str, keys: Iterable[str] = tuple(SIGNED)) -> dict[str, Tensor]:
     """Averages of zero."""
     state = {"step": torch.empty((), dtype=torch.float32, device=parameter.device)}
-    for key in SIGNED:
+    for key in keys:
         if states == "int8" and parameter.dim() >= 2:
             state[key] = torch.empty(parameter.numel(), dtype=torch.uint8, device=parameter.device)
             state[f"{key}_scale"] = torch.empty(-(-parameter.numel() // BLOCK), device=parameter.device)

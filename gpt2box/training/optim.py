@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.plan import RunPlan
 from gpt2box.training.lean import LeanAdamW, StepInBackward
+from gpt2box.training.muon import Muon
 
 Optimizer = torch.optim.AdamW | LeanAdamW
 
@@ -20,10 +22,13 @@ def make_optimizer(model: GPT2, plan: RunPlan) -> Optimizer:
     Weight decay is on matrices only, not on biases and norms. The averages are made here and not in the first step,
     which might find no memory for them half-way.
     """
+    betas = (plan.beta1, plan.beta2)
+    if plan.optimizer == "muon":
+        products = torch.bfloat16 if plan.dtype == "bfloat16" else torch.float32
+        return Muon(muon_groups(model, plan), plan.learning_rate, betas, plan.optimizer_states, plan.seed, products)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    betas = (plan.beta1, plan.beta2)
     if plan.optimizer_in_backward or plan.optimizer_states != "float32" or matrices[0].dtype != torch.float32:
         return LeanAdamW(groups, plan.learning_rate, betas, plan.optimizer_states, plan.seed)
     optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=betas, fused=True)
@@ -34,6 +39,24 @@ def make_optimizer(model: GPT2, plan: RunPlan) -> Optimizer:
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
+
+
+def muon_groups(model: GPT2, plan: RunPlan) -> list[dict[str, Any]]:
+    """Matrices inside the blocks, of which c_attn is three, go to Muon; embeddings and vectors to AdamW."""
+    named = dict(model.named_parameters())
+    inside = {name for name, p in named.items() if name.startswith("h.") and p.dim() >= 2}
+    attention = {name for name in inside if name.endswith("c_attn.weight")}
+    embeddings = {name for name, p in named.items() if p.dim() >= 2} - inside
+
+    def of(names: set[str]) -> list[Tensor]:
+        return [p for name, p in named.items() if name in names]
+
+    return [
+        {"params": of(attention), "weight_decay": plan.weight_decay, "parts": 3},
+        {"params": of(inside - attention), "weight_decay": plan.weight_decay, "parts": 1},
+        {"params": of(embeddings), "weight_decay": plan.weight_decay},
+        {"params": of(named.keys() - inside - embeddings), "weight_decay": 0.0},
+    ]
 
 
 def make_update(

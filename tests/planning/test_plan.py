@@ -26,6 +26,7 @@ NANOGPT_4X1024 = 11.66  # GiB that nanoGPT's own step takes for GPT-2 Medium, by
 
 
 LORA = {"init_from": "x", "lora_rank": 16, "weights_dtype": "bfloat16"}
+MUON = {"optimizer": "muon"}
 LEAN = {"optimizer_states": "int8", "weights_dtype": "bfloat16", "optimizer_in_backward": True}
 
 
@@ -76,6 +77,10 @@ def shape_of(name: str, block_size: int = 1024) -> ModelShape:
         (shape_of("gpt2-medium"), 2, "none", "bfloat16", {**LORA, "weights_dtype": "float32"}),
         (ModelShape(9, 12, 768, 384, 65), 16, "none", "float32", {**LORA, "weights_dtype": "float32"}),
         (ModelShape(9, 12, 768, 384, 65), 16, "full", "float32", {**LORA, "accumulation": 1}),
+        (shape_of("gpt2-medium"), 4, "none", "bfloat16", MUON),
+        (ModelShape(4, 16, 1024, 256, 65), 1, "full", "bfloat16", MUON),  # where a matrix's update takes most
+        (ModelShape(4, 16, 1024, 256, 65), 1, "full", "float32", {**MUON, "optimizer_states": "int8"}),
+        (ModelShape(4, 25, 1600, 64, 65), 1, "full", "bfloat16", {**MUON, **LEAN, "optimizer_in_backward": False}),
     ],
 )
 def test_planned_bytes_are_the_simulated_ones(

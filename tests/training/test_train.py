@@ -77,8 +77,16 @@ def test_a_killed_run_ends_in_the_same_bits(volumes: Path, straight: list[str], 
     assert steps == list(range(1, 61))
 
 
-def test_a_killed_run_in_little_memory_ends_in_the_same_bits(volumes: Path) -> None:
-    lean = {**EXACT, "weights_dtype": "bfloat16", "optimizer_states": "int8", "optimizer_in_backward": True}
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weights_dtype": "bfloat16", "optimizer_states": "int8", "optimizer_in_backward": True},
+        {"optimizer": "muon"},
+        {"weights_dtype": "bfloat16", "optimizer_states": "int8", "optimizer": "muon"},
+    ],
+)
+def test_a_killed_run_with_another_optimizer_ends_in_the_same_bits(volumes: Path, settings: dict[str, object]) -> None:
+    lean = {**EXACT, **settings}
     straight = {**lean, "name": "straight"}
     _, errors = (running := process(volumes, **straight)).communicate()
     assert running.returncode == 0, errors
@@ -91,7 +99,8 @@ def test_a_killed_run_in_little_memory_ends_in_the_same_bits(volumes: Path) -> N
     ends = [volumes / "runs" / name / "checkpoints/step-00000060" for name in ("run", "straight")]
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert sha256_of(ends[0] / name) == sha256_of(ends[1] / name)
-    assert '"torch_dtype": "bfloat16"' in (ends[0] / "config.json").read_text()
+    dtype = settings.get("weights_dtype", "float32")
+    assert f'"torch_dtype": "{dtype}"' in (ends[0] / "config.json").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
