@@ -1,14 +1,25 @@
-"""Tokens to a loss: Muon's recipe against AdamW, tuned as carefully, and against nanoGPT's recipe as published.
+"""Tokens to a loss: Muon against AdamW, learning rates swept for both, and against nanoGPT's recipe as published.
 
-    python benchmarks/recipe.py [--sizes small medium] [--seeds 1 2 3] [--results FILE] [--plot docs/recipe.png]
+    gpt2box prepare shakespeare --tokenizer char --name shakespeare-char
+    python benchmarks/recipe.py [--sizes small medium] [--seeds 1 2 3] [--dataset NAME] [--plot docs/recipe.png]
+
+AdamW trains on N tokens, at each learning rate of a sweep with the first seed, at the best with all. So does Muon, on
+the shares of N in `SHARES`, each a run of its own whose learning rate ends at zero. The share at which Muon's loss is
+AdamW's final one is read off between them, on a logarithmic scale. nanoGPT's recipe is its published one for a CPU:
+2,000 steps of 12 × 64 characters. One pass over the text is never completed. Results are kept in `--results`, a JSON
+line a run, and what is there is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import time
 from contextlib import closing
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +36,74 @@ from gpt2box.planning.shape import ModelShape
 from gpt2box.training.optim import learning_rate, make_optimizer, make_update
 from gpt2box.training.validation import evaluate
 
+SIZES = {"small": {"n_layer": 2}, "medium": {"n_layer": 4}}  # the second is nanoGPT's for a CPU
+COMMON = {"n_head": 4, "n_embd": 128, "block_size": 64, "bias": "false", "beta2": 0.99}
+OURS = {**COMMON, "micro_batch_size": 24, "tokens_per_step": 1536, "min_lr": 0, "lr_schedule": "linear"}
+RECIPES: dict[str, dict[str, Any]] = {
+    "nanogpt": {
+        **COMMON, "micro_batch_size": 12, "tokens_per_step": 768, "learning_rate": 1e-3, "min_lr": 1e-4,
+        "warmup_steps": 100, "max_steps": 2000,
+    },
+    "adamw": {**OURS, "warmup_steps": 50},
+    "muon": {**OURS, "warmup_steps": 20, "optimizer": "muon"},
+}  # fmt: skip
+STEPS = {"small": 666, "medium": 266}  # of AdamW
+SHARES = (0.25, 0.37)  # of them, for Muon; its sweep is at the last
+SWEEP = {"adamw": (5e-3, 1e-2, 2e-2), "muon": (1e-2, 2e-2)}
+
+
+@dataclass
+class Runs:
+    """Runs on one dataset, and where their results are kept."""
+
+    dataset: Dataset
+    results: Path
+
+    def run(self, size: str, recipe: str, seed: int, **settings: Any) -> dict[str, Any]:
+        """tokens, val_loss, seconds and curve of a run: from the results, or else trained now."""
+        settings = {**SIZES[size], **RECIPES[recipe], "seed": seed, **settings}
+        key = {"dataset": self.dataset.digest, "size": size, "recipe": recipe, "settings": settings}
+        for line in self.results.read_text().splitlines() if self.results.exists() else []:
+            if (row := json.loads(line))["key"] == key:
+                return dict(row)
+        plan = planned(self.dataset, settings)
+        curve, seconds = trained(self.dataset, plan)
+        row = {"key": key, "tokens": curve[-1][0], "val_loss": curve[-1][1], "seconds": seconds, "curve": curve}
+        with open(self.results, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        said = f"learning rate {plan.learning_rate:g}, {row['tokens']:,} tokens, seed {seed}"
+        print(f"{size} {recipe}: {said}: {row['val_loss']:.4f} in {seconds:.0f} s", flush=True)
+        return row
+
+    def best_rate(self, size: str, recipe: str, seed: int, steps: int) -> float:
+        """The learning rate of the sweep with the lowest loss."""
+        losses = {
+            rate: self.run(size, recipe, seed, learning_rate=rate, max_steps=steps)["val_loss"]
+            for rate in SWEEP[recipe]
+        }
+        best = min(losses, key=lambda rate: losses[rate])
+        print(f"{size} {recipe}: {', '.join(f'{r:g}: {losses[r]:.4f}' for r in sorted(losses))}; best {best:g}")
+        return best
+
 
 def planned(dataset: Dataset, settings: dict[str, Any]) -> RunPlan:
+    """As `gpt2box train` would, in float32 on the CPU."""
     flags = {"dataset": "x", "activation_checkpointing": "none", "eval_windows": 600, "device": "cpu", **settings}
     config = config_file.load(None, {key: str(value) for key, value in flags.items()})[0]
-    shape = ModelShape(
-        **config.shape(), block_size=config.block_size, vocab_size=dataset.tokenizer.vocab_size, bias=config.bias
-    )
-    place = Place("this CPU", 1 << 62, None, "float32", on_gpu=False, compiled=False)
-    way = options(config, shape, place)[0]
+    vocab_size = dataset.tokenizer.vocab_size
+    shape = ModelShape(**config.shape(), block_size=config.block_size, vocab_size=vocab_size, bias=config.bias)
+    way = options(config, shape, Place("this CPU", 1 << 62, None, "float32", on_gpu=False, compiled=False))[0]
     return make_plan(config, shape, dataset.tokens("train"), "cpu", "float32", False, way)
 
 
-def trained(dataset: Dataset, plan: RunPlan, evaluations: int) -> tuple[list[tuple[int, float]], float]:
-    """(tokens, val_loss) along the way, and seconds of training."""
+def trained(dataset: Dataset, plan: RunPlan, evaluations: int = 4) -> tuple[list[tuple[int, float]], float]:
+    """(tokens, val_loss) along the way, and seconds of one thread without the evaluations."""
     model = GPT2(plan.shape, plan.dropout)
     model.initialise(plan.seed)
     model.loss_chunk_tokens = plan.loss_chunk_tokens
-    optimizer = make_optimizer(model, plan)
-    update = make_update(optimizer, plan)
+    update = make_update(make_optimizer(model, plan), plan)
     windows = TrainWindows(dataset.tokens("train"), plan.shape.block_size, plan.seed)
-    path = dataset.folder / "train.bin"
-    points, seconds = [], 0.0
+    path, curve, seconds = dataset.folder / "train.bin", [], 0.0
     with closing(micro_batches(path, windows, plan.shape.vocab_size, 0, plan.micro_batch_size, False)) as batches:
         for step in range(plan.max_steps):
             begun = time.thread_time()
@@ -59,23 +116,95 @@ def trained(dataset: Dataset, plan: RunPlan, evaluations: int) -> tuple[list[tup
                 total += loss.detach()
             update(total)
             seconds += time.thread_time() - begun
-            if (step + 1) % max(plan.max_steps // evaluations, 1) == 0 or step + 1 == plan.max_steps:
-                points.append(((step + 1) * plan.tokens_per_step, evaluate(model, dataset, plan)[0]))
-    return points, seconds
+            if (step + 1) % (plan.max_steps // evaluations) == 0 or step + 1 == plan.max_steps:
+                curve.append(((step + 1) * plan.tokens_per_step, evaluate(model, dataset, plan)[0]))
+    return curve, seconds
 
 
-def measure(dataset: Dataset, results: Path, label: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    key = {**label, "settings": {k: settings[k] for k in sorted(settings)}}
-    if results.exists():
-        for line in results.read_text().splitlines():
-            row = json.loads(line)
-            if row["key"] == key:
-                return row
-    plan = planned(dataset, settings)
-    points, seconds = trained(dataset, plan, 4)
-    row = {"key": key, "tokens": points[-1][0], "val_loss": points[-1][1], "seconds": seconds, "curve": points}
-    with open(results, "a") as file:
-        file.write(json.dumps(row) + "\n")
-    short = {k: v for k, v in settings.items() if k in ("learning_rate", "max_steps", "tokens_per_step", "optimizer", "seed", "beta2")}
-    print(f"{label} {short} val {points[-1][1]:.4f} {seconds:.0f}s", flush=True)
-    return row
+def tokens_to(loss: float, rows: list[dict[str, Any]]) -> float:
+    """Tokens at which runs of several lengths come to a loss: a line through the two lengths next to it."""
+    rows = sorted(rows, key=lambda row: row["tokens"])
+    pairs = list(pairwise(rows))
+    a, b = next((pair for pair in pairs if pair[1]["val_loss"] <= loss), pairs[-1])
+    slope = (math.log(b["tokens"]) - math.log(a["tokens"])) / (b["val_loss"] - a["val_loss"])
+    return math.exp(math.log(a["tokens"]) + slope * (loss - a["val_loss"]))
+
+
+def compare(runs: Runs, size: str, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
+    """All runs of a size, by recipe and length; prints the table's rows."""
+    lengths = [round(STEPS[size] * share) for share in SHARES]
+    adamw_rate = runs.best_rate(size, "adamw", seeds[0], STEPS[size])
+    muon_rate = runs.best_rate(size, "muon", seeds[0], lengths[-1])
+    found: dict[str, list[dict[str, Any]]] = {}
+    for seed in seeds:
+        muon = [runs.run(size, "muon", seed, learning_rate=muon_rate, max_steps=steps) for steps in lengths]
+        adamw = runs.run(size, "adamw", seed, learning_rate=adamw_rate, max_steps=STEPS[size])
+        for name, row in {"adamw": adamw, **{f"muon {row['tokens']}": row for row in muon}}.items():
+            found.setdefault(name, []).append(row)
+        losses = " | ".join(f"{row['val_loss']:.4f}" for row in (*muon, adamw))
+        print(f"| {size}, seed {seed} | {losses} | {ratios(muon, adamw)} |", flush=True)
+    return found
+
+
+def compare_with_published(runs: Runs, size: str, seeds: list[int], found: dict[str, list[dict[str, Any]]]) -> None:
+    """The same for nanoGPT's recipe, added to what was found."""
+    muon = [rows for name, rows in found.items() if name.startswith("muon")]
+    for number, seed in enumerate(seeds):
+        nanogpt = runs.run(size, "nanogpt", seed)
+        found.setdefault("nanogpt", []).append(nanogpt)
+        ours = [rows[number] for rows in muon]
+        print(f"| {size}, seed {seed} | {nanogpt['val_loss']:.4f} | {ratios(ours, nanogpt)} |", flush=True)
+
+
+def ratios(muon: list[dict[str, Any]], other: dict[str, Any]) -> str:
+    """Tokens and time of Muon to the other's final loss, over the other's."""
+    tokens = tokens_to(other["val_loss"], muon)
+    seconds = tokens * muon[-1]["seconds"] / muon[-1]["tokens"]
+    return f"{tokens / other['tokens']:.2f} | {seconds / other['seconds']:.2f}"
+
+
+def plot(found: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
+    """val_loss by tokens, means over seeds, a panel a size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(found), figsize=(9, 4), layout="constrained", squeeze=False)
+    colours = {"nanogpt": "tab:grey", "adamw": "tab:blue", "muon": "tab:orange"}
+    labels = {"nanogpt": "nanoGPT's recipe", "adamw": "AdamW, tuned", "muon": "Muon, tuned"}
+    for axes, (size, by_name) in zip(panels[0], found.items(), strict=True):
+        for name, rows in by_name.items():
+            recipe = name.split()[0]
+            points = [
+                (p[0][0], statistics.mean(v for _, v in p)) for p in zip(*(r["curve"] for r in rows), strict=True)
+            ]
+            label = labels.pop(recipe, None) if axes is panels[0][0] else None
+            axes.plot(*zip(*points, strict=True), marker=".", color=colours[recipe], label=label)
+        axes.set_title(f"{size}: {SIZES[size]['n_layer']} layers × {COMMON['n_embd']}, {len(rows)} seeds")
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("val_loss")
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--dataset", default="shakespeare-char")
+    parser.add_argument("--results", type=Path, default=Path("recipe.jsonl"))
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = Runs(open_dataset(dataset_dir(arguments.dataset)), arguments.results)
+    found = {size: compare(runs, size, arguments.seeds) for size in arguments.sizes}
+    for size in reversed(arguments.sizes):
+        compare_with_published(runs, size, arguments.seeds, found[size])
+    if arguments.plot:
+        plot(found, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

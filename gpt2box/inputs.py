@@ -50,7 +50,9 @@ def needs(config: Config) -> list[Need]:
         found.append(Need("models", f"the weights of {weights}", published[weights][0], hub=True))
     sizes = MODEL_SHAPES.get(weights) or config.shape()
     shape = ModelShape(**sizes, block_size=config.block_size, vocab_size=50_257, bias=True)
-    bytes_each = shape.checkpoint_bytes(config.weights_dtype, config.optimizer_states, config.lora_rank)
+    bytes_each = shape.checkpoint_bytes(
+        config.weights_dtype, config.optimizer, config.optimizer_states, config.lora_rank
+    )
     kept = config.keep_last + 2  # the best, and the one being written
     there = sum(path.stat().st_size for path in (run_dir(config.name) / "checkpoints").glob("step-*/*"))
     found.append(Need("runs", f"{kept} checkpoints", max(kept * bytes_each - there, 0)))

@@ -137,7 +137,9 @@ def make_plan(
         keep_last=config.keep_last,
         log_interval=config.log_interval,
         parameters=shape.parameters,
-        checkpoint_bytes=shape.checkpoint_bytes(config.weights_dtype, config.optimizer_states, config.lora_rank),
+        checkpoint_bytes=shape.checkpoint_bytes(
+            config.weights_dtype, config.optimizer, config.optimizer_states, config.lora_rank
+        ),
         memory=option.memory.parts(),
         expected_tokens_per_sec=option.tokens_per_sec,
         peak_tflops=peak_tflops,

@@ -38,13 +38,14 @@ class ModelShape:
         """Of adapters (model/lora.py) on a block's four products, whose widths in and out add up to 16·C."""
         return self.n_layer * 16 * self.n_embd * rank
 
-    def checkpoint_bytes(self, weights_dtype: str, optimizer_states: str, lora_rank: int = 0) -> int:
-        """Size of a checkpoint on disk: weights and AdamW's two averages."""
+    def checkpoint_bytes(self, weights_dtype: str, optimizer: str, optimizer_states: str, lora_rank: int = 0) -> int:
+        """Size of a checkpoint on disk: weights and averages, two of each or with Muon one inside the blocks."""
         if lora_rank:
             return 4 * self.parameters + 12 * self.adapter_parameters(lora_rank)
         weight = 2 if weights_dtype == "bfloat16" else 4
-        averages = 2 * (1 + 4 / EIGHT_BIT_BLOCK) if optimizer_states == "int8" else 8
-        return round((weight + averages) * self.parameters)
+        average = 1 + 4 / EIGHT_BIT_BLOCK if optimizer_states == "int8" else 4
+        averages = 2 * self.parameters - (12 * self.n_layer * self.n_embd**2 if optimizer == "muon" else 0)
+        return round(weight * self.parameters + average * averages)
 
     @property
     def flops_per_token(self) -> int:

@@ -74,7 +74,7 @@ class Muon(LeanAdamW):
 
     def is_plain(self, parameter: Tensor) -> bool:
         """Weights and averages in float32."""
-        return parameter.dtype == self.state[parameter]["exp_avg"].dtype == torch.float32
+        return parameter.dtype == torch.float32 and self.state[parameter]["exp_avg"].dtype == torch.float32
 
     def fused_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """AdamW by PyTorch."""
@@ -138,7 +138,7 @@ def orthogonal(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest matrices, roughly, whose singular values are all 1; (parts, rows, columns), computed in `dtype`."""
     tall = matrices.size(1) > matrices.size(2)
     size = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
-    x = (matrices / (size * SAFETY + 1e-7)).to(dtype)
+    x: Tensor = (matrices / (size * SAFETY + 1e-7)).to(dtype)
     x = x.mT if tall else x  # so that A is the smaller of the two
     for a, b, c in POLAR_EXPRESS:
         A = x @ x.mT

@@ -44,6 +44,7 @@ def twelve_gib() -> Iterator[None]:
         ("gpt2-medium", 4, "none", {}),
         ("gpt2-medium", 8, "selective", {}),
         ("gpt2-medium", 32, "full", {}),
+        ("gpt2-medium", 4, "none", {"optimizer": "muon"}),
         ("gpt2-large", 4, "full", {"optimizer_states": "int8"}),
         ("gpt2-xl", 4, "full", LEAN),
     ],

@@ -127,7 +127,7 @@ def card(free_gib: float, name: str = "rtx-4070", dtype: str = "bfloat16", compi
 
 
 def chosen(place: Place, shape: ModelShape | None = None, **flags: str) -> Option:
-    loaded = config_file.load("openwebtext", flags)[0]
+    loaded = config_file.load("openwebtext-adamw", flags)[0]
     shape = shape or shape_of("gpt2-medium")
     return choose(options(loaded, shape, place), loaded, shape, place)
 
@@ -168,7 +168,7 @@ def test_where_nothing_fits_it_says_which_settings_would() -> None:
 
 
 def test_compiled_plans_count_what_the_compiler_keeps_and_leave_selective_out() -> None:
-    loaded = config_file.load("openwebtext", {})[0]
+    loaded = config_file.load("openwebtext-adamw", {})[0]
     shape = shape_of("gpt2-medium")
     compiled = options(loaded, shape, card(12, compiled=True))
     eager = options(loaded, shape, card(12))
@@ -258,3 +258,22 @@ def test_what_cannot_fit_is_said_before_anything_is_loaded(gpt2box: Command, vol
     done = gpt2box("train", *tiny(name="run", n_layer=400, n_embd=20_000, activation_checkpointing="full"))
     assert done.returncode == 3 and "the least that these settings need" in done.stderr
     assert not (volumes / "runs" / "run").exists()
+
+
+def test_muon_takes_less_memory_a_little_more_time_and_smaller_checkpoints() -> None:
+    shape, place = shape_of("gpt2-medium"), card(12)
+    ways = {}
+    for optimizer in ("adamw", "muon"):
+        loaded = config_file.load("openwebtext", {"optimizer": optimizer, "micro_batch_size": "4"})[0]
+        (ways[optimizer],) = (w for w in options(loaded, shape, place) if w.activation_checkpointing == "full")
+    inside = 12 * 24 * 1024**2
+    assert ways["adamw"].memory.optimizer - ways["muon"].memory.optimizer == 4 * inside
+    assert 0.9 < ways["muon"].tokens_per_sec / ways["adamw"].tokens_per_sec < 1
+    sizes = [shape.checkpoint_bytes("float32", optimizer, "float32") for optimizer in ("adamw", "muon")]
+    assert sizes[0] - sizes[1] == 4 * inside
+
+
+def test_where_muon_does_not_fit_what_is_offered_keeps_it() -> None:
+    loaded, shape, place = config_file.load("openwebtext", {})[0], shape_of("gpt2-medium"), card(3.8)
+    with pytest.raises(MachineCannot, match="--optimizer-states int8 --weights-dtype bfloat16 fits"):
+        choose(options(loaded, shape, place), loaded, shape, place)
