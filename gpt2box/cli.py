@@ -106,7 +106,10 @@ def prepare(inputs: tuple[str, ...], name: str | None, verify: bool, **options: 
 
 @cli.command(cls=SettingsCommand)
 @click.argument("config", required=False)
-def train(config: str | None, **flags: str | None) -> None:
+@click.option(
+    "--allow-change", multiple=True, metavar="KEY", help="Go on with another value of this setting; from there on."
+)
+def train(config: str | None, allow_change: tuple[str, ...], **flags: str | None) -> None:
     """Train as CONFIG says; the same command again resumes.
 
     CONFIG is a YAML file, the name of a shipped one, or a nanoGPT config file. Any setting can be given as an
@@ -123,7 +126,7 @@ def train(config: str | None, **flags: str | None) -> None:
     stop = StopRequest().install()
     from gpt2box.job import run_job
 
-    run_job(config, given(config, flags), stop)
+    run_job(config, given(config, flags), stop, allow_change)
 
 
 def given(config: str | None, flags: dict[str, Any]) -> dict[str, Any]:

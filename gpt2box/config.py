@@ -170,6 +170,12 @@ class Config(BaseModel):
     loss_chunk_tokens: Whole = setting(
         512, "tokens whose logits exist at a time", group="Machine", may_change=True, ge=1
     )
+    deterministic: AutoBool = setting(
+        "auto",
+        "the same bits each time. auto: on a CPU, where it is free; on a GPU slower, by how much is not measured yet",
+        group="Machine",
+        may_change=True,
+    )
 
     eval_interval: Whole = setting(500, "steps between evaluations", group="Evaluation", may_change=True, ge=1)
     eval_windows: Whole = setting(
@@ -240,7 +246,7 @@ def about(key: str) -> About:
     values = "TEXT"
     if field.annotation is bool:
         values = "[true|false]"
-    elif key == "compile":
+    elif key in ("compile", "deterministic"):
         values = "[auto|true|false]"
     elif key == "micro_batch_size":
         values = "[auto|N ≥ 1]"
@@ -285,6 +291,14 @@ def validate(values: dict[str, Any], source: str) -> Config:
             next_step="gpt2box train --help lists all settings",
         )
     return config
+
+
+# What a run may be resumed with where --allow-change asks for it: it changes the course from here on, and leaves the
+# checkpoint, the position in the text and what val_loss means as they are.
+CHANGEABLE = (
+    "learning_rate", "min_lr", "warmup_steps", "lr_schedule", "decay_steps", "decay_fraction",
+    "weight_decay", "beta1", "beta2", "grad_clip", "dropout", "dtype",
+)  # fmt: skip
 
 
 def may_change(key: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,9 @@ from gpt2box.data.tokens import SPLITS, Dataset, open_dataset
 from gpt2box.errors import MachineCannot
 from gpt2box.fitting import choose_way, place_of, ways_down
 from gpt2box.inputs import bring, has_dataset
+from gpt2box.machine.determinism import make_deterministic
 from gpt2box.machine.device import choose_compile, choose_device, choose_dtype, describe
+from gpt2box.machine.provenance import provenance
 from gpt2box.model.decode import Decoder
 from gpt2box.model.generate import Choice, generate
 from gpt2box.model.gpt2 import GPT2
@@ -33,7 +35,8 @@ from gpt2box.planning.plan import RunPlan, make_plan
 from gpt2box.planning.shape import ModelShape
 from gpt2box.preflight import check_gpu
 from gpt2box.progress import duration, say, size
-from gpt2box.run_records import check_unchanged, write_records
+from gpt2box.run_records import check_unchanged, checked_allowance, say_what_may_change_bits, write_records
+from gpt2box.sessions import session_of
 from gpt2box.stop import StopRequest
 from gpt2box.training import checkpoint
 from gpt2box.training.checkpoint import TrainState
@@ -43,14 +46,26 @@ from gpt2box.training.optim import make_optimizer
 from gpt2box.training.validation import evaluate
 
 
-def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> None:
-    """Train, or go on, or say that it is done.
+def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest, allow: Sequence[str] = ()) -> None:
+    """Train, or go on, or say that it is done; `allow`: settings that a run may go on with another value of.
 
     Raises:
         Gpt2boxError: see errors.py; nothing is written before settings, dataset and device are checked.
     """
+    allowed = checked_allowance(allow)
     config, notes = config_file.load(argument, flags)
-    text = text_path(str(flags.get("dataset") or ""))
+    run_config(config, notes, text_path(str(flags.get("dataset") or "")), argument, stop, allowed)
+
+
+def run_config(
+    config: Config,
+    notes: Sequence[str],
+    text: Path | None,
+    argument: str | None,
+    stop: StopRequest,
+    allow: Sequence[str] = (),
+) -> None:
+    """The same, of settings that are read; `text`: what the dataset is made from, `argument`: what the user gave."""
     check_gpu(config.device)
     if text or not has_dataset(config):
         bring(config, text)
@@ -67,8 +82,7 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> N
     option = choose_way(config, shape, place)
     peak = place.kind.bf16_tflops if place.kind and place.on_gpu and dtype == "bfloat16" else 0.0
     plan = make_plan(config, shape, dataset.tokens("train"), str(device), dtype, compile_model, option, peak)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where a product is float32
+    set_arithmetic(plan)
     describe_plan(config, plan, describe(device))
 
     if config.eval_only:
@@ -77,8 +91,9 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> N
     with locked(run / ".lock", f"the run {config.name} is being trained"):
         found = checkpoint.newest(run / "checkpoints")
         state = found[1] if found else TrainState()
+        changed = {}
         if found:
-            check_unchanged(config, dataset, run)
+            changed = check_unchanged(config, dataset, run, allow)
             checkpoint.point_to_last_and_best(run / "checkpoints", state)
             announce_resume(config, *found)
         if state.stopped_early and (config.patience == 0 or state.evaluations_without_best < config.patience):
@@ -92,7 +107,10 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> N
                     initialise(model, config, weights)
                 if found:
                     checkpoint.restore(found[0], model, optimizer, state)
-            write_records(run, config, plan, dataset, describe(device))
+            session = session_of(provenance(device), plan, state.step, changed)
+            if found:
+                say_what_may_change_bits(run, session)
+            write_records(run, config, plan, dataset, session, weights)
             sampler = Sampler(config, model, dataset, run)
             pretrained = config.init_from != "scratch"
             ways = ways_down(config, shape, place)
@@ -106,6 +124,14 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest) -> N
             if config.sample_tokens and not stop:
                 look_back(config, job)
     report(config, argument, run, state, stop, plan)
+
+
+def set_arithmetic(plan: RunPlan) -> None:
+    """How products and sums are formed, for the rest of this process; before the first of them."""
+    if plan.deterministic:
+        make_deterministic()
+    if not plan.device.startswith("cpu"):
+        torch.set_float32_matmul_precision("high")  # TF32 where a product is float32
 
 
 def train_again_where_half_done(job: Job) -> None:

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import time
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gpt2box import config_file
-from gpt2box.config import Config, may_change, validate
-from gpt2box.data.tokens import Dataset
+from gpt2box.config import CHANGEABLE, Config, may_change, validate
+from gpt2box.data.assets import sha256_of
+from gpt2box.data.published import HUB_REVISIONS
+from gpt2box.data.tokens import SPLITS, Dataset
 from gpt2box.errors import BadInput
-from gpt2box.machine.provenance import provenance
-from gpt2box.paths import write_atomically
+from gpt2box.paths import read_object, write_atomically
 from gpt2box.planning.plan import RunPlan
 from gpt2box.progress import say
+from gpt2box.sessions import differences, sessions_in
+
+FORMAT = 2  # of manifest.json; 1 had neither settings nor weights
+MOST_FILES = 1000  # of a dataset, that are listed one by one
 
 
-def check_unchanged(config: Config, dataset: Dataset, run: Path) -> None:
-    """A run goes on with the settings and the text it began with, but for settings that do not change what is learned.
+def check_unchanged(config: Config, dataset: Dataset, run: Path, allow: Collection[str] = ()) -> dict[str, Any]:
+    """A run goes on with the settings and the text it began with, but for settings that do not change what is learned,
+    and for those whose change is asked for.
+
+    Returns: what each setting that differs was before.
 
     Raises:
         BadInput: lists what differs.
     """
     began = read_manifest(run)
-    if began and began["dataset"]["splits"] != dataset.manifest.get("splits"):
+    if began and began["dataset"]["splits"] not in (None, about_dataset(dataset)["splits"]):
         raise BadInput(
             f"the dataset in {dataset.folder} is not the one that the run {config.name} began with",
             f"the same text: {began['dataset']['splits']}",
@@ -33,20 +42,39 @@ def check_unchanged(config: Config, dataset: Dataset, run: Path) -> None:
         )
     path = run / "config.yaml"
     if not path.exists():
-        return
+        return {}
     before = validate(config_file.read_yaml(path), str(path))
     differing = [key for key in Config.model_fields if getattr(before, key) != getattr(config, key)]
-    if refused := [key for key in differing if not may_change(key)]:
+    if refused := [key for key in differing if not may_change(key) and key not in allow]:
         lines = [f"{key}: {getattr(before, key)} before, {getattr(config, key)} now" for key in refused]
+        sound = [key for key in refused if key in CHANGEABLE]
+        asked = "".join(f" --allow-change {key.replace('_', '-')}" for key in sound)
         raise BadInput(
             f"the run {config.name} began with other settings:\n    " + "\n    ".join(lines),
             "the same settings to go on",
-            f"undo the change, or begin another run with --name {config.name}-2",
+            f"undo the change, or begin another run with --name {config.name}-2"
+            + (f"; to go on so from here:{asked}" if sound == refused else ""),
         )
     for key in differing:
         stretched = key == "max_steps" and config.decay_steps is None and config.lr_schedule != "constant"
         tail = "; the learning rate's schedule now ends there" if stretched else ""
         say(f"note: {key}: {getattr(before, key)} before, {getattr(config, key)} now{tail}")
+    return {key: getattr(before, key) for key in differing}
+
+
+def checked_allowance(given: Sequence[str]) -> tuple[str, ...]:
+    """The settings of --allow-change.
+
+    Raises:
+        BadInput: one that may change without it, may never change, or is none.
+    """
+    keys = tuple(key.replace("-", "_") for key in given)
+    for key in keys:
+        if key not in CHANGEABLE:
+            known = key in Config.model_fields
+            reason = "no such setting" if not known else "it may" if may_change(key) else "it never may in a run"
+            raise BadInput(f"--allow-change {key}: {reason}", f"one of: {', '.join(CHANGEABLE)}")
+    return keys
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
@@ -58,14 +86,51 @@ def read_manifest(run: Path) -> dict[str, Any]:
         return {}
 
 
-def write_records(run: Path, config: Config, plan: RunPlan, dataset: Dataset, device: str) -> None:
-    """config.yaml, plan.json and manifest.json; the last keeps what each session ran on."""
+def say_what_may_change_bits(run: Path, session: dict[str, Any]) -> None:
+    """Where a session goes on in another way than the one before, or on another machine."""
+    before = sessions_in(read_manifest(run))
+    for line in differences(before[-1], session, of_bits=True) if before else []:
+        say(f"note: {line}: from here on not in the bits of an uninterrupted run")
+
+
+def write_records(
+    run: Path, config: Config, plan: RunPlan, dataset: Dataset, session: dict[str, Any], weights: Path | None
+) -> None:
+    """config.yaml, plan.json and manifest.json: all that the run follows from, and what each session ran on."""
     write_atomically(run / "config.yaml", config_file.to_yaml(config))
     write_atomically(run / "plan.json", json.dumps(asdict(plan), indent=2) + "\n")
-    summary = {key: dataset.manifest.get(key) for key in ("source", "tokenizer", "splits")}
-    session = {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **provenance(device)}
+    before = read_manifest(run)
+    known = before.get("weights") if plan.lora_rank == 0 or session["step"] else None  # read anew with adapters
     manifest = {
-        "dataset": {"folder": str(dataset.folder), **summary},
-        "sessions": [*read_manifest(run).get("sessions", []), session],
+        "format": FORMAT,
+        "name": config.name,
+        "settings": config.model_dump(mode="json"),
+        "seed": config.seed,
+        "plan": asdict(plan),
+        "weights": known or weights_source(config.init_from, weights),
+        "dataset": {"folder": str(dataset.folder), **about_dataset(dataset)},
+        "sessions": [*before.get("sessions", []), session],
     }
     write_atomically(run / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def about_dataset(dataset: Dataset) -> dict[str, Any]:
+    """Its manifest, with a long list of files cut to its sha256; of nanoGPT's, which has none, what is read quickly."""
+    if not dataset.manifest:
+        splits = {split: {"tokens": dataset.tokens(split)} for split in SPLITS}
+        return {"source": "a folder as nanoGPT's", "splits": splits | {"val_digest": dataset.digest}}
+    about = dict(dataset.manifest)
+    files = about.get("documents")
+    if isinstance(files, list) and len(files) > MOST_FILES:
+        about["documents"] = {"count": len(files), "sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
+    return about
+
+
+def weights_source(init_from: str, folder: Path | None) -> dict[str, Any]:
+    """What the weights that a run begins from are: of the Hub their commit, and of each file the sha256."""
+    if folder is None:
+        return {"init_from": init_from}
+    hub = read_object(folder / "hub.json")
+    commit = hub.get("commit") or (HUB_REVISIONS.get(init_from) if folder.name in HUB_REVISIONS else None)
+    files = {path.name: sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
+    return {"init_from": init_from, "repo": hub.get("repo"), "commit": commit, "sha256": files}

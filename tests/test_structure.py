@@ -19,7 +19,7 @@ LAYERS = [
     ["model"],
     ["training"],
     ["output"],
-    ["inputs", "preflight", "planner", "fitting", "run_records", "job"],
+    ["inputs", "preflight", "planner", "fitting", "sessions", "run_records", "job", "verify", "reproduce"],
     ["options", "model_commands", "output_commands", "cli"],
     ["__main__", "container"],
 ]

@@ -60,6 +60,7 @@ class RunPlan:
     expected_tokens_per_sec: float
     peak_tflops: float  # of the card, in `dtype`; 0 where that is not known
     log_format: str
+    deterministic: bool  # the same bits each time, on the same kind of device
 
     def mfu(self, tokens_per_sec: float) -> float | None:
         """Share of the card's peak that the model's own arithmetic comes to (Chowdhery et al. 2022, appendix B).
@@ -94,6 +95,7 @@ def make_plan(
     peak_tflops: float = 0.0,
 ) -> RunPlan:
     """The plan of a run on a device that has been looked at (see machine/device.py), in the way that was chosen."""
+    on_cpu = device.partition(":")[0] == "cpu"
     sequences = config.tokens_per_step // config.block_size
     warmup = config.warmup_steps
     if warmup is None:
@@ -144,4 +146,5 @@ def make_plan(
         expected_tokens_per_sec=option.tokens_per_sec,
         peak_tflops=peak_tflops,
         log_format=config.log_format,
+        deterministic=on_cpu if config.deterministic == "auto" else config.deterministic,
     )

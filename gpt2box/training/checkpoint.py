@@ -27,6 +27,7 @@ from gpt2box.model.lora import adapters
 from gpt2box.model.weights import PREFIX, copy_from_hub, hub_config, hub_state, load_hub, stored_tensors, to_hub
 from gpt2box.paths import fix_hint, fsync_dir
 from gpt2box.progress import size
+from gpt2box.training.digest import digest_of
 from gpt2box.training.lean import LeanAdamW, reset
 
 FORMAT = 1
@@ -105,7 +106,7 @@ def write_files(
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    content = {"format": FORMAT, **asdict(state), "files": files}
+    content = {"format": FORMAT, **asdict(state), "digest": digest_of(files), "files": files}
     with open(folder / "state.json", "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
         file.flush()

@@ -28,6 +28,7 @@ from gpt2box.planning.plan import RunPlan
 from gpt2box.stop import StopRequest
 from gpt2box.training import checkpoint
 from gpt2box.training.checkpoint import TrainState
+from gpt2box.training.digest import checksum
 from gpt2box.training.display import Display
 from gpt2box.training.ladder import step_down, step_up
 from gpt2box.training.lean import LeanAdamW, StepInBackward
@@ -221,6 +222,7 @@ def log(
         "peak_memory_bytes": peak_memory_bytes(torch.device(plan.device)),
         "skipped_steps": int(update.skipped),
         "mfu": plan.mfu(tokens_per_sec),
+        "digest": checksum(job.model, job.optimizer),
     }
     metrics.write(state.step, "train", **row)
     left = (plan.max_steps - state.step) * plan.tokens_per_step / tokens_per_sec
