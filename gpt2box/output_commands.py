@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from gpt2box.errors import BadInput
+from gpt2box.errors import BadInput, Damaged
 
 
 @click.command()
@@ -71,4 +71,46 @@ def runs(names: tuple[str, ...], compare: bool, out: Path | None, as_json: bool)
         print(f"no run in {shown(runs_dir())} yet; gpt2box train demo makes one")
 
 
-COMMANDS = [report, runs]
+@click.command()
+@click.argument("run", required=False)
+@click.option("--from", "start", metavar="STEP", help="From this checkpoint, to the next [default: the beginning].")
+@click.option("--steps", type=click.IntRange(min=1), help="So many steps [default: 20, or to the next checkpoint].")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def verify(run: str | None, start: str | None, steps: int | None, as_json: bool) -> None:
+    """Do steps of RUN (the newest by default) again, and say whether they come to the same bits.
+
+    \b
+    gpt2box verify demo                         its first 20 steps
+    gpt2box verify demo --from step-00000500    from there to the next checkpoint
+
+    If not: the first step and tensor found to differ, and what differs between the machine then and now. Nothing is
+    written. Exit code 0: the same, 4: different.
+    """
+    from gpt2box.output.runs import find_run
+    from gpt2box.verify import verify as do_again
+
+    verdict = do_again(find_run(run), start, steps)
+    print(json.dumps(verdict.as_dict(), indent=2) if as_json else "\n".join(verdict.lines()))
+    if not verdict.same:
+        raise SystemExit(Damaged.exit_code)
+
+
+@click.command()
+@click.argument("manifest", type=click.Path(path_type=Path))
+@click.option("--name", help="The new run's name [default: the run's, with -reproduced].")
+@click.option("--device", help="auto, cpu, cuda or cuda:N [default: the run's].")
+def reproduce(manifest: Path, name: str | None, device: str | None) -> None:
+    """Train once more what MANIFEST, a run's manifest.json, is of: from nothing but that file.
+
+    A known corpus is prepared, a published model downloaded; what of the inputs is missing or differs is named. The
+    same command again resumes.
+    """
+    from gpt2box.stop import StopRequest
+
+    stop = StopRequest().install()
+    from gpt2box.reproduce import reproduce as start_again
+
+    start_again(manifest, name, device, stop)
+
+
+COMMANDS = [report, runs, verify, reproduce]

@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from gpt2box.config import CHANGEABLE
 from gpt2box.planning.plan import RunPlan
 
 # How the steps are done: other numbers of these add in another order.
@@ -15,6 +16,7 @@ WAY = (
 )  # fmt: skip
 OF_BITS = ("way.", "gpu.", "packages.torch", "packages.triton", "environment.", "device_type")
 OF_BITS_ON_CPU = ("cpu.model", "cpu.instructions", "cpu.threads")
+OF_COURSE = {"max_steps", *CHANGEABLE}  # settings that may change, and with them what is learned
 NOT_COMPARED = ("started", "step", "device", "cpu.cores")
 
 

@@ -1,0 +1,301 @@
+"""`gpt2box verify`: some steps of a run done once more, and whether they end in the same bits.
+
+Nothing is written: the steps are the loop's own (training/loop.py), without its evaluations and checkpoints, and what
+they come to is compared in memory with the digests in metrics.jsonl and with the tensors of the run's checkpoints.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from gpt2box import config_file
+from gpt2box.config import Config, validate
+from gpt2box.data.published import pretrained_folder, shape_from, shape_in
+from gpt2box.data.tokens import Dataset, open_dataset
+from gpt2box.errors import BadInput, Damaged
+from gpt2box.fitting import place_of
+from gpt2box.job import empty_model, initialise, model_shape, set_arithmetic
+from gpt2box.machine.device import choose_compile, choose_device
+from gpt2box.machine.provenance import provenance
+from gpt2box.model.lora import adapters
+from gpt2box.model.weights import hub_state
+from gpt2box.paths import dataset_dir
+from gpt2box.planning.choose import options
+from gpt2box.planning.plan import RunPlan, make_plan
+from gpt2box.planning.shape import ModelShape
+from gpt2box.preflight import check_gpu
+from gpt2box.progress import say
+from gpt2box.run_records import about_dataset, read_manifest, weights_source
+from gpt2box.sessions import OF_COURSE, began_at, differences, session_of, sessions_in
+from gpt2box.stop import StopRequest
+from gpt2box.training import checkpoint, metrics
+from gpt2box.training.checkpoint import TrainState
+from gpt2box.training.digest import checksum
+from gpt2box.training.loop import Job, open_batches, take_step
+from gpt2box.training.optim import make_optimizer, make_update
+
+FIRST_STEPS = 20  # where neither --from nor --steps says how many
+
+
+@dataclass
+class Stretch:
+    """Steps of a run, and what it kept of them."""
+
+    run: Path
+    config: Config  # as it was then
+    session: dict[str, Any]  # that did them
+    start: int
+    end: int
+    digests: dict[int, str]  # by step
+    checkpoints: dict[int, Path]
+
+    @property
+    def steps(self) -> list[int]:
+        """At which something can be compared."""
+        return sorted(self.digests.keys() | self.checkpoints.keys())
+
+
+@dataclass
+class Verdict:
+    """How it came out."""
+
+    run: str
+    start: int
+    end: int  # the last step that was compared
+    compared: list[int] = field(default_factory=list)
+    same_up_to: int = 0
+    first_different_step: int | None = None
+    tensor: str = ""  # the first that differs, where a checkpoint shows it
+    amount: str = ""
+    environment: list[str] = field(default_factory=list)  # what differs between then and now
+
+    @property
+    def same(self) -> bool:
+        """Whether all bits that were compared are."""
+        return self.first_different_step is None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return {"same": self.same, **asdict(self)}
+
+    def lines(self) -> list[str]:
+        """In words."""
+        if self.same:
+            places = f"{len(self.compared)} place{'s' * (len(self.compared) > 1)}"
+            return [f"{self.run}: steps {self.start + 1:,} to {self.end:,} come to the same bits ({places} compared)"]
+        lines = [f"{self.run}: step {self.first_different_step:,} is the first that was found to differ"]
+        lines.append(f"  the same        up to step {self.same_up_to:,}")
+        unnamed = "not known: no checkpoint of such a step is kept (--steps up to one that is, or --from one before)"
+        lines.append(f"  tensor          {self.tensor + ', ' + self.amount if self.tensor else unnamed}")
+        none = "nothing that is recorded: try again; where it differs each time, memory or processor may be at fault"
+        lines += [f"  {'then and now' if i == 0 else '':14}  {x}" for i, x in enumerate(self.environment or [none])]
+        return lines
+
+
+def verify(run: Path, start_at: str | None, steps: int | None) -> Verdict:
+    """Do steps of a run again, from its beginning or a checkpoint, and compare.
+
+    Raises:
+        BadInput: no such checkpoint, or nothing to compare with.
+        Damaged: the dataset, the first weights or the checkpoint are not what they were.
+    """
+    stretch = stretch_of(run, start_at, steps)
+    job, now = job_of(stretch)
+    verdict = Verdict(run.name, stretch.start, stretch.start, same_up_to=stretch.start)
+    verdict.environment = differences(stretch.session, now)
+    for step in again(job, stretch):
+        if step not in stretch.steps:
+            continue
+        differing = stretch.digests.get(step) not in (None, checksum(job.model, job.optimizer))
+        if step in stretch.checkpoints:
+            verdict.tensor, verdict.amount = first_difference(job, stretch.checkpoints[step])
+        verdict.compared.append(step)
+        verdict.end = step
+        if verdict.same and (differing or verdict.tensor):
+            verdict.first_different_step = step
+        elif verdict.same:
+            verdict.same_up_to = step
+        say(f"  step {step:,}: {'the same' if verdict.same else 'different'}")
+        if not verdict.same and (verdict.tensor or not any(later > step for later in stretch.checkpoints)):
+            break
+    return verdict
+
+
+def stretch_of(run: Path, start_at: str | None, steps: int | None) -> Stretch:
+    """Which steps, and what there is to compare them with.
+
+    Raises:
+        BadInput: no such checkpoint, or nothing to compare with.
+    """
+    folders = {int(path.name[5:]): path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()}
+    start = 0
+    if start_at is not None:
+        matched = re.fullmatch(r"(?:step-)?(\d{1,8})", start_at)
+        start = int(matched[1]) if matched else -1
+        if start not in folders:
+            raise BadInput(f"no checkpoint {start_at} in {run}", f"one of: {listed(folders)}")
+    config, session, limit = then(run, start)
+    later = sorted(step for step in folders if start < step <= limit)
+    if steps is not None:
+        end = min(start + steps, limit)
+    else:
+        end = later[0] if start_at is not None and later else min(start + FIRST_STEPS, limit)
+    rows = metrics.read(run / "metrics.jsonl")
+    digests = {row["step"]: str(row["digest"]) for row in rows if row["kind"] == "train" and row.get("digest")}
+    digests = {step: digest for step, digest in digests.items() if start < step <= end}
+    checkpoints = {step: folders[step] for step in later if step <= end}
+    if not digests and not checkpoints:
+        raise BadInput(
+            f"{run.name}: nothing is recorded of its steps {start + 1:,} to {end:,}",
+            f"a digest, each log_interval of {config.log_interval} steps, or a checkpoint; kept: {listed(folders)}",
+            "gpt2box verify RUN --from step-… --steps N",
+        )
+    return Stretch(run, config, session, start, end, digests, checkpoints)
+
+
+def listed(folders: dict[int, Path]) -> str:
+    """Checkpoints in a message."""
+    return ", ".join(folders[step].name for step in sorted(folders)) or "none"
+
+
+def then(run: Path, start: int) -> tuple[Config, dict[str, Any], int]:
+    """Settings and session of the step after `start`, and the last step before another session did otherwise.
+
+    Raises:
+        BadInput: the run keeps no account of its sessions.
+    """
+    sessions = sessions_in(read_manifest(run))
+    if not sessions or not (run / "config.yaml").is_file():
+        raise BadInput(
+            f"{run} does not say what its steps were done with", "config.yaml and manifest.json of this version"
+        )
+    began = began_at(sessions)
+    session = next(each for each, step in reversed(list(zip(sessions, began, strict=True))) if step <= start)
+    values = config_file.read_yaml(run / "config.yaml")
+    limit = int(validate(values, str(run / "config.yaml")).max_steps)
+    for each, step in reversed(list(zip(sessions, began, strict=True))):
+        if step > start:
+            values |= each["changed"]
+            if differences(session, each, of_bits=True) or OF_COURSE & each["changed"].keys():
+                limit = step
+    return validate(values, str(run / "manifest.json")), session, limit
+
+
+def job_of(stretch: Stretch) -> tuple[Job, dict[str, Any]]:
+    """What the loop works on, as it was at the beginning of the stretch, and the session that this is now.
+
+    Raises:
+        BadInput, MachineCannot: the device is not here, or the weights.
+        Damaged: dataset, weights or checkpoint are not what they were.
+    """
+    config, run, start = with_way(stretch), stretch.run, stretch.start
+    check_gpu(config.device)
+    manifest = read_manifest(run)
+    dataset = open_dataset(dataset_dir(config.dataset))
+    if manifest["dataset"]["splits"] != (now := about_dataset(dataset)["splits"]):
+        raise Damaged(
+            f"the dataset in {dataset.folder} is {now}", f"what the run began with: {manifest['dataset']['splits']}"
+        )
+    weights = (
+        first_weights(config, manifest) if config.init_from != "scratch" and (start == 0 or config.lora_rank) else None
+    )
+    shape = model_shape(config, dataset)[1]
+    if weights:
+        shape = shape_from(config, shape_in(weights), str(weights), dataset.tokenizer.vocab_size)
+    plan, device = plan_of(config, shape, dataset)
+    folder = run / "checkpoints" / checkpoint.folder_name(start)
+    state = checkpoint.read_state(folder) if start else TrainState()
+    set_arithmetic(plan)
+    model = empty_model(plan)
+    optimizer = make_optimizer(model, plan)
+    if start == 0 or plan.lora_rank:
+        initialise(model, config, weights)
+    if start:
+        checkpoint.restore(folder, model, optimizer, state)
+    job = Job(run, plan, model, optimizer, dataset, dataset.tokenizer, state, StopRequest(), lambda *_: None, False, [])
+    return job, session_of(provenance(device), plan, start, {})
+
+
+def with_way(stretch: Stretch) -> Config:
+    """The settings, with what was chosen then."""
+    way = stretch.session.get("way")
+    known = {key: way[key] for key in way if key in Config.model_fields} if isinstance(way, dict) else {}
+    return validate(stretch.config.model_dump() | known, f"the way in {stretch.run / 'manifest.json'}")
+
+
+def first_weights(config: Config, manifest: dict[str, Any]) -> Path:
+    """The folder of the weights that the run began from.
+
+    Raises:
+        Damaged: they are others.
+    """
+    folder = pretrained_folder(config.init_from)
+    expected = manifest.get("weights")
+    expected = expected.get("sha256") if isinstance(expected, dict) else None
+    if expected and (found := weights_source(config.init_from, folder)["sha256"]) != expected:
+        raise Damaged(f"the weights in {folder} are {found}", f"those that the run began from: {expected}")
+    return folder
+
+
+def plan_of(config: Config, shape: ModelShape, dataset: Dataset) -> tuple[RunPlan, torch.device]:
+    """The plan in the way that was chosen then, on the device that is here."""
+    device = choose_device(config.device)
+    compiled, note = choose_compile(config.compile if config.may_compile else False, device)
+    if note:
+        say(f"note: {note}")
+    way = options(config, shape, place_of(device, config.dtype, compiled))[0]
+    return make_plan(config, shape, dataset.tokens("train"), str(device), config.dtype, compiled, way), device
+
+
+def again(job: Job, stretch: Stretch) -> Iterator[int]:
+    """Do the steps; yields the number of each when it is done."""
+    forward = torch.compile(job.model) if job.plan.compile else job.model
+    update = make_update(job.optimizer, job.plan)
+    job.model.train()
+    with closing(open_batches(job)) as batches, closing(update):
+        while job.state.step < stretch.end:
+            take_step(job, forward, batches, update)
+            job.state.step += 1
+            yield job.state.step
+
+
+def first_difference(job: Job, folder: Path) -> tuple[str, str]:
+    """The first tensor of a checkpoint that is not in the same bits now, in the model's order, and by how much.
+
+    Raises:
+        Damaged: the checkpoint is not what was written.
+    """
+    state = checkpoint.read_state(folder)
+    files: list[tuple[str, dict[str, Tensor]]] = [("model.safetensors", hub_state(job.model))]
+    if trained := adapters(job.model):
+        files.append((checkpoint.ADAPTERS, {name: parameter.detach() for name, parameter in trained.items()}))
+    if state.optimizer_steps:
+        files.append(("optimizer.safetensors", checkpoint.optimizer_state(job.model, job.optimizer)))
+    for name, tensors in files:
+        with safe_open(folder / name, framework="pt") as stored:
+            present = set(stored.keys())
+            for key, tensor in tensors.items():
+                if key not in present:
+                    return key, f"not in {folder / name}"
+                if amount := differing_numbers(stored.get_tensor(key), tensor.detach().cpu().contiguous()):
+                    return key, amount
+    return "", ""
+
+
+def differing_numbers(before: Tensor, now: Tensor) -> str:
+    """How many numbers of two tensors are not the same bits, and by how much at most; nothing where all are."""
+    if before.shape != now.shape or before.dtype != now.dtype:
+        return f"{tuple(before.shape)} {before.dtype} before, {tuple(now.shape)} {now.dtype} now"
+    if torch.equal(before.reshape(-1).view(torch.uint8), now.reshape(-1).view(torch.uint8)):
+        return ""
+    apart = (before.double() - now.double()).abs()
+    return f"{int((apart != 0).sum()):,} of {before.numel():,} numbers, by {float(apart.max()):.3g} at most"
