@@ -24,7 +24,7 @@ FROM ${CPU_BASE} AS base-cpu
 FROM base-${STACK} AS base
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates g++ gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/*
+    && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/*.log /var/cache/ldconfig/aux-cache
 
 # Either of the next two leaves an interpreter in /opt/python, headers included.
 FROM base AS python-conda
@@ -38,7 +38,7 @@ RUN --mount=type=bind,from=micromamba,source=/bin/micromamba,target=/usr/local/b
 FROM base AS python-distro
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 python3-dev python3-venv \
-    && rm -rf /var/lib/apt/lists/* \
+    && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/*.log /var/cache/ldconfig/aux-cache \
     && mkdir -p /opt/python/bin \
     && ln -s /usr/bin/python3 /opt/python/bin/python3
 
@@ -50,11 +50,13 @@ FROM python-distro AS python-cpu
 FROM python-${PYTHON} AS deps
 ARG STACK
 ENV PATH=/opt/venv/bin:$PATH
-# Bytecode is compiled here: the user that runs the image cannot write it.
+# Bytecode is compiled here: the user that runs the image cannot write it. It names its source by a hash and not by its
+# time, which another build of the same image would not have (make image-verify); so does pip's, with SOURCE_DATE_EPOCH.
 RUN --mount=type=bind,source=requirements,target=/requirements \
     --mount=type=bind,from=wheelhouse,target=/wheelhouse \
     --mount=type=cache,target=/root/.cache \
-    /opt/python/bin/python3 -m venv /opt/venv \
+    export SOURCE_DATE_EPOCH=315532800 PYC_INVALIDATION_MODE=UNCHECKED_HASH PYTHONHASHSEED=0 \
+    && /opt/python/bin/python3 -m venv /opt/venv \
     && /opt/python/bin/python3 -m venv /tmp/uv \
     && /tmp/uv/bin/pip install --quiet --require-hashes --requirement /requirements/installer.lock \
     && PATH=/tmp/uv/bin:$PATH UV_SYSTEM_CERTS=1 UV_FIND_LINKS=/wheelhouse UV_LINK_MODE=copy \
@@ -92,7 +94,7 @@ RUN mkdir -p /tmp/cache /input /configs /workspace /volumes \
     && printf '#!/bin/sh\nexec python -m gpt2box.container "$@"\n' >/usr/local/bin/gpt2box \
     && chmod 755 /usr/local/bin/gpt2box
 COPY gpt2box /opt/gpt2box/gpt2box
-RUN python -m compileall -q /opt/gpt2box/gpt2box
+RUN PYTHONHASHSEED=0 python -m compileall -q --invalidation-mode unchecked-hash /opt/gpt2box/gpt2box
 USER 1000:1000
 WORKDIR /workspace
 ARG VERSION=unknown

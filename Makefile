@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export STACK CPU DATA PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image preflight plan shakespeare train-medium finetune prepare sample monitor report runs tensorboard stop test test-gpu test-image lint format \
+.PHONY: help demo image image-verify audit preflight plan shakespeare train-medium finetune prepare sample monitor report runs tensorboard stop test test-gpu test-image lint format \
 	lock clean
 
 help: ## list the tasks
@@ -31,6 +31,9 @@ demo: $(VENV)/ready ## train a small GPT on Shakespeare on this CPU (about 4 min
 
 image: ## build the container image (STACK=cu121, cu13x or cpu)
 	@scripts/box.sh image
+
+image-verify: ## build it twice and compare what is in it (STACK as above)
+	@scripts/image-verify.sh
 
 preflight: ## check the GPU, driver, memory, disk and network, in the container (JOB=finetune)
 	@scripts/box.sh preflight $(or $(JOB),finetune) $(ARGS)
@@ -83,6 +86,14 @@ lint: $(VENV)/ready ## ruff, mypy, hadolint and shellcheck
 	@$(BIN)/mypy
 	@$(BIN)/hadolint Dockerfile
 	@$(BIN)/shellcheck scripts/*.sh tests/image/*.sh requirements/install.sh .ci/run
+
+.venv-audit/ready: requirements/audit.lock
+	@$(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/python -m pip install -qq --disable-pip-version-check --require-hashes --requirement $<
+	@touch $@
+
+audit: $(VENV)/ready .venv-audit/ready ## known vulnerabilities of all locked packages, licences of the stack's (STACK=cu121 …)
+	@$(BIN)/python requirements/audit.py .venv-audit/bin/pip-audit $(or $(STACK),cpu)
 
 format: $(VENV)/ready ## let ruff rewrite the sources
 	@$(BIN)/ruff check --fix .

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PYTHON = {"cpu": "3.11", "cu121": "3.10", "cu13x": "3.13", "installer": "3.10"}
+PYTHON = {"cpu": "3.11", "cu121": "3.10", "cu13x": "3.13", "installer": "3.10", "audit": "3.10"}
 # torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl
 CPU_TORCH = "torch==2.13.0+cpu --hash=sha256:6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"
 TORCH = re.compile(r"(torch==|cuda-|triton|nvidia-(?!ml-py))")
@@ -47,7 +47,7 @@ def write(name: str, packages: list[str]) -> None:
 
 
 def main() -> None:
-    for stack in ("cu121", "cu13x", "installer"):
+    for stack in ("cu121", "cu13x", "installer", "audit"):
         write(f"{stack}.lock", compile_lock(stack))
     packages = compile_lock("cpu")
     write("cpu.lock", [p for p in packages if not TORCH.match(p)])

@@ -34,8 +34,9 @@ GPT2BOX_UID=$(setting GPT2BOX_UID "$(id -u)")
 GPT2BOX_GID=$(setting GPT2BOX_GID "$(id -g)")
 VERSION=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' gpt2box/__init__.py)
 REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)
+SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 0)} # the image's date
 LOCK_SHA256=$(cat requirements/"$STACK"*.lock | sha256sum | cut -d' ' -f1)
-export STACK DATA GPT2BOX_UID GPT2BOX_GID VERSION REVISION LOCK_SHA256
+export STACK DATA GPT2BOX_UID GPT2BOX_GID VERSION REVISION LOCK_SHA256 SOURCE_DATE_EPOCH
 image=$(setting GPT2BOX_NAME gpt2box):$STACK
 
 # --- what must be there ---------------------------------------------------------------------------------------------
@@ -71,7 +72,8 @@ make_image() {
     # A folder of wheels of one's own, as pip knows it.
     [ "$STACK" != cpu ] || [ ! -d "${PIP_FIND_LINKS:-}" ] || extra+=(--build-context "wheelhouse=$PIP_FIND_LINKS")
     [ "$STACK" = cpu ] || extra+=(--tag "${image%:*}:latest")
-    docker build --build-arg STACK --build-arg VERSION --build-arg REVISION --build-arg LOCK_SHA256 "${extra[@]}" "$@" .
+    docker build --build-arg STACK --build-arg VERSION --build-arg REVISION --build-arg LOCK_SHA256 \
+        --build-arg SOURCE_DATE_EPOCH "${extra[@]}" "$@" .
 }
 
 ensure_image() { # there, and of this revision: a rebuild after a change of the source takes seconds
