@@ -2,7 +2,8 @@
 
 metrics.jsonl, one object a line. Every line has `step`, `kind` and `time` (Unix seconds).
     train   loss (mean since the last line), learning_rate, grad_norm (of the last step), tokens_per_sec,
-            peak_memory_bytes, skipped_steps (non-finite, so far in this session), mfu (of the card, or null)
+            peak_memory_bytes, skipped_steps (non-finite, so far in this session), mfu (of the card, or null),
+            digest (16 hex digits: a sum over the bits of weights and averages at that step, training/digest.py)
     eval    val_loss, val_set (its name: runs compare where it is equal), best
 """
 
