@@ -206,6 +206,41 @@ def plan(
     planner.show(settings, target, all_sizes, explain, as_json)
 
 
+@cli.command(cls=SettingsCommand, show_settings=False)
+@click.argument("config", required=False)
+@click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps that are timed.")
+@click.option("--sweep", is_flag=True, help="Find the fastest micro-batch, recompute, compiled or not, and keep it.")
+@click.option("--share", is_flag=True, help="Print a row for the table of cards (docs/cards.md).")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def bench(config: str | None, steps: int, sweep: bool, share: bool, as_json: bool, **flags: str | None) -> None:
+    """Measure how fast this machine trains CONFIG [default: shakespeare on a GPU, demo without].
+
+    \b
+    gpt2box bench
+    gpt2box bench openwebtext --sweep
+    gpt2box bench finetune --share
+
+    Step, tokens a second, share of the card's peak, memory, loader, evaluation, checkpoint, and what was estimated of
+    them. Takes all options of `train`. Needs no dataset and no weights: where they are not there, random ones do.
+    What --sweep finds is kept in volumes/runs/bench.json, and `plan` and `train` go by it; all else is left alone.
+    """
+    from gpt2box import config_file
+    from gpt2box.machine.gpu import ask_driver
+
+    if share and as_json:
+        raise BadInput("--share and --json are both given", "one of the two")
+    flags["dataset"] = flags["dataset"] or (None if config else "any")
+    chosen = {key: value for key, value in flags.items() if value is not None}
+    if config is None and set(chosen) <= {"dataset", "device"}:
+        on_cpu = flags["device"] == "cpu" or not ask_driver().cards
+        config, chosen = ("demo" if on_cpu else "shakespeare"), chosen | {"dataset": ""}
+    settings, _ = config_file.load(config, chosen)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # keeps what was measured, as at Ctrl-C
+    from gpt2box.bench import bench as measure
+
+    measure(settings, steps, sweep, share, as_json)
+
+
 @cli.command()
 @click.argument("run", required=False)
 @click.option("--once", is_flag=True, help="Show it once and end.")

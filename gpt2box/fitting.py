@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from gpt2box.config import Config
-from gpt2box.machine.device import describe
+from gpt2box.machine.device import choose_compile, describe
 from gpt2box.machine.gpu import card_of
-from gpt2box.machine.host import memory_bytes
+from gpt2box.machine.host import cpu_name, memory_bytes
 from gpt2box.paths import read_object, run_dir
 from gpt2box.planning.cards import card_found
-from gpt2box.planning.choose import Option, Place, choose, options
+from gpt2box.planning.choose import Option, Place, choose, informed, options
 from gpt2box.planning.memory import CUDA_CONTEXT
 from gpt2box.planning.shape import ModelShape
 
@@ -27,7 +28,17 @@ def place_of(device: torch.device, dtype: str, compiled: bool) -> Place:
     else:
         free = memory_bytes()[1]
     kind = card_found(card.name, card.total_bytes) if card else None
-    return Place(describe(device), free, kind, dtype, device.type == "cuda", compiled)
+    name = (card.name if card else "") if device.type == "cuda" else cpu_name()
+    return Place(describe(device), free, kind, dtype, device.type == "cuda", compiled, name)
+
+
+def place_for(config: Config, shape: ModelShape, device: torch.device, dtype: str, compiled: bool) -> Place:
+    """The same for a run, with what was measured there. A run that began with the default stays compiled, or not."""
+    place = place_of(device, dtype, compiled)
+    known = informed(place, config, shape, can_compile=choose_compile(True, device)[0])
+    if read_object(run_dir(config.name) / "plan.json").get("compile") == compiled:
+        return replace(known, compiled=compiled)
+    return known
 
 
 def choose_way(config: Config, shape: ModelShape, place: Place) -> Option:

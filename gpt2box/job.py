@@ -17,7 +17,7 @@ from gpt2box.data.published import pretrained_folder, shape_from, shape_in
 from gpt2box.data.tokenizer import prompt_ids
 from gpt2box.data.tokens import SPLITS, Dataset, open_dataset
 from gpt2box.errors import MachineCannot
-from gpt2box.fitting import choose_way, place_of, ways_down
+from gpt2box.fitting import choose_way, place_for, ways_down
 from gpt2box.inputs import bring, has_dataset
 from gpt2box.machine.determinism import make_deterministic
 from gpt2box.machine.device import choose_compile, choose_device, choose_dtype, describe
@@ -78,10 +78,10 @@ def run_config(
         say(f"note: {line}")
     weights, shape = model_shape(config, dataset)
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
-    place = place_of(device, dtype, compile_model)
+    place = place_for(config, shape, device, dtype, compile_model)
     option = choose_way(config, shape, place)
     peak = place.kind.bf16_tflops if place.kind and place.on_gpu and dtype == "bfloat16" else 0.0
-    plan = make_plan(config, shape, dataset.tokens("train"), str(device), dtype, compile_model, option, peak)
+    plan = make_plan(config, shape, dataset.tokens("train"), str(device), dtype, place.compiled, option, peak)
     set_arithmetic(plan)
     describe_plan(config, plan, describe(device))
 
@@ -205,11 +205,14 @@ def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
     compiled = "compiled" if plan.compile else "not compiled"
     recompute = "" if plan.activation_checkpointing == "none" else f", {plan.activation_checkpointing} recompute"
     say(f"  {device}; {plan.dtype}, {compiled}{recompute}; a checkpoint is {size(plan.checkpoint_bytes)}")
+    pace = plan.expected_tokens_per_sec
+    seconds = plan.max_steps * plan.tokens_per_step / pace if pace else 0
+    speed = f"{pace:,.0f} tokens/s, {duration(seconds)} to the end" if pace else ""
     if plan.device != "cpu":
-        pace = plan.expected_tokens_per_sec
-        seconds = plan.max_steps * plan.tokens_per_step / pace if pace else 0
-        speed = f"; {pace:,.0f} tokens/s, {duration(seconds)} to the end" if pace else ""
-        say(f"  estimated: {size(sum(plan.memory.values()))} of the card's memory{speed}")
+        estimated = "" if plan.speed_measured or not speed else f"; {speed}"
+        say(f"  estimated: {size(sum(plan.memory.values()))} of the card's memory{estimated}")
+    if plan.speed_measured:
+        say(f"  measured here (gpt2box bench): {speed}")
 
 
 @contextmanager
@@ -308,7 +311,8 @@ def report(
         return
     ended = "stopped early, no better val_loss" if state.stopped_early else "finished"
     pace = plan.expected_tokens_per_sec
-    estimate = f" (estimated: {duration(state.step * plan.tokens_per_step / pace)})" if pace else ""
+    kind = "as measured before" if plan.speed_measured else "estimated"
+    estimate = f" ({kind}: {duration(state.step * plan.tokens_per_step / pace)})" if pace else ""
     say(f"{config.name}: {ended} at step {state.step:,} after {duration(state.seconds)} of training{estimate}")
     if state.best_val_loss is not None:
         published = (

@@ -2,7 +2,7 @@
 
     volumes/data/NAME/       datasets          volumes/data/raw/   files as downloaded
     volumes/models/NAME/     weights from elsewhere, in the Hugging Face layout
-    volumes/runs/NAME/       training runs
+    volumes/runs/NAME/       training runs            volumes/runs/bench.json   what was measured here
 
 $GPT2BOX_VOLUMES moves them all; the default is ./volumes.
 """
@@ -83,6 +83,11 @@ def model_dir(name: str) -> Path:
 def runs_dir() -> Path:
     """The folder of all runs."""
     return volumes() / "runs"
+
+
+def bench_file() -> Path:
+    """What `gpt2box bench --sweep` measured: beside the runs, since a container that trains sees these alone."""
+    return runs_dir() / "bench.json"
 
 
 def run_dir(name: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gpt2box.config import MODEL_SHAPES, Config
@@ -12,10 +12,10 @@ from gpt2box.data.published import pretrained_folder, shape_from, shape_in
 from gpt2box.data.tokens import open_dataset
 from gpt2box.errors import BadInput, Gpt2boxError, MachineCannot
 from gpt2box.machine import gpu
-from gpt2box.machine.host import memory_bytes
+from gpt2box.machine.host import cpu_name, memory_bytes
 from gpt2box.paths import dataset_dir
 from gpt2box.planning.cards import CARDS, CardKind, card_found, card_named
-from gpt2box.planning.choose import BF16_FROM, Option, Place, choose, fitting, options, rungs
+from gpt2box.planning.choose import BF16_FROM, Option, Place, choose, fitting, informed, options, rungs
 from gpt2box.planning.memory import GIB, padded_parameters
 from gpt2box.planning.shape import ModelShape
 from gpt2box.progress import duration, size
@@ -50,7 +50,8 @@ def target(name: str | None, vram_gib: float | None, config: Config) -> Target:
     if config.device == "cpu" or (config.device == "auto" and not nvml.cards):
         free = memory_bytes()[1]
         dtype = "float32" if config.dtype == "auto" else config.dtype
-        return Target(Place("this CPU", free, None, dtype, on_gpu=False, compiled=False), f"{size(free)} free now")
+        place = Place("this CPU", free, None, dtype, on_gpu=False, compiled=config.compile is True, card=cpu_name())
+        return Target(place, f"{size(free)} free now")
     index = int(config.device.partition(":")[2] or 0)
     if index >= len(nvml.cards):
         found = nvml.fault or f"no card with the number {index}"
@@ -60,7 +61,8 @@ def target(name: str | None, vram_gib: float | None, config: Config) -> Target:
         raise BadInput(f"the driver does not tell the memory of {card.name}", "", "gpt2box plan … --vram-gib 12")
     note = f"{size(card.free_bytes)} of {size(card.total_bytes or 0)} free now"
     kind = card_found(card.name, card.total_bytes)
-    return Target(gpu_place(card.name, card.free_bytes, kind, dtype_of(config, card.capability or BF16_FROM)), note)
+    place = gpu_place(card.name, card.free_bytes, kind, dtype_of(config, card.capability or BF16_FROM))
+    return Target(replace(place, card=card.name), note)
 
 
 def gpu_place(name: str, free_bytes: int, kind: CardKind | None, dtype: str) -> Place:
@@ -119,7 +121,8 @@ def show(config: Config, target: Target, all_sizes: bool, explain: bool, as_json
     if all_sizes:
         return table(config, target, as_json)
     shape = shape_of(config)
-    place = target.place
+    place = informed(target.place, config, shape)
+    compiled = place.compiled and config.may_compile
     found = options(config, shape, place)
     try:
         chosen = choose(found, config, shape, place)
@@ -130,15 +133,17 @@ def show(config: Config, target: Target, all_sizes: bool, explain: bool, as_json
             print(line)
         raise
     if as_json:
-        print(json.dumps(as_dict(config, shape, target, chosen, found), indent=2))
+        print(json.dumps(as_dict(config, shape, target, chosen, found, compiled), indent=2))
         return
-    print(f"{config.name}: {shape.parameters:,} parameters, on {place.name} ({target.note}); all estimated")
-    for line in plan_lines(config, shape, chosen):
+    print(f"{config.name}: {shape.parameters:,} parameters, on {place.name} ({target.note}); {KINDS[chosen.measured]}")
+    for line in plan_lines(config, shape, chosen, compiled):
         print(f"  {line}")
-    print(f"memory, at its highest in {chosen.memory.moment}")
+    print(f"memory, at its highest in {chosen.memory.moment}; estimated")
     for name, count in chosen.memory.parts().items():
         print(f"  {name:12} {size(count):>10}" + (f"   {EXPLAINED[name]}" if explain else ""))
     print(f"  {'in all':12} {size(chosen.memory.total):>10}   of {size(place.free_bytes)} free")
+    if chosen.measured_bytes:
+        print(f"  {'measured':12} {size(chosen.measured_bytes):>10}   here, by gpt2box bench")
     if explain:
         M = chosen.micro_batch_size * shape.block_size
         print(
@@ -154,9 +159,12 @@ def show(config: Config, target: Target, all_sizes: bool, explain: bool, as_json
 
 def way_words(way: Option) -> str:
     """In a line."""
-    speed = f", {way.tokens_per_sec:,.0f} tokens/s" if way.tokens_per_sec else ""
-    return f"{way.words()}, {size(way.memory.total)}{speed}"
+    speed = f", {way.tokens_per_sec:,.0f} tokens/s{MARKS[way.measured]}" if way.tokens_per_sec else ""
+    return f"{way.words()}, {size(way.total_bytes)}{speed}"
 
+
+KINDS = {False: "all estimated", True: "speed measured here by gpt2box bench, the rest estimated"}
+MARKS = {False: "", True: " (measured here)"}
 
 EXPLAINED = {
     "weights": "4 N: float32; weights_dtype bfloat16: 2 N",
@@ -170,15 +178,17 @@ EXPLAINED = {
 }
 
 
-def plan_lines(config: Config, shape: ModelShape, chosen: Option) -> Iterator[str]:
+def plan_lines(config: Config, shape: ModelShape, chosen: Option, compiled: bool) -> Iterator[str]:
     """What is done, how fast and how long."""
     yield (
         f"{config.tokens_per_step:,} tokens a step = {chosen.micro_batch_size} × {shape.block_size} × "
-        f"{chosen.grad_accum_steps} micro-steps; recompute: {chosen.activation_checkpointing}"
+        f"{chosen.grad_accum_steps} micro-steps; recompute: {chosen.activation_checkpointing}, "
+        f"{'compiled' if compiled else 'not compiled'}"
     )
     if chosen.tokens_per_sec:
         seconds = config.max_steps * config.tokens_per_step / chosen.tokens_per_sec
-        yield f"{chosen.tokens_per_sec:,.0f} tokens/s, {config.max_steps:,} steps in {duration(seconds)}"
+        rate = f"{chosen.tokens_per_sec:,.0f} tokens/s{MARKS[chosen.measured]}"
+        yield f"{rate}, {config.max_steps:,} steps in {duration(seconds)}"
     if tokens := train_tokens(config):
         yield f"{config.max_steps * config.tokens_per_step / tokens:.2g} passes over {tokens:,} tokens"
     kept = config.keep_last + 2
@@ -190,15 +200,17 @@ def other_lines(chosen: Option | None, found: list[Option], target: Target) -> I
     """For each kind of recompute the fastest that fits; where none does, the smallest."""
     for mode in dict.fromkeys(option.activation_checkpointing for option in found):
         same = [option for option in found if option.activation_checkpointing == mode]
-        fits = [option for option in same if option.memory.total <= target.place.free_bytes]
-        best = fits[0] if fits else min(same, key=lambda option: option.memory.total)
-        speed = f"{best.tokens_per_sec:>9,.0f} tokens/s" if best.tokens_per_sec else ""
+        fits = [option for option in same if option.total_bytes <= target.place.free_bytes]
+        best = fits[0] if fits else min(same, key=lambda option: option.total_bytes)
+        speed = f"{best.tokens_per_sec:>9,.0f} tokens/s{MARKS[best.measured]}" if best.tokens_per_sec else ""
         verdict = "chosen" if best == chosen else "fits" if fits else "does not fit"
-        yield f"{mode:10} micro_batch_size {best.micro_batch_size:<4} {size(best.memory.total):>10}  {speed}  {verdict}"
+        yield f"{mode:10} micro_batch_size {best.micro_batch_size:<4} {size(best.total_bytes):>10}  {speed}  {verdict}"
 
 
-def as_dict(config: Config, shape: ModelShape, target: Target, chosen: Option, found: list[Option]) -> dict[str, Any]:
-    """For programs; bytes, tokens a second, seconds. All estimated."""
+def as_dict(
+    config: Config, shape: ModelShape, target: Target, chosen: Option, found: list[Option], compiled: bool
+) -> dict[str, Any]:
+    """For programs; bytes, tokens a second, seconds. Estimated, but for what an option's `kind` says of its speed."""
 
     def one(option: Option) -> dict[str, Any]:
         return {
@@ -207,16 +219,19 @@ def as_dict(config: Config, shape: ModelShape, target: Target, chosen: Option, f
             "activation_checkpointing": option.activation_checkpointing,
             "memory": option.memory.parts() | {"total": option.memory.total},
             "tokens_per_sec": round(option.tokens_per_sec, 1) or None,
-            "fits": option.memory.total <= target.place.free_bytes,
+            "kind": "measured here" if option.measured else "estimated",
+            "measured_bytes": option.measured_bytes or None,
+            "fits": option.total_bytes <= target.place.free_bytes,
         }
 
     total = config.max_steps * config.tokens_per_step
     return {
         "name": config.name,
-        "kind": "estimated",
+        "kind": "measured here" if chosen.measured else "estimated",
         "card": target.place.name,
         "free_bytes": target.place.free_bytes,
         "parameters": shape.parameters,
+        "compiled": compiled,
         "tokens_per_step": config.tokens_per_step,
         "chosen": one(chosen),
         "seconds": round(total / chosen.tokens_per_sec) if chosen.tokens_per_sec else None,
@@ -233,11 +248,11 @@ def table(config: Config, target: Target, as_json: bool) -> None:
     for name, sizes in MODEL_SHAPES.items():
         shape = ModelShape(**sizes, block_size=config.block_size, vocab_size=VOCABULARY, bias=config.bias)
         found = options(config, shape, target.place)
-        chosen = fitting(found, target.place) or min(found, key=lambda option: option.memory.total)
-        rows.append((name, shape, chosen, chosen.memory.total <= target.place.free_bytes))
+        chosen = fitting(found, target.place) or min(found, key=lambda option: option.total_bytes)
+        rows.append((name, shape, chosen, chosen.total_bytes <= target.place.free_bytes))
     if as_json:
         content = [
-            {"model": name, "fits": fits, "total_bytes": way.memory.total, "micro_batch_size": way.micro_batch_size,
+            {"model": name, "fits": fits, "total_bytes": way.total_bytes, "micro_batch_size": way.micro_batch_size,
              "activation_checkpointing": way.activation_checkpointing, "tokens_per_sec": way.tokens_per_sec or None}
             for name, _, way, fits in rows
         ]  # fmt: skip
@@ -249,5 +264,5 @@ def table(config: Config, target: Target, as_json: bool) -> None:
         verdict = "" if fits else "  does not fit"
         print(
             f"  {name:12} {shape.parameters / 1e6:>6.0f}M  micro_batch_size {way.micro_batch_size:<4} "
-            f"recompute {way.activation_checkpointing:10} {size(way.memory.total):>10}  {speed}{verdict}"
+            f"recompute {way.activation_checkpointing:10} {size(way.total_bytes):>10}  {speed}{verdict}"
         )

@@ -42,6 +42,20 @@ def cores() -> float:
     return min(usable, int(quota) / int(period)) if int(quota) > 0 else usable
 
 
+def cpu_model() -> str:
+    """The processor, as the system names it."""
+    lines = _read("/proc/cpuinfo", "").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.lower().startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def cpu_name() -> str:
+    """The processor, with the threads that PyTorch takes by default."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(wanted) if wanted.isdigit() else len(os.sched_getaffinity(0))
+    return f"{' '.join(cpu_model().split())}, {threads} thread{'' if threads == 1 else 's'}"
+
+
 def memory_bytes() -> tuple[int, int]:
     """Memory in all and available now, within the container's limit."""
     lines = dict(line.split(":", 1) for line in _read("/proc/meminfo", "").splitlines() if ":" in line)
@@ -86,6 +100,6 @@ def is_windows_drive(folder: Path) -> bool:
 
 def _read(path: str, default: str) -> str:
     try:
-        return Path(path).read_text().strip() or default
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip() or default
     except OSError:
         return default

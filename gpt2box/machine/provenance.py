@@ -98,18 +98,8 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
 def cpu_facts() -> dict[str, Any]:
     """The processor, the instructions that PyTorch uses of it, and how many threads add up."""
     return {
-        "model": cpu_model(),
+        "model": host.cpu_model(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": host.cores(),
         "threads": torch.get_num_threads(),
     }
-
-
-def cpu_model() -> str:
-    """As the system names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.lower().startswith("model name")]
-    return names[0] if names else platform.machine()

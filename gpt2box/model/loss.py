@@ -64,7 +64,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             target = targets[rows].clamp(min=0).long().unsqueeze(1)  # (m, 1)
             share = torch.where(counted[rows], factor, 0.0).unsqueeze(1)  # (m, 1)
             logits = (chunk @ weight_low.t()).to(sums)  # (m, P), the one large tensor
-            logits[:, vocab_size:] = -torch.inf
+            logits[:, vocab_size:].fill_(-torch.inf)
             highest = logits.amax(1, keepdim=True)
             at_target = logits.gather(1, target) - highest
             exp = logits.sub_(highest).exp_()

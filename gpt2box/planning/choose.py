@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gpt2box.config import Config
 from gpt2box.errors import MachineCannot
+from gpt2box.paths import bench_file
 from gpt2box.planning.cards import CARDS, CardKind
+from gpt2box.planning.measured import Measured, compiled_is_faster, job_of, read
 from gpt2box.planning.memory import Memory, Step, training_memory
 from gpt2box.planning.shape import ModelShape
 from gpt2box.planning.throughput import tokens_per_sec
@@ -31,6 +33,13 @@ class Option:
     activation_checkpointing: str
     memory: Memory
     tokens_per_sec: float  # expected; 0: no figure for this device
+    measured: bool = False  # that figure, here
+    measured_bytes: int = 0  # of memory, here; 0: not measured
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory that must be free: measured where it was, else estimated."""
+        return self.measured_bytes or self.memory.total
 
     def words(self) -> str:
         """As settings."""
@@ -47,6 +56,8 @@ class Place:
     dtype: str
     on_gpu: bool
     compiled: bool  # whether the model is compiled there, where the settings allow it
+    card: str = ""  # by which measurements are kept; empty where none can be
+    measured: list[Measured] = field(default_factory=list)  # by `gpt2box bench --sweep`
 
 
 # Settings that take less memory, the mildest first.
@@ -62,7 +73,10 @@ CHANGES_NUMBERS = {"optimizer_states", "optimizer_in_backward", "weights_dtype"}
 
 
 def options(config: Config, shape: ModelShape, place: Place) -> list[Option]:
-    """Every way that the settings leave open, fastest first; a setting that is not `auto` is obeyed."""
+    """Every way that the settings leave open, fastest first; a setting that is not `auto` is obeyed.
+
+    What was measured here goes before what is estimated.
+    """
     found = list(ways(config, shape, place))
     if place.on_gpu:
         ranking = place.kind if place.kind and place.kind.bf16_tflops else USUAL
@@ -70,7 +84,19 @@ def options(config: Config, shape: ModelShape, place: Place) -> list[Option]:
         found.sort(key=lambda option: -rate(config, shape, ranking, option, compiled))
     else:  # less recompute first, then the largest micro-batch up to what suits a CPU
         found.sort(key=lambda o: (RECOMPUTE.index(o.activation_checkpointing), abs(CPU_SEQUENCES - o.micro_batch_size)))
+    found.sort(key=lambda option: -option.tokens_per_sec if option.measured else 0.0)  # the others keep their order
     return found
+
+
+def informed(place: Place, config: Config, shape: ModelShape, can_compile: bool = True) -> Place:
+    """With what was measured there, and compiled or not as was faster, where both were tried and it is left open."""
+    if not place.card:
+        return place
+    records, faster = read(bench_file(), place.card), None
+    if config.compile == "auto" and config.may_compile and can_compile:
+        job = job_of(place.card, config, shape, place.dtype)
+        faster = compiled_is_faster(records, job, config.tokens_per_step)
+    return replace(place, measured=records, compiled=place.compiled if faster is None else faster)
 
 
 def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:
@@ -85,6 +111,8 @@ def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:
     modes = ["none", "full"] if compiled or config.lora_rank else list(RECOMPUTE)
     if config.activation_checkpointing != "auto":
         modes = [config.activation_checkpointing]
+    job = job_of(place.card, config, shape, place.dtype) if place.measured else None
+    measured = {record.way: record for record in place.measured if record.job == job}
     for count, mode in itertools.product(sizes, modes):
         accumulation = sequences // count
         step = Step(
@@ -103,12 +131,19 @@ def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:
             lora_rank=config.lora_rank,
         )
         option = Option(count, accumulation, mode, training_memory(shape, step), 0.0)
-        known = place.kind and place.on_gpu and place.dtype == "bfloat16"
-        yield (
-            replace(option, tokens_per_sec=rate(config, shape, place.kind, option, compiled))
-            if known and place.kind
-            else option
-        )
+        if place.kind and place.on_gpu and place.dtype == "bfloat16":
+            option = replace(option, tokens_per_sec=rate(config, shape, place.kind, option, compiled))
+        yield as_measured(option, measured.get((count, mode, compiled)))
+
+
+def as_measured(option: Option, record: Measured | None) -> Option:
+    """With what was measured in place of what is estimated. Where memory ran out, it takes more than was free then."""
+    if record is None:
+        return option
+    if not record.fits:
+        return replace(option, measured_bytes=max(record.free_bytes + 1, option.memory.total))
+    rate = record.tokens_per_sec(option.grad_accum_steps)
+    return replace(option, tokens_per_sec=rate, measured=True, measured_bytes=record.peak_bytes)
 
 
 def rate(config: Config, shape: ModelShape, kind: CardKind, option: Option, compiled: bool) -> float:
@@ -132,7 +167,7 @@ def lower(found: list[Option], too_much: dict[str, int]) -> Option | None:
 
 def fitting(found: list[Option], place: Place) -> Option | None:
     """The first of the options that fits into what is free; `options` has the fastest first."""
-    return next((option for option in found if option.memory.total <= place.free_bytes), None)
+    return next((option for option in found if option.total_bytes <= place.free_bytes), None)
 
 
 def rungs(config: Config, shape: ModelShape, place: Place) -> Iterator[tuple[str, Option, bool]]:
@@ -166,14 +201,14 @@ def choose(found: list[Option], config: Config, shape: ModelShape, place: Place)
     """
     if way := fitting(found, place):
         return way
-    nearest = min(found, key=lambda option: option.memory.total)
+    nearest = min(found, key=lambda option: option.total_bytes)
     flags, way, changes = next(rungs(config, shape, place), ("", nearest, False))
     cost = "; changes the numbers, see docs/memory.md: a run that has begun goes on as it was" if changes else ""
     raise MachineCannot(
         f"{place.name} has {size(max(place.free_bytes, 0))} free; the least that these settings need is "
-        f"{size(nearest.memory.total)} ({nearest.words()}; estimated)",
+        f"{size(nearest.total_bytes)} ({nearest.words()}; estimated)",
         "a plan that fits",
-        f"{flags} fits ({size(way.memory.total)}, {way.words()}{cost})"
+        f"{flags} fits ({size(way.total_bytes)}, {way.words()}{cost})"
         if flags
         else "a smaller model or block_size; or close other programs",
     )

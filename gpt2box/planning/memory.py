@@ -63,6 +63,10 @@ COMPILED = {
 }
 
 
+# Working set of a block without gradients, bytes a token in units of C: the residual twice, a norm, the MLP's insides.
+EVALUATED = {"bfloat16": 30, "float32": 48}
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes at the step's highest moment. `total` is what the card must have free."""
@@ -211,3 +215,15 @@ def training_memory(shape: ModelShape, step: Step) -> Memory:
     margin = (32 << 20) + (gradients + activations + loss) // 40 + output_grad
     context = CUDA_CONTEXT if step.on_gpu else 0
     return Memory(weights, gradients, averages, activations, loss, workspace, margin, context, moment)
+
+
+def evaluation_sequences(shape: ModelShape, dtype: str, loss_chunk_tokens: int, step: dict[str, int]) -> int:
+    """How many sequences an evaluation can take at a time in the memory that a step needs anyway (`Memory.parts`).
+
+    No activation is kept and there are no gradients, so that is many more than a micro-batch's.
+    """
+    T, C, P = shape.block_size, shape.n_embd, shape.padded_vocab_size
+    room = step["gradients"] + step["activations"] + step["loss"]
+    product = 2 if dtype == "bfloat16" else 4
+    room -= loss_chunk_tokens * P * (6 if product == 2 else 4) + product * P * C + 8 * product * C * C
+    return max(room // (T * C * EVALUATED[dtype]), 0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gpt2box.config import Config
-from gpt2box.planning.choose import Option
+from gpt2box.planning.choose import MOST_TOKENS, Option
+from gpt2box.planning.memory import evaluation_sequences
 from gpt2box.planning.shape import ModelShape
 
 
@@ -48,6 +49,7 @@ class RunPlan:
 
     eval_interval: int
     eval_windows: int
+    eval_batch_size: int  # windows at a time
     patience: int
     save_interval: int
     save_minutes: float  # 0: by steps alone
@@ -58,6 +60,7 @@ class RunPlan:
     checkpoint_bytes: int
     memory: dict[str, int]  # expected bytes by part, and how fast; estimated
     expected_tokens_per_sec: float
+    speed_measured: bool  # here, by `gpt2box bench --sweep`
     peak_tflops: float  # of the card, in `dtype`; 0 where that is not known
     log_format: str
     deterministic: bool  # the same bits each time, on the same kind of device
@@ -79,9 +82,20 @@ def in_this_way(plan: RunPlan, way: Option) -> RunPlan:
         micro_batch_size=way.micro_batch_size,
         grad_accum_steps=way.grad_accum_steps,
         activation_checkpointing=way.activation_checkpointing,
+        eval_batch_size=evaluated_together(plan.shape, way, plan.device, plan.dtype, plan.loss_chunk_tokens),
         memory=way.memory.parts(),
         expected_tokens_per_sec=way.tokens_per_sec,
+        speed_measured=way.measured,
     )
+
+
+def evaluated_together(shape: ModelShape, way: Option, device: str, dtype: str, loss_chunk_tokens: int) -> int:
+    """Validation windows at a time: what fits where a micro-batch does; on a CPU more only falls out of the caches."""
+    if device == "cpu":
+        return way.micro_batch_size
+    most = max(MOST_TOKENS // shape.block_size, 1)
+    fits = evaluation_sequences(shape, dtype, loss_chunk_tokens, way.memory.parts())
+    return max(min(fits, most), way.micro_batch_size)
 
 
 def make_plan(
@@ -133,6 +147,7 @@ def make_plan(
         grad_clip=config.grad_clip,
         eval_interval=config.eval_interval,
         eval_windows=config.eval_windows,
+        eval_batch_size=evaluated_together(shape, option, device, dtype, config.loss_chunk_tokens),
         patience=config.patience,
         save_interval=config.save_interval or config.eval_interval,
         save_minutes=config.save_minutes,
@@ -144,6 +159,7 @@ def make_plan(
         ),
         memory=option.memory.parts(),
         expected_tokens_per_sec=option.tokens_per_sec,
+        speed_measured=option.measured,
         peak_tflops=peak_tflops,
         log_format=config.log_format,
         deterministic=on_cpu if config.deterministic == "auto" else config.deterministic,

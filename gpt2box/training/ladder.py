@@ -44,7 +44,7 @@ def step_down(job: Job, display: Display) -> None:
 def step_up(job: Job, display: Display) -> None:
     """Return to the way before memory ran out, where there seems to be memory for it again."""
     way = job.left[-1]
-    further = way.memory.total - way_of(job.plan).memory.total
+    further = way.total_bytes - way_of(job.plan).total_bytes
     device = torch.device(job.plan.device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_bytes()[1]
     job.retry_at = job.state.step + RETRY_STEPS
@@ -70,4 +70,5 @@ def way_of(plan: RunPlan) -> Option:
         plan.activation_checkpointing,
         memory,
         plan.expected_tokens_per_sec,
+        plan.speed_measured,
     )

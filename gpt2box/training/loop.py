@@ -17,6 +17,7 @@ from gpt2box.data.batches import (
     counted_targets,
     inputs_and_targets,
     micro_batches,
+    upload,
 )
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.data.tokens import Dataset
@@ -182,7 +183,7 @@ def take_step(
         of_step = list(of_step)
         shares = target_shares(of_step)
     for micro_step, batch in enumerate(of_step):
-        inputs, targets = inputs_and_targets(batch.to(device, non_blocking=True))  # (B, T)
+        inputs, targets = inputs_and_targets(upload(batch, device))  # (B, T)
         with autocast(plan):
             micro_loss = forward(inputs, targets, 1.0 / plan.grad_accum_steps)
         if shares is not None:

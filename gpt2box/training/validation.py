@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, closing, suppress
 
 import torch
 
-from gpt2box.data.batches import counted_targets, inputs_and_targets, read_windows, val_window_starts
+from gpt2box.data.batches import counted_targets, inputs_and_targets, read_windows, upload, val_window_starts
 from gpt2box.data.tokens import Dataset, TokenFile
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.plan import RunPlan
@@ -25,12 +25,13 @@ def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan) -> tuple[float, str]:
     total, weights = torch.zeros((), device=plan.device), 0.0
     was_training = model.training
     model.eval()
-    begin, count = 0, plan.micro_batch_size
+    begin, count, device = 0, plan.eval_batch_size, torch.device(plan.device)
     with closing(TokenFile(dataset.folder / "val.bin")) as file, autocast(plan):
         while begin < len(starts):
             chosen = [int(start) for start in starts[begin : begin + count]]
             batch = read_windows(file, chosen, plan.shape.block_size, plan.shape.vocab_size)
-            inputs, targets = inputs_and_targets(batch.to(plan.device))
+            # The device works on the windows before while these are read: nothing here waits for it.
+            inputs, targets = inputs_and_targets(upload(batch.pin_memory() if device.type == "cuda" else batch, device))
             loss = None
             with suppress(*([torch.cuda.OutOfMemoryError] if count > 1 else [])):
                 loss = model(inputs, targets)

@@ -1,0 +1,213 @@
+"""`gpt2box bench`: it measures, keeps what a sweep finds, and planning goes by that."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt2box import config_file
+from gpt2box.bench import bench
+from gpt2box.config import Config
+from gpt2box.errors import MachineCannot
+from gpt2box.machine.host import cpu_name
+from gpt2box.paths import bench_file
+from gpt2box.planner import shape_of
+from gpt2box.planning.choose import Place, choose, fitting, informed, options
+from gpt2box.planning.measured import Measured, job_of, read, store
+from gpt2box.planning.memory import GIB
+from tests.conftest import Command
+from tests.conftest import options as tiny
+from tests.training.test_out_of_memory import Refuse
+
+SMALL = {"micro_batch_size": "auto", "name": "run", "compile": "false"}
+
+
+def config(**changes: object) -> Config:
+    flags = dict(word[2:].replace("-", "_").split("=", 1) for word in tiny(**{**SMALL, **changes}))
+    return config_file.load(None, flags)[0]
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_it_measures_what_a_run_would_do_and_leaves_nothing_behind(gpt2box: Command, volumes: Path) -> None:
+    before = files(volumes)
+    done = gpt2box("bench", *tiny(**SMALL), "--steps", "3", "--json")
+    assert done.returncode == 0 and files(volumes) == before, done.stderr
+    found = json.loads(done.stdout)
+    measured, way = found["measured"], found["way"]
+    assert way["micro_batch_size"] == 4 and way["grad_accum_steps"] == 2
+    assert measured["tokens_per_sec"] == pytest.approx(256 / measured["step_s"])
+    assert all(measured[key] > 0 for key in ("loader_s", "evaluation_s", "checkpoint_s", "checkpoint_bytes"))
+    assert measured["evaluation_windows"] == 8 and measured["mfu"] is None  # of a CPU no peak is known
+    assert found["estimated"]["memory_bytes"] == way["memory_bytes_estimated"] > 0
+    assert found["estimated"]["checkpoint_bytes"] == pytest.approx(measured["checkpoint_bytes"], rel=0.5)
+
+
+def test_without_dataset_or_volumes_it_takes_random_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.touch()
+    monkeypatch.setenv("GPT2BOX_VOLUMES", str(blocked / "volumes"))
+    bench(config(), steps=1, sweep=False, share=True, as_json=False)
+    shown = capsys.readouterr()
+    assert "random tokens" in shown.err
+    cells = shown.out.strip().strip("|").split("|")
+    header = (Path(__file__).parents[1] / "docs" / "cards.md").read_text().split("| card |")[1].splitlines()[0]
+    assert len(cells) == len(header.strip("|").split("|")) + 1 and cells[0].strip() == cpu_name()
+    bench(config(), steps=1, sweep=False, share=False, as_json=False)
+    assert "not tried: cannot create" in capsys.readouterr().out
+
+
+def test_a_sweep_keeps_the_fastest_way_and_plan_and_train_take_it(
+    volumes: Path, capsys: pytest.CaptureFixture[str], gpt2box: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the command has it
+    bench(config(activation_checkpointing="auto"), steps=3, sweep=True, share=False, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    rates = [way["tokens_per_sec"] for way in found["ways"]]
+    assert len(rates) == 9 and rates == sorted(rates, reverse=True)  # 3 micro-batches, 3 kinds of recompute
+    best = found["way"]
+    settings = tiny(**{**SMALL, "max_steps": 2, "activation_checkpointing": "auto"})
+    plan = gpt2box("plan", *settings, "--json")
+    chosen = json.loads(plan.stdout)["chosen"]
+    assert json.loads(plan.stdout)["kind"] == chosen["kind"] == "measured here"
+    for key in ("micro_batch_size", "activation_checkpointing", "grad_accum_steps"):
+        assert chosen[key] == best[key]
+    trained = gpt2box("train", *settings)
+    assert trained.returncode == 0 and "measured here (gpt2box bench)" in trained.stderr, trained.stderr
+    recorded = json.loads((volumes / "runs/run/plan.json").read_text())
+    assert recorded["micro_batch_size"] == best["micro_batch_size"] and recorded["speed_measured"]
+    other = gpt2box("plan", *settings, "--json", "--n-embd", "64")  # another shape: nothing is known of it
+    assert json.loads(other.stdout)["kind"] == "estimated"
+
+
+def test_memory_that_runs_out_is_a_result(volumes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Refuse("gelu_backward", 1, times=1):  # in the first turn of the first way
+        bench(config(), steps=1, sweep=True, share=False, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert [way["fault"] for way in found["ways"]] == [None, None, "out of memory"]
+    kept = {record.way: record for record in read(bench_file(), cpu_name())}
+    assert not kept[1, "none", False].fits and kept[1, "none", False].free_bytes == found["free_bytes"]
+    with Refuse("gelu_backward", 1, times=10_000), pytest.raises(MachineCannot, match="nothing could be measured"):
+        bench(config(), steps=1, sweep=True, share=False, as_json=False)
+
+
+def test_ctrl_c_leaves_what_was_measured(volumes: Path) -> None:
+    command = [sys.executable, "-m", "gpt2box", "bench", *tiny(**SMALL), "--sweep", "--json", "--steps", "100000"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as job:
+        time.sleep(0.1)
+        job.send_signal(signal.SIGINT)  # before anything was measured
+        job.communicate(timeout=120)
+    assert job.returncode != 0 and not bench_file().exists()
+    command[-1] = "3"
+    # Many windows, so that the sweep is done and the evaluation is not.
+    command += ["--eval-windows", "0", "--block-size", "1"]
+    assert volumes.exists()
+
+
+def record_of(way: tuple[int, str, bool], one_s: float, many_s: float, **changes: object) -> Measured:
+    plain = config_file.load("openwebtext", {})[0]
+    job = job_of("a card", plain, shape_of(plain), "bfloat16")
+    values: dict[str, Any] = {"fits": True, "free_bytes": 12 * GIB, "peak_bytes": 9 * GIB, **changes}
+    return Measured(job, *way, one_s=one_s, many_s=many_s, **values)
+
+
+CARD = Place("a card", 11 * GIB, None, "bfloat16", on_gpu=True, compiled=True, card="a card")
+
+
+def test_what_was_measured_goes_before_what_is_estimated(volumes: Path) -> None:
+    plain = config_file.load("openwebtext", {})[0]
+    shape = shape_of(plain)
+    (volumes / "runs").mkdir()
+    slow, fast = record_of((2, "none", True), 0.3, 0.7), record_of((1, "full", True), 0.1, 0.2)
+    assert slow.step_s(3) == 0.7 and slow.step_s(32) == pytest.approx(0.3 + 31 * 0.2)
+    store(bench_file(), [slow, fast])
+    place = informed(CARD, plain, shape)
+    found = options(plain, shape, place)
+    assert [(way.micro_batch_size, way.activation_checkpointing) for way in found[:2]] == [(1, "full"), (2, "none")]
+    assert choose(found, plain, shape, place).measured and found[0].total_bytes == 9 * GIB
+    # Measured to take more than is free now: another way.
+    store(bench_file(), [replace(fast, peak_bytes=20 * GIB)])
+    again = options(plain, shape, informed(CARD, plain, shape))
+    assert choose(again, plain, shape, place).micro_batch_size == 2
+
+
+def test_a_way_that_had_too_little_memory_is_taken_again_only_where_there_is_more(volumes: Path) -> None:
+    plain = config_file.load("openwebtext", {})[0]
+    shape = shape_of(plain)
+    (volumes / "runs").mkdir()
+    usual = fitting(options(plain, shape, CARD), CARD)
+    assert usual
+    way = (usual.micro_batch_size, usual.activation_checkpointing, True)
+    store(bench_file(), [record_of(way, 0.0, 0.0, fits=False, peak_bytes=0, free_bytes=12 * GIB)])
+    now = fitting(options(plain, shape, informed(CARD, plain, shape)), CARD)
+    assert now and now.words() != usual.words()
+    larger = informed(replace(CARD, free_bytes=13 * GIB), plain, shape)
+    assert any(
+        option.words() == usual.words() for option in options(plain, shape, larger) if option.total_bytes < 13 * GIB
+    )
+
+
+def test_compiled_or_not_follows_the_measurements_where_both_were_tried_and_it_is_left_open(volumes: Path) -> None:
+    plain = config_file.load("openwebtext", {})[0]
+    shape = shape_of(plain)
+    (volumes / "runs").mkdir()
+    store(bench_file(), [record_of((2, "none", False), 0.1, 0.3)])
+    assert informed(CARD, plain, shape).compiled
+    store(bench_file(), [record_of((2, "none", True), 0.2, 0.6)])
+    assert not informed(CARD, plain, shape).compiled
+    assert informed(CARD, plain.model_copy(update={"compile": True}), shape).compiled
+    assert informed(CARD, plain.model_copy(update={"dropout": 0.1}), shape).compiled  # nothing is known of that
+    assert informed(replace(CARD, card="another"), plain, shape).measured == []
+
+
+def test_a_later_measurement_takes_the_place_of_one_before_and_a_damaged_file_counts_as_none(volumes: Path) -> None:
+    (volumes / "runs").mkdir()
+    first, other = record_of((2, "none", True), 0.3, 0.7), record_of((2, "full", True), 0.3, 0.8)
+    store(bench_file(), [first, other])
+    store(bench_file(), [replace(first, one_s=0.1)])
+    assert sorted(record.one_s for record in read(bench_file(), "a card")) == [0.1, 0.3]
+    content = json.loads(bench_file().read_text())
+    content["measured"][0].pop("one_s")
+    content["measured"].append({"job": 7})
+    bench_file().write_text(json.dumps(content))
+    assert len(read(bench_file(), "a card")) == 1
+    bench_file().write_text("{")
+    assert read(bench_file(), "a card") == []
+    store(bench_file(), [first])
+    assert read(bench_file(), "a card") == [first]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (["nothing"], 2, "no config 'nothing'"),
+        (["demo", "--steps", "0"], 2, "--steps"),
+        (["demo", "--share", "--json"], 2, "--share and --json"),
+        (["demo", "--device", "cuda"], 3, "device cuda"),
+        (["demo", "--sweep", "--n-layer", "400", "--n-embd", "20000"], 3, "the least that these settings need"),
+        (["demo", "--micro-batch-size", "5"], 2, "tokens_per_step"),
+    ],
+)
+def test_nonsense_is_answered(gpt2box: Command, volumes: Path, arguments: list[str], code: int, part: str) -> None:
+    done = gpt2box("bench", *arguments)
+    assert done.returncode == code and part in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_sweep_that_could_not_be_kept_is_not_begun(gpt2box: Command, tmp_path: Path) -> None:
+    (tmp_path / "work" / "volumes").touch()
+    done = gpt2box("bench", "demo", "--sweep", "--device", "cpu")
+    assert done.returncode == 78 and "cannot create" in done.stderr
