@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export STACK CPU DATA PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image image-verify audit preflight plan shakespeare train-medium finetune prepare sample monitor report runs tensorboard stop test test-gpu test-image lint format \
+.PHONY: help demo image image-verify audit preflight plan shakespeare train-medium finetune prepare sample monitor bench report runs tensorboard stop test test-gpu test-image lint format \
 	lock clean
 
 help: ## list the tasks
@@ -58,6 +58,9 @@ sample: ## text from the newest run: PROMPT="It was a"
 
 monitor: ## watch the card and the run, in a second terminal
 	@scripts/box.sh run monitor $(if $(ARGS),monitor $(ARGS))
+
+bench: ## how fast this machine trains, in the container: JOB=shakespeare ARGS="--sweep", ARGS="--share"
+	@scripts/box.sh run bench $(JOB) $(ARGS)
 
 report: ## a run on one page, report.html in its folder: ARGS=RUN
 	@scripts/box.sh run report report $(ARGS)

@@ -79,6 +79,8 @@ def bench(config: Config, steps: int, sweep: bool, share: bool, as_json: bool) -
                 measure_beside(watch, done[0][0], beside, alone=not sweep)
         except (KeyboardInterrupt, SystemExit) as error:
             stopped = error
+    if sweep:  # also of a turn that was broken off
+        store(bench_file(), [way.record(task.job, task.place.free_bytes) for way in ways if way.known])
     done = fastest(ways, task)
     figures = bench_report.figures(config, plan, task.place, done, [way for way in ways if way.fault], beside)
     figures["interrupted"] = stopped is not None

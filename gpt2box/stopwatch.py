@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -114,18 +115,27 @@ class Stopwatch:
             pretrained=False,
             ways=[],
         )
-        self.compiled = torch.compile(self.model, dynamic=False)
+
+    @cached_property
+    def compiled(self) -> Callable[..., torch.Tensor]:
+        """The network, compiled anew for each way: importing the compiler takes seconds."""
+        from torch._dynamo import config
+
+        config.cache_size_limit = max(config.cache_size_limit, MOST_WAYS)
+        return torch.compile(self.model, dynamic=False)
 
     def turn(self, way: Way, steps: int) -> None:
         """Time `steps` more steps of each length; running out of memory is a result."""
         try:
-            with torch._dynamo.config.patch(cache_size_limit=MOST_WAYS):
-                self._turn(way, steps)
+            self._turn(way, steps)
             return
         except torch.cuda.OutOfMemoryError:
             way.fault = OUT_OF_MEMORY
-        except torch._dynamo.exc.TorchDynamoException as error:
-            way.fault = f"not compiled: {(str(error).splitlines() or [''])[0]}"
+        except Exception as error:
+            if not way.compiled:
+                raise
+            lines = str(error).splitlines() or [""]  # the compiler's errors are of many kinds
+            way.fault = f"not compiled: {type(error).__name__} {lines[0]}"
         self.give_back()  # outside: while an exception is handled, it holds on to the step's tensors
 
     def _turn(self, way: Way, steps: int) -> None:

@@ -118,6 +118,10 @@ preflight | job)
 run)
     case $1 in tensorboard | prepare | report) ;; *) check_nvidia ;; esac
     ensure_image
+    if [ "$1" = bench ]; then
+        mkdir -p volumes/data volumes/models volumes/runs
+        set -- "$@" ${on_cpu[@]+"${on_cpu[@]}"}
+    fi
     if [ "$1" = tensorboard ]; then set -- --service-ports "$@"; fi
     if [ "$1" = prepare ]; then
         mkdir -p volumes/data

@@ -89,33 +89,32 @@ def test_a_sweep_keeps_the_fastest_way_and_plan_and_train_take_it(
     assert trained.returncode == 0 and "measured here (gpt2box bench)" in trained.stderr, trained.stderr
     recorded = json.loads((volumes / "runs/run/plan.json").read_text())
     assert recorded["micro_batch_size"] == best["micro_batch_size"] and recorded["speed_measured"]
-    other = gpt2box("plan", *settings, "--json", "--n-embd", "64")  # another shape: nothing is known of it
-    assert json.loads(other.stdout)["kind"] == "estimated"
 
 
 def test_memory_that_runs_out_is_a_result(volumes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one_kind = config(activation_checkpointing="none")
     with Refuse("gelu_backward", 1, times=1):  # in the first turn of the first way
-        bench(config(), steps=1, sweep=True, share=False, as_json=True)
+        bench(one_kind, steps=1, sweep=True, share=False, as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert [way["fault"] for way in found["ways"]] == [None, None, "out of memory"]
     kept = {record.way: record for record in read(bench_file(), cpu_name())}
     assert not kept[1, "none", False].fits and kept[1, "none", False].free_bytes == found["free_bytes"]
     with Refuse("gelu_backward", 1, times=10_000), pytest.raises(MachineCannot, match="nothing could be measured"):
-        bench(config(), steps=1, sweep=True, share=False, as_json=False)
+        bench(one_kind, steps=1, sweep=True, share=False, as_json=False)
 
 
 def test_ctrl_c_leaves_what_was_measured(volumes: Path) -> None:
-    command = [sys.executable, "-m", "gpt2box", "bench", *tiny(**SMALL), "--sweep", "--json", "--steps", "100000"]
+    command = [sys.executable, "-m", "gpt2box", "bench", *tiny(**SMALL), "--sweep", "--json", "--steps", "600"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as job:
-        time.sleep(0.1)
-        job.send_signal(signal.SIGINT)  # before anything was measured
-        job.communicate(timeout=120)
-    assert job.returncode != 0 and not bench_file().exists()
-    command[-1] = "3"
-    # Many windows, so that the sweep is done and the evaluation is not.
-    command += ["--eval-windows", "0", "--block-size", "1"]
-    assert volumes.exists()
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "env": environment}
+    with subprocess.Popen(command, **pipes) as job:
+        end = time.monotonic() + 120
+        while not list((volumes / "runs").glob("bench.json")) and time.monotonic() < end and job.poll() is None:
+            time.sleep(0.05)
+        job.send_signal(signal.SIGINT)
+        found = json.loads(job.communicate(timeout=120)[0])
+    assert job.returncode == 130
+    assert found["interrupted"] and bench_file().exists()
 
 
 def record_of(way: tuple[int, str, bool], one_s: float, many_s: float, **changes: object) -> Measured:

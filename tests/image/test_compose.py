@@ -166,7 +166,7 @@ def test_a_full_disk_is_said_before_the_work_and_spoils_no_checkpoint(project: P
 
 def test_without_an_nvidia_runtime_make_says_what_to_install_before_any_work(project: Project) -> None:
     project.config("shakespeare", dataset="shakespeare")
-    for task in ("shakespeare", "train-medium", "finetune", "sample", "monitor", "preflight"):
+    for task in ("shakespeare", "train-medium", "finetune", "sample", "monitor", "bench", "preflight"):
         done = project.run("make", task)
         assert done.returncode != 0 and "NVIDIA Container Toolkit" in done.stderr and "CPU=1" in done.stderr
     assert not list(project.path("data").iterdir()) and not list(project.path("runs").iterdir())
@@ -199,6 +199,16 @@ def test_make_does_the_same_with_options_and_hands_on_failures(project: Project)
     assert done.returncode != 0 and "no file or folder nothing.txt" in done.stderr
     done = project.run("scripts/box.sh", "image", STACK="cu12")
     assert done.returncode == 2 and "STACK=cu121, cu13x or cpu" in done.stderr
+
+
+def test_make_bench_measures_and_keeps_the_fastest_way(project: Project) -> None:
+    project.config("shakespeare", dataset="shakespeare", micro_batch_size="auto", compile=False)
+    done = project.run("make", "bench", "CPU=1", "JOB=shakespeare", "ARGS=--sweep --steps 2")
+    assert done.returncode == 0 and "tokens/s" in done.stdout and "random tokens" in done.stderr, done.stderr
+    assert project.path("runs", "bench.json").stat().st_uid == project.owner
+    assert [path.name for path in project.path("runs").iterdir()] == ["bench.json"]
+    done = project.compose("run", "--rm", "-T", "bench", "shakespeare", "--device", "cpu", "--share", "--steps", "1")
+    assert done.returncode == 0 and done.stdout.startswith("| "), done.stderr
 
 
 def test_make_finetune_reads_dotenv_and_passes_options_to_every_step(project: Project, pretrained: Path) -> None:
