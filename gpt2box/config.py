@@ -46,6 +46,10 @@ def _auto_or_bool(value: object) -> object:
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
+def _off(value: object) -> object:
+    return "off" if value is False else value  # which `off` is in YAML
+
+
 def _auto_or_whole(value: object) -> object:
     if value == "auto":
         return value
@@ -58,6 +62,7 @@ def _auto_or_whole(value: object) -> object:
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 AutoWhole = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_whole)]
+Tracking = Annotated[Literal["off", "offline", "online"], BeforeValidator(_off)]
 AutoBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
 
 
@@ -216,6 +221,13 @@ class Config(BaseModel):
     log_format: Literal["auto", "text", "json"] = setting(
         "auto",
         "auto: a panel on a terminal, else lines of text. json: metrics.jsonl's lines on standard output, too",
+        group="Checkpoints",
+        may_change=True,
+    )
+
+    wandb: Tracking = setting(
+        "off",
+        "Weights & Biases, with metrics.jsonl's figures. offline: in the run's folder, without an account",
         group="Checkpoints",
         may_change=True,
     )

@@ -34,11 +34,11 @@ from gpt2box.paths import dataset_dir, in_image, locked, make_writable, run_dir,
 from gpt2box.planning.plan import RunPlan, make_plan
 from gpt2box.planning.shape import ModelShape
 from gpt2box.preflight import check_gpu
-from gpt2box.progress import duration, say, size
+from gpt2box.progress import duration, kept_log, say, size
 from gpt2box.run_records import check_unchanged, checked_allowance, say_what_may_change_bits, write_records
 from gpt2box.sessions import session_of
 from gpt2box.stop import StopRequest
-from gpt2box.training import checkpoint
+from gpt2box.training import checkpoint, weights_and_biases
 from gpt2box.training.checkpoint import TrainState
 from gpt2box.training.display import Display
 from gpt2box.training.loop import HalfDoneStep, Job, train
@@ -67,6 +67,7 @@ def run_config(
 ) -> None:
     """The same, of settings that are read; `text`: what the dataset is made from, `argument`: what the user gave."""
     check_gpu(config.device)
+    weights_and_biases.check(config.wandb)
     if text or not has_dataset(config):
         bring(config, text)
     dataset = open_dataset(dataset_dir(config.dataset))
@@ -83,12 +84,13 @@ def run_config(
     peak = place.kind.bf16_tflops if place.kind and place.on_gpu and dtype == "bfloat16" else 0.0
     plan = make_plan(config, shape, dataset.tokens("train"), str(device), dtype, place.compiled, option, peak)
     set_arithmetic(plan)
-    describe_plan(config, plan, describe(device))
 
     if config.eval_only:
+        describe_plan(config, plan, describe(device))
         return evaluate_only(config, plan, dataset, weights)
     run = make_writable(run_dir(config.name))
-    with locked(run / ".lock", f"the run {config.name} is being trained"):
+    with locked(run / ".lock", f"the run {config.name} is being trained"), kept_log(run / "log.txt"):
+        describe_plan(config, plan, describe(device))
         found = checkpoint.newest(run / "checkpoints")
         state = found[1] if found else TrainState()
         changed = {}
@@ -123,7 +125,8 @@ def run_config(
             state = job.state
             if config.sample_tokens and not stop:
                 look_back(config, job)
-    report(config, argument, run, state, stop, plan)
+    with kept_log(run / "log.txt"):
+        report(config, argument, run, state, stop, plan)
 
 
 def set_arithmetic(plan: RunPlan) -> None:

@@ -36,9 +36,9 @@ TRANSLATED = ["gradient_accumulation_steps", "eval_iters", "decay_lr"]
 NO_MEANING = {
     "always_save_checkpoint": "the best and the last checkpoint are always kept",
     "backend": "it names the way several GPUs talk; this runs on one",
-    "wandb_log": "metrics are in the run folder's metrics.jsonl",
-    "wandb_project": "as wandb_log",
-    "wandb_run_name": "as wandb_log",
+    "wandb_log": "metrics are in the run folder's metrics.jsonl; --wandb online sends them, too",
+    "wandb_project": "the variable WANDB_PROJECT names it",
+    "wandb_run_name": "the run's own name is taken",
 }
 # nanoGPT's dataset folders and what they are called here
 DATASETS = {"shakespeare": "tinyshakespeare", "shakespeare_char": "tinyshakespeare-char"}

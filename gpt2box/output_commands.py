@@ -113,4 +113,24 @@ def reproduce(manifest: Path, name: str | None, device: str | None) -> None:
     start_again(manifest, name, device, stop)
 
 
-COMMANDS = [report, runs, verify, reproduce]
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all there are.")
+@click.option("--port", type=click.IntRange(0, 65_535), default=8080, show_default=True, help="0: one that is free.")
+@click.option(
+    "--token",
+    envvar="GPT2BOX_WATCH_TOKEN",
+    help="What a browser must bring, $GPT2BOX_WATCH_TOKEN [default: none on this machine, beyond it one that is made].",
+)
+@click.option("--behind-loopback", is_flag=True, help="No token for --host: what publishes the port keeps it local.")
+def watch(host: str, port: int, token: str | None, behind_loopback: bool) -> None:
+    """Show all runs, live, on a page in the browser: http://localhost:8080.
+
+    Curves, figures, the card's memory by process, samples, the log. It only reads, loads nothing from another
+    host, and may be started and ended at any time, whatever the training does.
+    """
+    from gpt2box.output.dashboard import door, serve
+
+    serve(door(host, port, token, behind_loopback))
+
+
+COMMANDS = [report, runs, watch, verify, reproduce]

@@ -1,23 +1,52 @@
 """Progress of long work: a bar on a terminal, sober lines in a log.
 
 Both show the same figures. A line is printed at most every `LINE_SECONDS`, so that a container's
-log stays readable.
+log stays readable. While a run is trained, its lines are kept in its folder, too.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Protocol
 
+from gpt2box.errors import Gpt2boxError
+
 LINE_SECONDS = 10.0
+_logs: list[int] = []  # descriptors of the files that are kept now
 
 
 def say(text: str = "") -> None:
     """A line for the user, on standard error: standard output is for results."""
     print(text, file=sys.stderr, flush=True)
+    note(text)
+
+
+def note(text: str) -> None:
+    """A line for the kept log alone, where one is kept."""
+    for descriptor in _logs:
+        lines = "".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in text.splitlines())
+        with suppress(OSError):  # a full disk is for the checkpoint to say
+            os.write(descriptor, lines.encode("utf-8", errors="replace"))  # at once, also from a signal's handler
+
+
+@contextmanager
+def kept_log(path: Path) -> Iterator[None]:
+    """Meanwhile, append what is said to a file, and what ends it where that is an error."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    _logs.append(descriptor)
+    try:
+        yield
+    except Exception as error:
+        note(str(error) if isinstance(error, Gpt2boxError) else f"ended by {type(error).__name__}: {error}")
+        raise
+    finally:
+        _logs.remove(descriptor)
+        os.close(descriptor)
 
 
 def duration(seconds: float) -> str:

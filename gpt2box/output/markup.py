@@ -41,6 +41,7 @@ class Chart:
 
     title: str  # with the unit
     lines: list[Line]
+    from_zero: bool = False  # the axis
 
 
 def tag(name: str, *inside: str, **attributes: str) -> Html:
@@ -111,7 +112,7 @@ def as_data(chart: Chart) -> dict[str, object]:
                 "tokens_per_step": line.tokens_per_step,
             }
         )
-    return {"title": chart.title, "lines": lines}
+    return {"title": chart.title, "from_zero": chart.from_zero, "lines": lines}
 
 
 def document(title: str, *body: str) -> str:

@@ -101,12 +101,13 @@ def run_line(folder: Path) -> str:
     return "  ".join(parts)
 
 
-def tail(path: Path) -> str:
+def tail(path: Path, most_bytes: int = TAIL_BYTES) -> str:
     """The end of a file that may be long or not there; begins at a line's start."""
-    if not path.exists():
+    try:
+        with open(path, "rb") as file:
+            start = max(os.fstat(file.fileno()).st_size - most_bytes, 0)
+            file.seek(start)
+            content = file.read().decode("utf-8", errors="replace")
+    except FileNotFoundError:
         return ""
-    with open(path, "rb") as file:
-        start = max(os.fstat(file.fileno()).st_size - TAIL_BYTES, 0)
-        file.seek(start)
-        content = file.read().decode("utf-8", errors="replace")
     return content.partition("\n")[2] if start else content

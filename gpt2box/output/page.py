@@ -18,7 +18,6 @@ from gpt2box.progress import duration, size
 
 SAMPLES = 20  # shown, of those written along the way
 SAMPLE_CHARACTERS = 5000  # shown of each
-UNITS = {"MiB": 2**20, "GiB": 2**30}
 
 
 def report_page(folder: Path) -> Path:
@@ -138,7 +137,7 @@ def everything_set(settings: dict[str, Any]) -> Html:
     return tag("details", tag("summary", "all settings"), tag("pre", lines)) if settings else Html()
 
 
-def curves(figures: History, tokens_per_step: int) -> list[Html]:
+def charts_of(figures: History, tokens_per_step: int) -> list[Chart]:
     """The charts of those figures that there are."""
 
     def lines(**labels: str) -> list[Line]:
@@ -152,10 +151,14 @@ def curves(figures: History, tokens_per_step: int) -> list[Html]:
         Chart("Throughput, tokens a second", lines(tokens_per_sec="tokens/s")),
     ]
     if memory := figures.curves.get("peak_memory_bytes"):
-        unit = "GiB" if memory.value.max() >= UNITS["GiB"] else "MiB"
-        scaled = Curve(memory.step, memory.hours, memory.value / UNITS[unit])
-        charts.append(Chart(f"Most memory so far in the session, {unit}", [Line("memory", scaled, tokens_per_step)]))
-    if not (charts := [chart for chart in charts if chart.lines]):
+        scaled = Curve(memory.step, memory.hours, memory.value / 2**30)
+        charts.append(Chart("Most memory so far in the session, GiB", [Line("memory", scaled, tokens_per_step)], True))
+    return [chart for chart in charts if chart.lines]
+
+
+def curves(figures: History, tokens_per_step: int) -> list[Html]:
+    """The charts, and what is to be said of them."""
+    if not (charts := charts_of(figures, tokens_per_step)):
         return [tag("p", "Not one figure has been noted yet.")]
     said = [plots(charts)]
     if figures.left_out:

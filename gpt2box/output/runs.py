@@ -83,15 +83,16 @@ def look_at(folder: Path) -> Run:
     found, fault = newest_checkpoint(folder)
     training = is_locked(folder / ".lock")
     fault = "" if training else (broken_settings(folder, plan) or fault)
-    rows = list(parse(tail(folder / "metrics.jsonl").splitlines()))
     step = whole(found.get("step"))
+    best, best_step = found.get("best_val_loss"), found.get("best_step")
+    measured = isinstance(best, int | float)
+    rows = [] if measured and not training else list(parse(tail(folder / "metrics.jsonl").splitlines()))
     if training:  # further than its checkpoint
         step = max((row["step"] for row in rows), default=step)
     max_steps = whole(plan.get("max_steps"))
-    best, best_step = found.get("best_val_loss"), found.get("best_step")
-    if not isinstance(best, int | float):
-        measured = [row for row in rows if isinstance(row.get("val_loss"), int | float)]
-        row = min(measured, key=lambda row: row["val_loss"], default={})
+    if not measured:
+        evaluated = [row for row in rows if isinstance(row.get("val_loss"), int | float)]
+        row = min(evaluated, key=lambda row: row["val_loss"], default={})
         best, best_step = row.get("val_loss"), row.get("step")
     early = bool(found.get("stopped_early"))
     done = early or (bool(found) and step >= max_steps > 0 and found.get("evaluated_step") == step)

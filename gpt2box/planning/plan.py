@@ -64,6 +64,7 @@ class RunPlan:
     peak_tflops: float  # of the card, in `dtype`; 0 where that is not known
     log_format: str
     deterministic: bool  # the same bits each time, on the same kind of device
+    wandb: str
 
     def mfu(self, tokens_per_sec: float) -> float | None:
         """Share of the card's peak that the model's own arithmetic comes to (Chowdhery et al. 2022, appendix B).
@@ -163,4 +164,5 @@ def make_plan(
         peak_tflops=peak_tflops,
         log_format=config.log_format,
         deterministic=on_cpu if config.deterministic == "auto" else config.deterministic,
+        wandb=config.wandb,
     )

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 from gpt2box.machine.gpu import Card, card_of
 from gpt2box.planning.plan import RunPlan
-from gpt2box.progress import LINE_SECONDS, duration, say, size
+from gpt2box.progress import LINE_SECONDS, duration, note, say, size
 
 TREND = 48  # logged losses that the panel draws
 BARS = "▁▂▃▄▅▆▇█"
@@ -47,15 +47,14 @@ class Display:
         if row["loss"] is not None:
             self.losses.append((step, row["loss"]))
         now = time.monotonic()
-        if self._live is not None:
-            if now - self._asked >= CARD_SECONDS:
-                self._asked, self.card = now, card_of(self.plan.device)
-            return
-        if self.plan.log_format == "json" or (now - self._printed < LINE_SECONDS and step != self.plan.max_steps):
+        if self._live is not None and now - self._asked >= CARD_SECONDS:
+            self._asked, self.card = now, card_of(self.plan.device)
+        if now - self._printed < LINE_SECONDS and step != self.plan.max_steps:
             return
         self._printed = now
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-        say(
+        shown_otherwise = self._live is not None or self.plan.log_format == "json"
+        (note if shown_otherwise else say)(
             f"step {step:,}/{self.plan.max_steps:,}  loss {loss}  {row['tokens_per_sec']:,.0f} tokens/s  "
             f"{size(row['peak_memory_bytes'])}  {duration(seconds_left)} left"
         )
@@ -77,6 +76,7 @@ class Display:
         """A line that stays, above the panel where there is one."""
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False)
+            note(text)
         else:
             say(text)
 

@@ -81,7 +81,8 @@ def train(job: Job) -> None:
     batches = open_batches(job)
     forward = torch.compile(job.model) if plan.compile else job.model
     update = make_update(job.optimizer, plan)
-    metrics = Metrics(job.run / "metrics.jsonl", state.step, state.evaluated_step, echo=plan.log_format == "json")
+    echo = plan.log_format == "json"
+    metrics = Metrics(job.run / "metrics.jsonl", state.step, state.evaluated_step, echo, plan.wandb)
     display = Display(job.run.name, state.step, plan)
     interval = Interval()
     # LeanAdamW's step may break off half-way; then there must be a checkpoint to go back to.

@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 from gpt2box.paths import write_atomically
+from gpt2box.training.weights_and_biases import Tracker
 
 
 class Metrics:
     """Appends to metrics.jsonl; begins by dropping lines from steps that will be done again, and a torn last line.
 
     Every number goes to TensorBoard's events beside it, too, under the same name. With `echo` each line is also
-    written to standard output.
+    written to standard output; with `wandb` other than "off" the numbers go to Weights & Biases, as well.
     """
 
-    def __init__(self, path: Path, step: int, evaluated_step: int, echo: bool = False) -> None:
+    def __init__(self, path: Path, step: int, evaluated_step: int, echo: bool = False, wandb: str = "off") -> None:
         self._echo = echo
         kept = [row for row in read(path) if row["step"] <= (step if row["kind"] == "train" else evaluated_step)]
         if path.exists():
@@ -38,6 +39,7 @@ class Metrics:
         from torch.utils.tensorboard.writer import SummaryWriter  # a second to import
 
         self._events = SummaryWriter(str(path.parent / "tensorboard"), purge_step=step + 1)
+        self._tracker = None if wandb == "off" else Tracker(path.parent, wandb)
 
     def write(self, step: int, kind: str, **values: Any) -> None:
         """Append a line and hand it to the system at once."""
@@ -46,13 +48,21 @@ class Metrics:
         self._file.flush()
         if self._echo:
             print(line, flush=True)
-        for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+        numbers = {
+            f"{kind}/{name}": value
+            for name, value in values.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        for name, value in numbers.items():
+            self._events.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.log(step, numbers)
 
     def close(self) -> None:
         self._file.close()
         self._events.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

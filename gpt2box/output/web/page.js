@@ -1,14 +1,13 @@
-// Draws the page's curves with uPlot: all charts over the same axis, which the reader chooses.
+// Draws curves with uPlot: all charts over the same axis, which the reader chooses. A page that has them in a block
+// of JSON shows them once; another calls `show` as they grow.
 "use strict";
-(function () {
-  const curves = document.getElementById("curves");
-  if (!curves) return;
-  const charts = JSON.parse(curves.textContent);
-  const place = document.getElementById("plots");
+function makePlots(place) {
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const AXES = { step: "step", hours: "hours since the beginning, breaks included", tokens: "tokens seen" };
   const PARTS = { 1: "all", 0.5: "its last half", 0.1: "its last tenth" };
+  let charts = []; // {title, from_zero, lines: [{label, dots, step, hours, value, tokens_per_step}]}
   let drawn = [];
+  let looked = false; // closer, at a part: growing curves leave it where it is
 
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const color = (i, n) =>
@@ -40,21 +39,25 @@
     return at;
   }
 
-  function draw(chart, axis, node) {
+  function data(chart) {
+    return uPlot.join(chart.lines.map((line) => [along(line, axis.value), line.value]));
+  }
+
+  function draw(chart, node) {
     const lines = chart.lines;
-    const data = uPlot.join(lines.map((line) => [along(line, axis), line.value]));
     const ruled = { stroke: style("--faint"), grid: { stroke: style("--rule"), width: 1 }, ticks: { stroke: style("--rule") } };
     const options = {
       width: node.clientWidth,
       height: Math.max(200, Math.min(300, node.clientWidth * 0.5)),
-      scales: { x: { time: false } },
+      scales: { x: { time: false }, y: chart.from_zero ? { range: (plot, low, high) => [0, high * 1.1 || 1] } : {} },
       axes: [
         { ...ruled, values: (plot, ticks) => ticks.map(short) },
         { ...ruled, size: 64, values: (plot, ticks) => ticks.map(shown) },
       ],
       cursor: { sync: { key: "run" }, y: false, dataIdx: nearest },
+      hooks: { setSelect: [() => (looked = true)] },
       series: [
-        { label: AXES[axis].split(" ")[0], value: (plot, value) => shown(value) },
+        { label: AXES[axis.value].split(" ")[0], value: (plot, value) => shown(value) },
         ...lines.map((line, i) => ({
           label: line.label,
           stroke: color(i, lines.length),
@@ -65,7 +68,7 @@
         })),
       ],
     };
-    return new uPlot(options, data, node);
+    return new uPlot(options, data(chart), node);
   }
 
   function choice(text, options, change) {
@@ -81,24 +84,45 @@
   const choices = document.createElement("div");
   choices.className = "choices";
   place.append(choices);
-  const counted = charts.every((chart) => chart.lines.every((line) => line.tokens_per_step));
-  const axis = choice("over", Object.entries(AXES).filter(([key]) => counted || key !== "tokens"), redraw);
+  const axis = choice("over", Object.entries(AXES), redraw);
   const part = choice("show", Object.entries(PARTS).sort((a, b) => b[0] - a[0]), zoom);
-  const nodes = charts.map((chart) => {
-    const title = document.createElement("h3");
-    title.textContent = chart.title;
-    const node = document.createElement("div");
-    place.append(title, node);
-    return node;
-  });
+  const overTokens = axis.querySelector("[value=tokens]");
+  let nodes = [];
+
+  function show(wanted) {
+    const names = (charts) => JSON.stringify(charts.map((chart) => [chart.title, chart.lines.map((line) => line.label)]));
+    const same = drawn.length && names(wanted) === names(charts);
+    charts = wanted;
+    if (same) {
+      drawn.forEach((plot, i) => plot.setData(data(charts[i]), false));
+      if (looked) drawn.forEach((plot) => plot.setScale("x", { min: plot.scales.x.min, max: plot.scales.x.max }));
+      else zoom();
+      return;
+    }
+    nodes.forEach((node) => node.remove());
+    nodes = charts.map((chart) => {
+      const node = document.createElement("div");
+      const title = document.createElement("h3");
+      node.className = "chart";
+      title.textContent = chart.title;
+      node.append(title);
+      node.addEventListener("dblclick", () => setTimeout(zoom)); // after uPlot, which shows all of it
+      place.append(node);
+      return node;
+    });
+    overTokens.hidden = overTokens.disabled = !charts.every((chart) => chart.lines.every((line) => line.tokens_per_step));
+    if (axis.value === "tokens" && overTokens.disabled) axis.value = "step";
+    redraw();
+  }
 
   function redraw() {
     drawn.forEach((plot) => plot.destroy());
-    drawn = charts.map((chart, i) => draw(chart, axis.value, nodes[i]));
+    drawn = charts.map((chart, i) => draw(chart, nodes[i]));
     zoom();
   }
 
   function zoom() {
+    looked = false;
     const ends = charts.flatMap((chart) => chart.lines.map((line) => along(line, axis.value)));
     const last = Math.max(...ends.map((values) => values[values.length - 1]));
     const first = Math.min(...ends.map((values) => values[0]));
@@ -106,7 +130,6 @@
     for (const plot of drawn) plot.setScale("x", { min: last - (last - first) * part.value, max: last });
   }
 
-  redraw();
   dark.addEventListener("change", redraw);
   let width = place.clientWidth;
   new ResizeObserver(() => {
@@ -115,4 +138,10 @@
       redraw();
     }
   }).observe(place);
+  return { show };
+}
+
+(function () {
+  const curves = document.getElementById("curves");
+  if (curves) makePlots(document.getElementById("plots")).show(JSON.parse(curves.textContent));
 })();
