@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export STACK CPU DATA PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image image-verify audit preflight plan shakespeare train-medium finetune prepare sample monitor bench report runs tensorboard stop test test-gpu test-image lint format \
+.PHONY: help demo image image-verify audit preflight plan shakespeare train-medium finetune prepare sample monitor bench watch report runs tensorboard stop test test-gpu test-image lint format \
 	lock clean
 
 help: ## list the tasks
@@ -61,6 +61,9 @@ monitor: ## watch the card and the run, in a second terminal
 
 bench: ## how fast this machine trains, in the container: JOB=shakespeare ARGS="--sweep", ARGS="--share"
 	@scripts/box.sh run bench $(JOB) $(ARGS)
+
+watch: ## all runs, live, on http://localhost:8080 (CPU=1 without a card)
+	@scripts/box.sh run dashboard
 
 report: ## a run on one page, report.html in its folder: ARGS=RUN
 	@scripts/box.sh run report report $(ARGS)

@@ -7,17 +7,19 @@ log stays readable. While a run is trained, its lines are kept in its folder, to
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from gpt2box.errors import Gpt2boxError
 
 LINE_SECONDS = 10.0
-_logs: list[int] = []  # descriptors of the files that are kept now
+STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
+_logs: dict[Path, int] = {}  # the files that are kept now, and their descriptors
 
 
 def say(text: str = "") -> None:
@@ -28,7 +30,7 @@ def say(text: str = "") -> None:
 
 def note(text: str) -> None:
     """A line for the kept log alone, where one is kept."""
-    for descriptor in _logs:
+    for descriptor in _logs.values():
         lines = "".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in text.splitlines())
         with suppress(OSError):  # a full disk is for the checkpoint to say
             os.write(descriptor, lines.encode("utf-8", errors="replace"))  # at once, also from a signal's handler
@@ -38,15 +40,42 @@ def note(text: str) -> None:
 def kept_log(path: Path) -> Iterator[None]:
     """Meanwhile, append what is said to a file, and what ends it where that is an error."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    _logs.append(descriptor)
+    _logs[path] = descriptor
     try:
         yield
     except Exception as error:
         note(str(error) if isinstance(error, Gpt2boxError) else f"ended by {type(error).__name__}: {error}")
         raise
     finally:
-        _logs.remove(descriptor)
+        del _logs[path]
         os.close(descriptor)
+
+
+class Aside:
+    """While a panel is on the terminal, the kept log takes what libraries in C++ write to standard error past Python.
+
+    There it is also after a crash. `news` is for the panel, which prints it in its own time.
+    """
+
+    def __init__(self) -> None:
+        self.terminal = os.dup(2)
+        self._log: BinaryIO | None = None
+        for path, descriptor in list(_logs.items())[-1:]:
+            self._log = open(path, "rb")  # noqa: SIM115, closed below
+            self._log.seek(0, os.SEEK_END)
+            os.dup2(descriptor, 2)
+
+    def news(self) -> list[str]:
+        """Lines that came since the last call; those of `note` have a time in front."""
+        lines = self._log.read().decode("utf-8", errors="replace").splitlines() if self._log else []
+        return [line for line in lines if not STAMP.match(line)]
+
+    def close(self) -> None:
+        """As it was before."""
+        os.dup2(self.terminal, 2)
+        os.close(self.terminal)
+        if self._log:
+            self._log.close()
 
 
 def duration(seconds: float) -> str:

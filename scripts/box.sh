@@ -122,7 +122,7 @@ run)
         mkdir -p volumes/data volumes/models volumes/runs
         set -- "$@" ${on_cpu[@]+"${on_cpu[@]}"}
     fi
-    if [ "$1" = tensorboard ]; then set -- --service-ports "$@"; fi
+    case $1 in tensorboard | dashboard) mkdir -p volumes/runs && set -- --service-ports "$@" ;; esac
     if [ "$1" = prepare ]; then
         mkdir -p volumes/data
         set -- "$@" ${DATA:+"/input/$DATA"}

@@ -213,7 +213,7 @@ def card_figures(card: Card) -> dict[str, Any]:
     used = (card.total_bytes or 0) - (card.free_bytes or 0)
     limit = f" of {card.power_limit_w:.0f} W" if card.power_limit_w else ""
     rows = [
-        ("memory", f"{size(used)} of {size(card.total_bytes or 0)}" if known else ""),
+        ("memory", f"{used / 2**30:.1f} of {(card.total_bytes or 0) / 2**30:.1f} GiB" if known else ""),
         ("busy", f"{card.busy_percent}%" if card.busy_percent is not None else ""),
         ("temperature", f"{card.temperature_c} °C" if card.temperature_c is not None else ""),
         ("power", f"{card.power_w:.0f} W{limit}" if card.power_w is not None else ""),

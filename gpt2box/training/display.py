@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 from gpt2box.machine.gpu import Card, card_of
 from gpt2box.planning.plan import RunPlan
-from gpt2box.progress import LINE_SECONDS, duration, note, say, size
+from gpt2box.progress import LINE_SECONDS, Aside, duration, note, say, size
 
 TREND = 48  # logged losses that the panel draws
 BARS = "▁▂▃▄▅▆▇█"
@@ -37,7 +38,9 @@ class Display:
             from rich.live import Live
 
             # What others write to standard error, warnings too, then appears above the panel.
-            console = Console(stderr=True)
+            self._aside = Aside()
+            console = Console(file=os.fdopen(os.dup(self._aside.terminal), "w", encoding="utf-8"))
+            self._width = console.width
             self._live = Live(get_renderable=self.panel, console=console, refresh_per_second=2, transient=True)
             self._live.start()
 
@@ -47,8 +50,10 @@ class Display:
         if row["loss"] is not None:
             self.losses.append((step, row["loss"]))
         now = time.monotonic()
-        if self._live is not None and now - self._asked >= CARD_SECONDS:
-            self._asked, self.card = now, card_of(self.plan.device)
+        if self._live is not None:
+            self.tidy()
+            if now - self._asked >= CARD_SECONDS:
+                self._asked, self.card = now, card_of(self.plan.device)
         if now - self._printed < LINE_SECONDS and step != self.plan.max_steps:
             return
         self._printed = now
@@ -70,6 +75,11 @@ class Display:
         # A network of bytes may write what a terminal takes for an order.
         lines = ["".join(c if c.isprintable() or c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in x) for x in lines]
         self.sampled = lines[:3]
+        if self._live is not None:
+            from rich.text import Text
+
+            console = self._live.console
+            lines = [part.plain.rstrip() for x in lines for part in Text(x or " ").wrap(console, max(console.width - 6, 20))]
         self.line("\n".join(f"    | {line}" for line in lines))
 
     def line(self, text: str) -> None:
@@ -80,9 +90,21 @@ class Display:
         else:
             say(text)
 
+    def tidy(self) -> None:
+        """Bring above the panel what went past it, and begin on a clean screen where a narrower one broke its lines."""
+        console = self._live.console
+        if console.width < self._width:
+            console.clear()
+        self._width = console.width
+        for text in self._aside.news():
+            console.print(text, markup=False, highlight=False)
+
     def close(self) -> None:
         if self._live is not None:
+            self.tidy()
             self._live.stop()
+            self._live.console.file.close()
+            self._aside.close()
 
     def panel(self) -> RenderableType:
         """All that is known now."""

@@ -96,7 +96,9 @@ def project(tmp_path: Path) -> Iterator[Project]:
         os.chown(made.path(name), 1234, 1234)
     yield made
     profiles = [
-        word for p in ("shakespeare", "openwebtext", "finetune", "cpu-demo", "tensorboard") for word in ("--profile", p)
+        word
+        for p in ("shakespeare", "openwebtext", "finetune", "cpu-demo", "tensorboard", "dashboard")
+        for word in ("--profile", p)
     ]
     made.compose(*profiles, "down", "--volumes", "--timeout", "1")
 

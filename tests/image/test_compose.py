@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,7 +167,7 @@ def test_a_full_disk_is_said_before_the_work_and_spoils_no_checkpoint(project: P
 
 def test_without_an_nvidia_runtime_make_says_what_to_install_before_any_work(project: Project) -> None:
     project.config("shakespeare", dataset="shakespeare")
-    for task in ("shakespeare", "train-medium", "finetune", "sample", "monitor", "bench", "preflight"):
+    for task in ("shakespeare", "train-medium", "finetune", "sample", "monitor", "watch", "bench", "preflight"):
         done = project.run("make", task)
         assert done.returncode != 0 and "NVIDIA Container Toolkit" in done.stderr and "CPU=1" in done.stderr
     assert not list(project.path("data").iterdir()) and not list(project.path("runs").iterdir())
@@ -254,3 +255,28 @@ def test_tensorboard_serves_the_curves_on_this_machine_alone(project: Project) -
     assert "eval/val_loss" in answer["shakespeare/tensorboard"] and "train/loss" in answer["shakespeare/tensorboard"]
     ports = docker("ps", "--format", "{{.Ports}}", "--filter", f"name={project.folder.parent.name}").stdout
     assert "127.0.0.1:6006" in ports and "0.0.0.0" not in ports
+
+
+def test_the_dashboard_is_for_this_machine_alone_and_only_reads(project: Project) -> None:
+    project.config("shakespeare", dataset="shakespeare")
+    assert project.compose("--profile", "shakespeare", "up").returncode == 0
+    before = sorted(project.path("runs", "shakespeare").rglob("*"))
+    assert project.compose("--profile", "dashboard", "up", "--detach").returncode == 0
+    shown: dict[str, object] = {}
+
+    def serves() -> bool:
+        try:
+            with urllib.request.urlopen("http://127.0.0.1:8080/api/now", timeout=5) as response:
+                shown.update(json.load(response)["run"])
+        except OSError:
+            return False
+        return True
+
+    wait_for(serves)
+    assert (shown["name"], shown["state"]) == ("shakespeare", "finished")
+    foreign = urllib.request.Request("http://127.0.0.1:8080/api/now", headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError, match="421"):
+        urllib.request.urlopen(foreign, timeout=5)
+    ports = docker("ps", "--format", "{{.Ports}}", "--filter", f"name={project.folder.parent.name}").stdout
+    assert "127.0.0.1:8080" in ports and "0.0.0.0" not in ports
+    assert sorted(project.path("runs", "shakespeare").rglob("*")) == before

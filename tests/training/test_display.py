@@ -63,6 +63,46 @@ def test_on_a_terminal_there_is_a_panel(volumes: Path) -> None:
     assert all(len(line.rstrip()) <= 80 for line in last.splitlines())
     assert text.rindex("\x1b[?25h") > text.rindex("╭"), "the cursor is there again"
     assert "finished at step 30" in text.split("╰")[-1] and "step 30/30  val_loss" in text
+    log = (volumes / "runs/a/log.txt").read_text()
+    for part in ("a: 2 layers", "step 30/30  loss", "step 30/30  val_loss", "finished at step 30"):
+        assert part in log, "the log is kept, whatever the terminal shows"
+
+
+ASIDE = """
+import os, sys, warnings
+from pathlib import Path
+from gpt2box.progress import kept_log
+from tests.training.test_display import ROW, Display, plan
+with kept_log(Path(sys.argv[1])):
+    display = Display("a", 0, plan())
+    warnings.warn("of Python")
+    os.write(2, b"[W of C++]\\n")
+    for step in range(1, 4):
+        display.train(step, ROW, 9)
+    display.close()
+os.write(2, b"afterwards\\n")
+"""
+
+
+def test_warnings_do_not_tear_the_panel(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    environment = os.environ | {
+        "COLUMNS": "80",
+        "LINES": "40",
+        "TERM": "xterm",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, "-c", ASIDE, str(tmp_path / "log.txt")]
+    subprocess.run(command, stderr=theirs, env=environment, check=True)
+    os.close(theirs)
+    text = os.read(ours, 65536).decode()
+    os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    lines = [line.strip("\r") for line in text.splitlines()]
+    assert "[W of C++]" in lines and "afterwards" in lines and any("of Python" in line for line in lines), text
+    assert all(line.endswith("╮") for line in lines if "╭" in line), text
+    log = (tmp_path / "log.txt").read_text()
+    assert "[W of C++]\n" in log and "step 1/" in log and "afterwards" not in log
 
 
 def test_a_program_reads_the_figures_as_json(volumes: Path, gpt2box: Command) -> None:
@@ -75,6 +115,9 @@ def test_a_program_reads_the_figures_as_json(volumes: Path, gpt2box: Command) ->
     ]  # fmt: skip
     assert rows[1]["mfu"] is None, "nothing is known of this CPU's peak"
     assert "tokens/s" not in done.stderr and "finished at step 20" in done.stderr
+    again = gpt2box("train", *tiny(name="a", max_steps=20, eval_interval=10, log_interval=5, seed=5))
+    log = (volumes / "runs/a/log.txt").read_text()
+    assert "tokens/s" in log and again.returncode == 2 and "seed: 1337 before, 5 now" in log, "errors, too"
 
 
 def test_the_share_of_the_peak_is_that_of_the_models_own_arithmetic() -> None:

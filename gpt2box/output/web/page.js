@@ -43,8 +43,9 @@ function makePlots(place) {
     return uPlot.join(chart.lines.map((line) => [along(line, axis.value), line.value]));
   }
 
-  function draw(chart, node) {
+  function draw(chart, at, node) {
     const lines = chart.lines;
+    const few = (i) => charts[at].lines[i].value.length < 100;
     const ruled = { stroke: style("--faint"), grid: { stroke: style("--rule"), width: 1 }, ticks: { stroke: style("--rule") } };
     const options = {
       width: node.clientWidth,
@@ -63,7 +64,7 @@ function makePlots(place) {
           stroke: color(i, lines.length),
           width: line.dots ? 2 : 1.2,
           spanGaps: true,
-          points: { show: line.dots && line.value.length < 100, size: 5 },
+          points: { show: line.dots && (() => few(i)), size: 5 },
           value: (plot, value) => shown(value),
         })),
       ],
@@ -117,7 +118,7 @@ function makePlots(place) {
 
   function redraw() {
     drawn.forEach((plot) => plot.destroy());
-    drawn = charts.map((chart, i) => draw(chart, nodes[i]));
+    drawn = charts.map((chart, i) => draw(chart, i, nodes[i]));
     zoom();
   }
 

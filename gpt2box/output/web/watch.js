@@ -53,7 +53,7 @@
       const figures = element("dl", ...tiles(card.figures));
       figures.className = "tiles";
       const held = card.processes.length
-        ? table(["memory held by", "process", ""], card.processes)
+        ? table(["program", "process", "memory held"], card.processes)
         : element("p", "The driver names no program that holds memory of it.");
       const wide = element("div", held);
       wide.className = "wide";
