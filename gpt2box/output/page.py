@@ -117,7 +117,7 @@ def session(entry: dict[str, Any]) -> str:
     """When a session began, and on what."""
     packages = mapping(entry.get("packages"))
     parts = [
-        entry.get("started"),
+        str(entry.get("started") or "").replace("T", " ").replace("Z", " UTC"),
         entry.get("device"),
         f"Python {entry.get('python')}",
         f"PyTorch {packages.get('torch')}",

@@ -79,7 +79,9 @@ class Display:
             from rich.text import Text
 
             console = self._live.console
-            lines = [part.plain.rstrip() for x in lines for part in Text(x or " ").wrap(console, max(console.width - 6, 20))]
+            lines = [
+                part.plain.rstrip() for x in lines for part in Text(x or " ").wrap(console, max(console.width - 6, 20))
+            ]
         self.line("\n".join(f"    | {line}" for line in lines))
 
     def line(self, text: str) -> None:
