@@ -16,7 +16,7 @@ import re
 import time
 import unicodedata
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -224,11 +224,11 @@ def read_object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` with `text`; a reader or a crash sees the old content or the new, never half."""
+def write_atomically(path: Path, text: str | Iterable[str]) -> None:
+    """Replace `path` with a text, or its parts; a reader or a crash sees the old content or the new, never half."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines([text] if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -72,7 +72,7 @@ def settings_in(manifest: dict[str, Any], path: Path, name: str | None, device: 
     Raises:
         BadInput: what is wrong with them.
     """
-    values = dict(manifest["settings"])
+    values = {**manifest["settings"], "wandb": "off"}  # who runs it again did not ask to send anything
     way = sessions_in(manifest)[0].get("way")
     if isinstance(way, dict):
         values |= {key: way[key] for key in ("micro_batch_size", "activation_checkpointing") if key in way}

@@ -99,6 +99,7 @@ def serve(entrance: Door) -> None:
         if in_image() and is_loopback(entrance.host):
             say("note: 127.0.0.1 is this container's own; with --host 0.0.0.0 and a published port you can look in")
         settings = uvicorn.Config(app(entrance), log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+        settings.server_header = False
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with suppress(KeyboardInterrupt):
             uvicorn.Server(settings).run(sockets=[listening])

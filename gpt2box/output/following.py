@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ class Follower:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.figures = Figures()
-        self.generation = 0  # what was handed out of an earlier one is void
+        self.generation = ""  # what was handed out of an earlier one is void
         self.share = 1.0  # read, of the file
         self._inode = self._offset = 0
 
@@ -43,7 +44,7 @@ class Follower:
 
     def _begin_anew(self, inode: int) -> None:
         self.figures, self._inode, self._offset = Figures(), inode, 0
-        self.generation += 1
+        self.generation = secrets.token_hex(4)
 
 
 def whole_lines(piece: bytes) -> bytes:

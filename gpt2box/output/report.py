@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gpt2box.training.metrics import read
+from gpt2box.output.curves import history
 
 
 def loss_png(run: Path) -> Path:
@@ -14,15 +14,14 @@ def loss_png(run: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = read(run / "metrics.jsonl")
-    train = [(row["step"], row["loss"]) for row in rows if row["kind"] == "train" and row.get("loss") is not None]
-    val = [(row["step"], row["val_loss"]) for row in rows if row["kind"] == "eval" and row.get("val_loss") is not None]
+    curves = history(run / "metrics.jsonl").curves
+    train, val = (curves[name].thinned() if name in curves else None for name in ("loss", "val_loss"))
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
     if train:
-        axes.plot(*zip(*train, strict=True), color="#9bb7d4", linewidth=1, label="train")
+        axes.plot(train.step, train.value, color="#9bb7d4", linewidth=1, label="train")
     if val:
-        axes.plot(*zip(*val, strict=True), color="#b3341f", linewidth=2, marker="o", markersize=3, label="validation")
-        step, best = min(val, key=lambda point: point[1])
+        axes.plot(val.step, val.value, color="#b3341f", linewidth=2, marker="o", markersize=3, label="validation")
+        step, best = int(val.step[val.value.argmin()]), float(val.value.min())
         axes.annotate(
             f"{best:.4f} at step {step:,}", (step, best), xytext=(-8, 14), textcoords="offset points", ha="right"
         )

@@ -74,7 +74,10 @@ def folders() -> list[Path]:
 def begun(folder: Path) -> bool:
     """Whether something is there that a training writes, or one is about to."""
     known = ("config.yaml", "plan.json", "metrics.jsonl", "checkpoints")
-    return any((folder / name).exists() for name in known) or is_locked(folder / ".lock")
+    try:
+        return any((folder / name).exists() for name in known) or is_locked(folder / ".lock")
+    except PermissionError:  # another user's, which they do not show
+        return False
 
 
 def look_at(folder: Path) -> Run:

@@ -103,7 +103,7 @@ class Watch:
             self._followers.popitem(last=False)
         follower.read_on()
         counts = follower.figures.counts()
-        generation = f"{id(follower):x}-{follower.generation}"
+        generation = follower.generation
         if follower.share < 1 and cursor.startswith(generation + ":"):  # a long file: its curves once it is read
             return {"version": cursor, "whole": False, "read": follower.share, "charts": []}
         since = since_cursor(cursor, generation, counts)

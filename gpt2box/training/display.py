@@ -122,7 +122,8 @@ class Display:
         grid.add_row("", ProgressBar(total=max(self.plan.max_steps, 1), completed=self.step))
         for name, text in self.lines().items():
             grid.add_row(name, Text(text))
-        return Panel(grid, title=Text(self.name), title_align="left", border_style="dim")
+        width = max(self._live.console.width - 3, 20)  # or the ^C of who stops it moves the cursor down
+        return Panel(grid, title=Text(self.name), title_align="left", border_style="dim", width=width)
 
     def lines(self) -> dict[str, str]:
         """The panel's text, by what it is about."""

@@ -32,9 +32,7 @@ class Metrics:
 
     def __init__(self, path: Path, step: int, evaluated_step: int, echo: bool = False, wandb: str = "off") -> None:
         self._echo = echo
-        kept = [row for row in read(path) if row["step"] <= (step if row["kind"] == "train" else evaluated_step)]
-        if path.exists():
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        drop_later(path, step, evaluated_step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed with the run
         from torch.utils.tensorboard.writer import SummaryWriter  # a second to import
 
@@ -63,6 +61,19 @@ class Metrics:
         self._events.close()
         if self._tracker is not None:
             self._tracker.close()
+
+
+def drop_later(path: Path, step: int, evaluated_step: int) -> None:
+    """Leave out what is not of the steps so far, and what is no whole line; line by line, as there may be many."""
+
+    def kept(lines: Iterable[str]) -> Iterator[str]:
+        for line in lines:
+            if any(row["step"] <= (step if row["kind"] == "train" else evaluated_step) for row in parse([line])):
+                yield line.rstrip("\n") + "\n"
+
+    if path.exists():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            write_atomically(path, kept(file))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
