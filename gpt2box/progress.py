@@ -20,6 +20,7 @@ from gpt2box.errors import Gpt2boxError
 LINE_SECONDS = 10.0
 STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
 _logs: dict[Path, int] = {}  # the files that are kept now, and their descriptors
+_asides: list[Aside] = []
 
 
 def say(text: str = "") -> None:
@@ -47,6 +48,8 @@ def kept_log(path: Path) -> Iterator[None]:
         note(str(error) if isinstance(error, Gpt2boxError) else f"ended by {type(error).__name__}: {error}")
         raise
     finally:
+        while _asides:  # an error came in between: what is printed of it is for the terminal
+            _asides[-1].close()
         del _logs[path]
         os.close(descriptor)
 
@@ -64,6 +67,7 @@ class Aside:
             self._log = open(path, "rb")  # noqa: SIM115, closed below
             self._log.seek(0, os.SEEK_END)
             os.dup2(descriptor, 2)
+        _asides.append(self)
 
     def news(self) -> list[str]:
         """Lines that came since the last call; those of `note` have a time in front."""
@@ -72,6 +76,7 @@ class Aside:
 
     def close(self) -> None:
         """As it was before."""
+        _asides.remove(self)
         os.dup2(self.terminal, 2)
         os.close(self.terminal)
         if self._log:

@@ -39,9 +39,9 @@ class Display:
 
             # What others write to standard error, warnings too, then appears above the panel.
             self._aside = Aside()
-            console = Console(file=os.fdopen(os.dup(self._aside.terminal), "w", encoding="utf-8"))
-            self._width = console.width
-            self._live = Live(get_renderable=self.panel, console=console, refresh_per_second=2, transient=True)
+            self._console = Console(file=os.fdopen(os.dup(self._aside.terminal), "w", encoding="utf-8"))
+            self._width = self._console.width
+            self._live = Live(get_renderable=self.panel, console=self._console, refresh_per_second=2, transient=True)
             self._live.start()
 
     def train(self, step: int, row: dict[str, Any], seconds_left: float) -> None:
@@ -78,7 +78,7 @@ class Display:
         if self._live is not None:
             from rich.text import Text
 
-            console = self._live.console
+            console = self._console
             lines = [
                 part.plain.rstrip() for x in lines for part in Text(x or " ").wrap(console, max(console.width - 6, 20))
             ]
@@ -87,14 +87,14 @@ class Display:
     def line(self, text: str) -> None:
         """A line that stays, above the panel where there is one."""
         if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False)
+            self._console.print(text, markup=False, highlight=False)
             note(text)
         else:
             say(text)
 
     def tidy(self) -> None:
         """Bring above the panel what went past it, and begin on a clean screen where a narrower one broke its lines."""
-        console = self._live.console
+        console = self._console
         if console.width < self._width:
             console.clear()
         self._width = console.width
@@ -105,7 +105,7 @@ class Display:
         if self._live is not None:
             self.tidy()
             self._live.stop()
-            self._live.console.file.close()
+            self._console.file.close()
             self._aside.close()
 
     def panel(self) -> RenderableType:
@@ -122,7 +122,7 @@ class Display:
         grid.add_row("", ProgressBar(total=max(self.plan.max_steps, 1), completed=self.step))
         for name, text in self.lines().items():
             grid.add_row(name, Text(text))
-        width = max(self._live.console.width - 3, 20)  # or the ^C of who stops it moves the cursor down
+        width = max(self._console.width - 3, 20)  # or the ^C of who stops it moves the cursor down
         return Panel(grid, title=Text(self.name), title_align="left", border_style="dim", width=width)
 
     def lines(self) -> dict[str, str]:

@@ -80,7 +80,12 @@ with kept_log(Path(sys.argv[1])):
     for step in range(1, 4):
         display.train(step, ROW, 9)
     display.close()
-os.write(2, b"afterwards\\n")
+try:
+    with kept_log(Path(sys.argv[1])):
+        Display("a", 0, plan())
+        raise ValueError("in between")
+except ValueError:
+    os.write(2, b"afterwards\\n")
 """
 
 
@@ -103,6 +108,7 @@ def test_warnings_do_not_tear_the_panel(tmp_path: Path) -> None:
     assert all(line.endswith("╮") for line in lines if "╭" in line), text
     log = (tmp_path / "log.txt").read_text()
     assert "[W of C++]\n" in log and "step 1/" in log and "afterwards" not in log
+    assert "ended by ValueError: in between" in log
 
 
 def test_a_program_reads_the_figures_as_json(volumes: Path, gpt2box: Command) -> None:
