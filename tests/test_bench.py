@@ -168,6 +168,9 @@ def test_compiled_or_not_follows_the_measurements_where_both_were_tried_and_it_i
     assert informed(CARD, plain, shape).compiled
     store(bench_file(), [record_of((2, "none", True), 0.2, 0.6)])
     assert not informed(CARD, plain, shape).compiled
+    store(bench_file(), [record_of((2, "none", True), 0.102, 0.306)])  # no clear difference: as usual
+    assert informed(CARD, plain, shape).compiled
+    store(bench_file(), [record_of((2, "none", True), 0.2, 0.6)])
     assert informed(CARD, plain.model_copy(update={"compile": True}), shape).compiled
     assert informed(CARD, plain.model_copy(update={"dropout": 0.1}), shape).compiled  # nothing is known of that
     assert informed(replace(CARD, card="another"), plain, shape).measured == []

@@ -11,7 +11,7 @@ from gpt2box.config import Config
 from gpt2box.errors import MachineCannot
 from gpt2box.paths import bench_file
 from gpt2box.planning.cards import CARDS, CardKind
-from gpt2box.planning.measured import Measured, compiled_is_faster, job_of, read
+from gpt2box.planning.measured import Measured, compiled_or_not, job_of, read
 from gpt2box.planning.memory import Memory, Step, training_memory
 from gpt2box.planning.shape import ModelShape
 from gpt2box.planning.throughput import tokens_per_sec
@@ -92,11 +92,11 @@ def informed(place: Place, config: Config, shape: ModelShape, can_compile: bool 
     """With what was measured there, and compiled or not as was faster, where both were tried and it is left open."""
     if not place.card:
         return place
-    records, faster = read(bench_file(), place.card), None
+    records, compiled = read(bench_file(), place.card), place.compiled
     if config.compile == "auto" and config.may_compile and can_compile:
         job = job_of(place.card, config, shape, place.dtype)
-        faster = compiled_is_faster(records, job, config.tokens_per_step)
-    return replace(place, measured=records, compiled=place.compiled if faster is None else faster)
+        compiled = compiled_or_not(records, job, config.tokens_per_step, place.compiled)
+    return replace(place, measured=records, compiled=compiled)
 
 
 def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:

@@ -18,6 +18,7 @@ from gpt2box.paths import read_object, write_atomically
 from gpt2box.planning.shape import ModelShape
 
 FORMAT = 1
+CLEARLY = 1.05  # times as fast: less may be chance
 MANY = 3  # micro-steps of the longer of the two steps that are measured
 # Of a step's time and memory, besides shape, number format and the way it is done.
 SETTINGS = (
@@ -107,15 +108,13 @@ def identity(row: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
     return json.dumps(row.get("job")), tuple(row.get(key) for key in keys)
 
 
-def compiled_is_faster(records: list[Measured], job: Job, grad_accum_tokens: int) -> bool | None:
-    """Whether the fastest way of a job is compiled; None where not both were measured.
-
-    `grad_accum_tokens`: of a step.
-    """
-    best: dict[bool, float] = {}
+def compiled_or_not(records: list[Measured], job: Job, tokens_per_step: int, usual: bool) -> bool:
+    """Whether to compile: as usual, unless the fastest way of a job that is done otherwise is clearly faster."""
+    best = {True: 0.0, False: 0.0}
     for record in records:
         if record.job == job and record.fits:
-            accumulation = max(grad_accum_tokens // (record.micro_batch_size * int(job.shape["block_size"])), 1)
-            rate = record.tokens_per_sec(accumulation)
-            best[record.compiled] = max(best.get(record.compiled, 0.0), rate)
-    return best[True] > best[False] if len(best) == 2 else None
+            accumulation = max(tokens_per_step // (record.micro_batch_size * int(job.shape["block_size"])), 1)
+            best[record.compiled] = max(best[record.compiled], record.tokens_per_sec(accumulation))
+    if not best[usual]:
+        return usual
+    return (not usual) if best[not usual] > CLEARLY * best[usual] else usual
