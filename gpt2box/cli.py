@@ -195,7 +195,8 @@ def plan(
     gpt2box plan openwebtext --gpu rtx-4070 --block-size 512
     gpt2box plan finetune --vram-gib 8 --all-sizes
 
-    Estimated from the model's shape and the card's data sheet, not measured. Exit code 3 when nothing fits.
+    Estimated from the model's shape and the card's data sheet; measured, and said so, where `bench --sweep` was done
+    here. Exit code 3 when nothing fits.
     """
     from gpt2box import config_file, planner
 

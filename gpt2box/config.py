@@ -168,7 +168,9 @@ class Config(BaseModel):
         "of the matrices. bfloat16: half their memory, rounded by chance; changes the numbers",
         group="Machine",
     )
-    compile: AutoBool = setting("auto", "torch.compile. auto: on a GPU", group="Machine", may_change=True)
+    compile: AutoBool = setting(
+        "auto", "torch.compile. auto: on a GPU, unless bench --sweep found otherwise", group="Machine", may_change=True
+    )
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = setting(
         "auto", "recompute in the backward pass: less memory, more time", group="Machine", may_change=True
     )

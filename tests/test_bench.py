@@ -74,7 +74,7 @@ def test_a_sweep_keeps_the_fastest_way_and_plan_and_train_take_it(
     volumes: Path, capsys: pytest.CaptureFixture[str], gpt2box: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the command has it
-    bench(config(activation_checkpointing="auto"), steps=3, sweep=True, share=False, as_json=True)
+    bench(config(activation_checkpointing="auto"), steps=2, sweep=True, share=False, as_json=True)
     found = json.loads(capsys.readouterr().out)
     rates = [way["tokens_per_sec"] for way in found["ways"]]
     assert len(rates) == 9 and rates == sorted(rates, reverse=True)  # 3 micro-batches, 3 kinds of recompute
