@@ -48,7 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "muon": {**OURS, "warmup_steps": 20, "optimizer": "muon"},
 }  # fmt: skip
 STEPS = {"small": 666, "medium": 266}  # of AdamW
-SHARES = (0.25, 0.37)  # of them, for Muon; its sweep is at the last
+SHARES = (0.37, 0.6)  # of them, for Muon; its sweep is at the last
 SWEEP = {"adamw": (5e-3, 1e-2, 2e-2), "muon": (1e-2, 2e-2)}
 
 

@@ -119,6 +119,14 @@ def test_a_step_that_broke_off_half_way_is_taken_back(
     assert [row["step"] for row in rows if row["kind"] == "eval"] == [0, 3, 6, 8]
 
 
+def test_half_a_step_with_muon_is_taken_back(volumes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train("plain", optimizer="muon")
+    train("refused", Refuse("baddbmm", 130), optimizer="muon")  # of 80 a step
+    assert "some weights had taken that step already: going on from" in capsys.readouterr().err
+    for key, tensor in weights(volumes, "plain").items():
+        torch.testing.assert_close(weights(volumes, "refused")[key], tensor, rtol=1e-3, atol=1e-4)
+
+
 def test_when_memory_returns_so_does_the_way_before(
     volumes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
