@@ -146,7 +146,15 @@ def step_cost(
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"dropout": 0.1}, {"optimizer_states": "int8"}, {"weights_dtype": "bfloat16"}]
+    "settings",
+    [
+        {},
+        {"dropout": 0.1},
+        {"optimizer_states": "int8"},
+        {"weights_dtype": "bfloat16"},
+        {"optimizer": "muon"},
+        {"optimizer": "muon", "optimizer_states": "int8", "weights_dtype": "bfloat16"},
+    ],
 )
 def test_a_step_never_waits_for_the_device(mode: str, settings: dict[str, object]) -> None:
     assert step_cost(3, mode, **settings).waits == []
