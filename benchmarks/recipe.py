@@ -179,9 +179,8 @@ def plot(found: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
             points = [
                 (p[0][0], statistics.mean(v for _, v in p)) for p in zip(*(r["curve"] for r in rows), strict=True)
             ]
-            label = labels.pop(recipe, None) if axes is panels[0][0] else None
-            axes.plot(*zip(*points, strict=True), marker=".", color=colours[recipe], label=label)
-        axes.set_title(f"{size}: {SIZES[size]['n_layer']} layers × {COMMON['n_embd']}, {len(rows)} seeds")
+            axes.plot(*zip(*points, strict=True), marker=".", color=colours[recipe], label=labels.pop(recipe, None))
+        axes.set_title(f"{size}: {SIZES[size]['n_layer']} layers × {COMMON['n_embd']}, {len(by_name['adamw'])} seeds")
         axes.set_xlabel("tokens")
         axes.set_ylabel("val_loss")
     figure.legend(loc="outside lower center", ncols=3)
