@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from gpt2box import __version__, model_commands, output_commands
-from gpt2box.errors import BadInput, Gpt2boxError, VolumeUnwritable
+from gpt2box.errors import BadInput, Gpt2boxError, VolumeUnwritable, printable
 from gpt2box.options import Between, FirstToLast, SettingsCommand, plain_names
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "token_normalize_func": plain_names, "max_content_width": 110}
@@ -264,6 +264,7 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except click.ClickException as error:
+        error.message = "\n".join(map(printable, error.message.split("\n")))
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
@@ -273,9 +274,20 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody is left to flush to
         sys.exit(141)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        fault = fault_of(error)
+        if fault is None:
             raise
-        found = f"cannot write {error.filename or 'a file'}: {error.strerror}"
-        fault = VolumeUnwritable(found, "free space and permission")
         print(fault, file=sys.stderr)
         sys.exit(fault.exit_code)
+
+
+def fault_of(error: OSError) -> Gpt2boxError | None:
+    """What a refusal of the system that nobody expected there means; nothing for what only a bug can be."""
+    what = f"{error.filename or 'a file'}: {error.strerror}"
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+        return BadInput(f"cannot use {what}", "a file where a file belongs, a folder where a folder does")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        return VolumeUnwritable(f"cannot write {what}", "free space and permission")
+    if error.errno == errno.EIO:
+        return VolumeUnwritable(f"cannot read or write {what}", "a disk that works; the system's log may say more")
+    return None

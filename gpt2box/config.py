@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -22,6 +23,8 @@ MODEL_SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
+SHORT = reprlib.Repr()  # of values that a file may have made endless
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 200
 DEVICES = r"auto|cpu|cuda(:(0|[1-9]\d?))?"
 
 
@@ -293,7 +296,8 @@ def validate(values: dict[str, Any], source: str) -> Config:
         for fault in error.errors():
             if not any(f.startswith(f"{fault['loc'][0]}: ") for f in faults):
                 key = str(fault["loc"][0])
-                faults.append(f"{key}: found {fault['input']!r}; expected {about(key).values}: {about(key).meaning}")
+                found, expected = SHORT.repr(fault["input"]), about(key)
+                faults.append(f"{key}: found {found}; expected {expected.values}: {expected.meaning}")
     if config is not None:
         from gpt2box.contradictions import contradictions  # which needs this module
 

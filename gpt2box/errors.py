@@ -6,6 +6,11 @@ without a traceback (cli.py). Any other exception is a bug.
 
 from __future__ import annotations
 
+import re
+
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # also: order of writing
+LONGEST = 1500  # characters of a line
+
 
 class Gpt2boxError(Exception):
     """An expected failure. `found` is required; `expected` and `next_step` where they help."""
@@ -24,7 +29,16 @@ class Gpt2boxError(Exception):
             lines.append(f"  expected: {self.expected}")
         if self.next_step:
             lines.append(f"  next: {self.next_step}")
-        return "\n".join(lines)
+        return "\n".join(printable(line) for line in "\n".join(lines).split("\n"))
+
+
+def printable(line: str) -> str:
+    """A line for a terminal: what would steer it stands as an escape, and what is endless is cut.
+
+    Messages quote names and values from outside, which may hold anything.
+    """
+    safe = CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), line[:LONGEST])
+    return safe + (f"… ({len(line):,} characters)" if len(line) > LONGEST else "")
 
 
 class BadInput(Gpt2boxError):

@@ -206,3 +206,11 @@ def test_any_values_are_accepted_or_refused_whole(values: dict[str, object]) -> 
     except BadInput:
         return
     assert loaded.tokens_per_step % (loaded.micro_batch_size * loaded.block_size) == 0
+
+
+def test_a_value_without_end_is_shown_short(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 25)]
+    path = write(tmp_path / "c.yaml", "\n".join([*lines, "dataset: x", "seed: *a24"]))  # 9²⁴ of them
+    with pytest.raises(BadInput) as raised:
+        config_file.load(path, {})
+    assert "seed: found [[[" in str(raised.value) and len(str(raised.value)) < 5000

@@ -29,6 +29,8 @@ ASKED = {
 }
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # by the names of transformers
 
+LARGEST = {"n_layer": 1000, "n_head": 1000, "n_embd": 100_000, "block_size": 1_048_576, "vocab_size": 1_000_000}
+
 
 def pretrained_folder(init_from: str) -> Path:
     """The folder an `init_from` means; a published size or a model of the Hub is downloaded
@@ -124,7 +126,8 @@ def shape_in(folder: Path) -> ModelShape:
                 raise BadInput(f"{path}: {key} {config[key]!r}", f"{expected!r}, as in the published GPT-2")
         sizes = {key: int(config[key]) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
         sizes["block_size"] = int(config["n_positions"])
-        if min(sizes.values()) < 1 or sizes["n_embd"] % sizes["n_head"]:
+        too_large = [key for key, most in LARGEST.items() if sizes[key] > most]
+        if min(sizes.values()) < 1 or sizes["n_embd"] % sizes["n_head"] or too_large:
             raise ValueError(f"no network has the sizes {sizes}")
         bias = bool(config.get("gpt2box", {}).get("bias", True))
         return ModelShape(**sizes, bias=bias, gelu=gelu)

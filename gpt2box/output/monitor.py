@@ -108,6 +108,6 @@ def tail(path: Path, most_bytes: int = TAIL_BYTES) -> str:
             start = max(os.fstat(file.fileno()).st_size - most_bytes, 0)
             file.seek(start)
             content = file.read().decode("utf-8", errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return ""
     return content.partition("\n")[2] if start else content

@@ -13,7 +13,7 @@ from gpt2box.config import MODEL_SHAPES
 from gpt2box.data import assets, hub_model, tokenizer
 from gpt2box.data.published import pretrained_folder, shape_in
 from gpt2box.data.tokenizer import Tokenizer, prompt_ids
-from gpt2box.errors import BadInput
+from gpt2box.errors import BadInput, Damaged
 from gpt2box.machine.device import choose_device
 from gpt2box.model.decode import Decoder
 from gpt2box.model.generate import Choice, generate, generate_together
@@ -64,6 +64,13 @@ def find_model(argument: str | None, which: str) -> Path:
 def load_model(folder: Path, device: str) -> tuple[GPT2, Tokenizer]:
     """The model in `folder` on a device, and its tokenizer (GPT-2's where the folder has none)."""
     shape = shape_in(folder)
+    files = list(folder.glob("*.safetensors"))
+    stored = sum(path.stat().st_size for path in files)
+    if not files:
+        raise BadInput(f"no weights in {folder}", "model.safetensors")
+    if stored < shape.parameters:  # not even a byte each: before memory for them is asked for
+        found = f"{folder}: config.json says {shape.parameters:,} parameters, its .safetensors have {stored:,} bytes"
+        raise Damaged(found, "weights of that shape")
     model = GPT2.empty(shape, 0.0, choose_device(device))
     load_hub(model, folder)
     has_own = any((folder / name).exists() for name in ("vocab.json", "tokenizer.json"))

@@ -83,7 +83,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def stream(path: Path) -> Iterator[dict[str, Any]]:
     """The same, one after the other: a long run has a million. Nothing where there is no such file."""
-    if path.exists():
+    if path.is_file():
         with open(path, encoding="utf-8", errors="replace") as file:
             yield from parse(file)
 
