@@ -132,5 +132,5 @@ def weights_source(init_from: str, folder: Path | None) -> dict[str, Any]:
         return {"init_from": init_from}
     hub = read_object(folder / "hub.json")
     commit = hub.get("commit") or (HUB_REVISIONS.get(init_from) if folder.name in HUB_REVISIONS else None)
-    files = {path.name: sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
+    files = {path.name: sha256_of(path) for path in sorted(folder.glob("model*.safetensors"))}
     return {"init_from": init_from, "repo": hub.get("repo"), "commit": commit, "sha256": files}

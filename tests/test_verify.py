@@ -99,6 +99,22 @@ def test_verify_does_steps_again_and_writes_nothing(volumes: Path, one_thread: o
     assert {path: path.stat().st_mtime_ns for path in volumes.rglob("*")} == before
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "muon"},
+        {"weights_dtype": "bfloat16", "optimizer_states": "int8", "optimizer_in_backward": True},
+        {"init_from": "{}", "lora_rank": 4, "model": "gpt2"},
+    ],
+)
+def test_verify_does_any_kind_of_step_again(volumes: Path, one_thread: object, changes: dict[str, object]) -> None:
+    train("first", max_steps=5)
+    weights = (volumes / "runs/first/checkpoints/last").resolve()
+    train(max_steps=10, **{key: str(value).format(weights) for key, value in changes.items()})
+    for start in (None, "5"):
+        assert verify(find_run("run"), start, None).same
+
+
 def test_verify_knows_the_settings_that_held_then(volumes: Path, one_thread: object) -> None:
     train()
     train(max_steps=40, log_interval=2)
@@ -236,7 +252,7 @@ def test_the_manifest_holds_all_that_a_run_follows_from(volumes: Path) -> None:
     assert re.fullmatch("[0-9a-f]{64}", session["packages"]["all_sha256"])
     assert session["way"]["deterministic"] is True and session["locks"]["cpu"]
     folder = (volumes / "runs/run/checkpoints/last").resolve()
-    assert list(weights_source("x", folder)["sha256"]) == ["model.safetensors", "optimizer.safetensors"]
+    assert list(weights_source("x", folder)["sha256"]) == ["model.safetensors"]
 
 
 def test_what_differs_between_two_sessions_is_named() -> None:
