@@ -7,6 +7,7 @@ what it needs.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -264,8 +265,8 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.message = "\n".join(map(printable, error.message.split("\n")))
-        error.show()
+        error.show(said := io.StringIO())
+        print("\n".join(map(printable, said.getvalue().rstrip("\n").split("\n"))), file=sys.stderr)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)

@@ -77,6 +77,7 @@ def packages() -> dict[str, str]:
     every = {(each.metadata["Name"] or "").lower(): each.version for each in importlib.metadata.distributions()}
     listed = "".join(f"{name}=={version}\n" for name, version in sorted(every.items()))
     chosen = {name: every[name] for name in PACKAGES if name in every}
+    chosen["torch"] = str(torch.__version__)  # with its build, such as +cu121
     return {**chosen, "all_sha256": hashlib.sha256(listed.encode()).hexdigest()}
 
 
