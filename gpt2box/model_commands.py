@@ -236,6 +236,34 @@ def export(model: str | None, form: str, dtype: str | None, out: Path | None, li
     print(shown(write(folder, form, dtype, out, licence)))
 
 
+@click.command()
+@click.argument("model")
+@click.argument("repo", metavar="OWNER/NAME")
+@click.option("--public", is_flag=True, help="For everyone to see [default: private].")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Numbers of the matrices.",
+)
+@click.option("--license", "licence", default="", help="For the model card, such as mit or cc-by-4.0.")
+@click.option("--checkpoint", default="best", show_default=True, help="Of a run: best, last or step-NNNNNNNN.")
+def push(model: str, repo: str, public: bool, dtype: str, licence: str, checkpoint: str) -> None:
+    """Upload MODEL (as for `sample`) to the Hugging Face Hub as OWNER/NAME, with a model card.
+
+    It is exported and read back first, as by `export`, and said what is uploaded. Needs a token that may write, in
+    HF_TOKEN or from `hf auth login`; HF_ENDPOINT names another Hub.
+    """
+    from gpt2box.output.push import push as upload
+    from gpt2box.output.sample import find_model
+    from gpt2box.progress import say
+
+    folder = find_model(model, checkpoint)
+    say(f"from {folder}")
+    print(upload(folder, repo, dtype, licence, public))
+
+
 @click.command(name="import")
 @click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--name", help="What it is called in volumes/models [default: the name of its folder].")
@@ -265,4 +293,4 @@ def import_checkpoint(checkpoint: Path, name: str | None, out: Path | None, text
     print(shown(import_nanogpt(checkpoint, place.absolute(), text, {"exact": "none", "tanh": "tanh"}[gelu])))
 
 
-COMMANDS = [sample, evaluate, export, import_checkpoint]
+COMMANDS = [sample, evaluate, export, push, import_checkpoint]

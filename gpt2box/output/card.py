@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from gpt2box.config import MODEL_SHAPES
 from gpt2box.config_file import read_yaml
+from gpt2box.data import hub_model
 from gpt2box.paths import read_object
 from gpt2box.planning.shape import ModelShape
 from gpt2box.progress import duration
 
+# Of a path from the root: whoever reads the card has no use for them, and they may tell a name.
+LEADING_FOLDERS = re.compile(r"(?<![\w:/.])(?:/[^/,|]+)+/")
 SETTINGS = ("init_from", "learning_rate", "lr_schedule", "tokens_per_step", "dropout", "weight_decay", "seed")
 
 
-def model_card(folder: Path, shape: ModelShape, licence: str) -> str:
-    """README.md of the model in `folder`, from the records of its run where it is a run's checkpoint."""
+def model_card(folder: Path, shape: ModelShape, licence: str, title: str = "") -> str:
+    """README.md of the model in `folder`, from the records of its run where it is a run's checkpoint.
+
+    `title`: what it is called, if not as its run or folder.
+    """
     run = folder.resolve().parent.parent
     manifest, state = read_object(run / "manifest.json"), read_object(folder / "state.json")
     settings = read_yaml(run / "config.yaml") if manifest and (run / "config.yaml").exists() else {}
-    name = run.name if manifest else folder.resolve().name
+    name = title or (run.name if manifest else folder.resolve().name)
     lines = ["---", *front_matter(settings, licence), "---", "", f"# {name}", ""]
     lines += [
         f"A GPT-2 of {shape.parameters:,} parameters, by gpt2box: {shape.n_layer} layers of {shape.n_head} heads,"
@@ -48,16 +55,24 @@ def front_matter(settings: dict[str, Any], licence: str) -> list[str]:
     lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt2", "- gpt2box"]
     if licence:
         lines.insert(0, f"license: {json.dumps(licence)}")
-    if settings.get("init_from") in MODEL_SHAPES:
-        lines.append(f"base_model: openai-community/{settings['init_from']}")
+    if base := base_model(str(settings.get("init_from", ""))):
+        lines.append(f"base_model: {base}")
     return lines
+
+
+def base_model(init_from: str) -> str:
+    """By its name on the Hub, where it is from there."""
+    if init_from in MODEL_SHAPES:
+        return f"openai-community/{init_from}"
+    matched = hub_model.NAME.fullmatch(init_from)
+    return matched.group(1) if matched and not Path(init_from).is_dir() else ""
 
 
 def of_training(manifest: dict[str, Any], state: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """Data, settings, losses and machine."""
     data, session = manifest.get("dataset", {}), (manifest.get("sessions") or [{}])[-1]
     splits = data.get("splits") or {}
-    source = str(data.get("source") or data.get("folder") or "not recorded")
+    source = LEADING_FOLDERS.sub("", str(data.get("source") or data.get("folder") or "not recorded"))
     lines = ["## Training", "", "| | |", "|---|---|", f"| text | {source.replace('|', '/')} |"]
     for split, about in splits.items():
         lines.append(f"| {split} | {about['tokens']:,} tokens, sha256 {about['sha256'][:16]}… |")

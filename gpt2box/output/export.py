@@ -37,8 +37,8 @@ ROUNDING = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}  # of a number
 SMALLEST_NORMAL = 2**-14  # of float16; below it the steps are equal
 
 
-def export(folder: Path, form: str, dtype: str | None, out: Path | None, licence: str) -> Path:
-    """Write the model in `folder` for others; returns what was written.
+def export(folder: Path, form: str, dtype: str | None, out: Path | None, licence: str, title: str = "") -> Path:
+    """Write the model in `folder` for others; returns what was written. `title`: of the model card, if not the run's.
 
     Raises:
         BadInput: a format that has no such numbers or no such tokenizer, or a place that is taken.
@@ -52,9 +52,8 @@ def export(folder: Path, form: str, dtype: str | None, out: Path | None, licence
     model.eval()
     final = (out or usual_place(folder, form, dtype)).absolute()
     if form == "huggingface":
-        write = partial(
-            write_folder, model=model, words=words, dtype=dtype, card=model_card(folder, model.shape, licence)
-        )
+        card = model_card(folder, model.shape, licence, title)
+        write = partial(write_folder, model=model, words=words, dtype=dtype, card=card)
     elif form == "nanogpt":
         write = partial(write_nanogpt, model=model, state=read_object(folder / "state.json"))
     else:
