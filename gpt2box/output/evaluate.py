@@ -8,9 +8,10 @@ holds. A stride of a whole context is what training reports; a shorter one gives
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gpt2box.data.records import decoded
 from gpt2box.data.tokenizer import Tokenizer, Tokens
 from gpt2box.data.tokens import ID_BYTES, Dataset, TokenFile
 from gpt2box.errors import BadInput
@@ -36,17 +38,26 @@ class Loss:
     tokens: int  # that were predicted and count
     text_bytes: int  # that they stand for
     nats: float  # the sum of -log probability
+    words: int | None = None  # of the text, where all of it was predicted
 
     def figures(self) -> dict[str, float | int]:
         """As they are shown and printed as JSON."""
         mean = self.nats / self.tokens
+        of_words = {"word_perplexity": exponential(self.nats / self.words)} if self.words else {}
         return {
             "val_loss": mean,
-            "perplexity": math.exp(min(mean, 700.0)),
+            "perplexity": exponential(mean),
             "bits_per_byte": self.nats / math.log(2) / max(self.text_bytes, 1),
+            "byte_perplexity": exponential(self.nats / max(self.text_bytes, 1)),
+            **of_words,
             "tokens": self.tokens,
             "bytes": self.text_bytes,
         }
+
+
+def exponential(nats: float) -> float:
+    """Finite for anything."""
+    return math.exp(min(nats, 700.0))
 
 
 def windows(count: int, block_size: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -109,10 +120,10 @@ def loss_on_dataset(model: GPT2, words: Tokenizer, dataset: Dataset, split: str,
         BadInput: another tokenizer's dataset.
     """
     theirs = dataset.tokenizer
-    if (theirs.kind, theirs.vocab_size) != (words.kind, words.vocab_size):
+    if theirs.vocabulary() != words.vocabulary():
         raise BadInput(
             f"{dataset.folder} is in tokens of a {theirs.kind} tokenizer of {theirs.vocab_size:,}",
-            f"the model's own, {words.kind} of {words.vocab_size:,}",
+            f"the model's own, a {words.kind} tokenizer of {words.vocab_size:,}",
             "gpt2box eval MODEL --text FILE, and compare bits per byte",
         )
     with closing(TokenFile(dataset.folder / f"{split}.bin")) as file:
@@ -126,15 +137,14 @@ def loss_on_text(model: GPT2, words: Tokenizer, path: Path, stride: int, most: i
     Raises:
         BadInput: not UTF-8, or of other characters than the model's.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {path}: {error}", "plain text in UTF-8") from error
+    with open(path, "rb") as file:
+        text = "".join(decoded(file, path))  # as prepare reads it: any line end is \n, a byte-order mark is dropped
     ids = words.encode(text)
     if words.end_of_text is not None:
         ids = np.concatenate([np.array([words.end_of_text], dtype=np.uint16), ids])
     count = min(len(ids) - 1, most or len(ids))
-    return loss_of(model, words, count, lambda begin, n: ids[begin : begin + n], lambda begin, n: None, stride)
+    found = loss_of(model, words, count, lambda begin, n: ids[begin : begin + n], lambda begin, n: None, stride)
+    return replace(found, words=len(re.split(r"\s+", text)) if count == len(ids) - 1 else None)
 
 
 def dataset_of(folder: Path) -> Path:

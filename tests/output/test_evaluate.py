@@ -107,6 +107,15 @@ def test_loss_and_bits_per_byte_are_those_of_transformers_window_by_window(
     assert found["val_loss"] == pytest.approx(nats / (len(ids) - 1), abs=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+    assert found["byte_perplexity"] == pytest.approx(math.exp(nats / len(text.encode())), rel=1e-5)
+    assert found["word_perplexity"] == pytest.approx(math.exp(nats / len(text.split())), rel=1e-4)
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    again = measure("--text", str(tmp_path / "windows.txt"), "--stride", str(stride), "--max-tokens", "50")
+    assert again["tokens"] == 50 and "word_perplexity" not in again
+    assert (
+        again["val_loss"]
+        == measure("--text", str(tmp_path / "text.txt"), "--max-tokens", "50", "--stride", str(stride))["val_loss"]
+    )
 
 
 def test_a_whole_split_has_the_loss_that_training_noted(run: Path, measure: Evaluate) -> None:
@@ -171,7 +180,7 @@ def test_figures_are_those_of_lm_evaluation_harness(run: Path, measure: Evaluate
         "lambada": "output_type: loglikelihood\ndoc_to_text: \"{{text.split(' ')[:-1]|join(' ')}}\"\n"
         "doc_to_target: \"{{' '+text.split(' ')[-1]}}\"\nmetric_list:\n  - metric: perplexity\n  - metric: acc\n",
         "rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
-        "metric_list:\n  - metric: bits_per_byte\n  - metric: byte_perplexity\n",
+        "metric_list:\n  - metric: bits_per_byte\n  - metric: byte_perplexity\n  - metric: word_perplexity\n",
     }
     for name, body in bodies.items():
         (tmp_path / f"{name}.yaml").write_text(common.format(name, files[name]) + body)
@@ -193,6 +202,8 @@ def test_figures_are_those_of_lm_evaluation_harness(run: Path, measure: Evaluate
         ("lambada", "acc"),
         ("lambada", "perplexity"),
         ("rolling", "bits_per_byte"),
+        ("rolling", "byte_perplexity"),
+        ("rolling", "word_perplexity"),
     ]:
         expected = theirs[f"ours_{name}"][f"{key},none"]
         assert ours[name][key] == pytest.approx(expected, rel=2e-6), (name, key)
