@@ -40,13 +40,15 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@click.option("--name", help="The dataset's name [default: the input's, with -char for characters].")
+@click.option(
+    "--name", help="The dataset's name [default: the input's, with -char for characters or another tokenizer's name]."
+)
 @click.option(
     "--tokenizer",
-    type=click.Choice(["gpt2", "char"]),
+    metavar="[gpt2|char|FOLDER|OWNER/NAME]",
     default="gpt2",
     show_default=True,
-    help="GPT-2's 50,257 tokens, or one token a character.",
+    help="GPT-2's 50,257 tokens, one token a character, or those of a model, here or on the Hub.",
 )
 @click.option(
     "--val-fraction",

@@ -103,6 +103,15 @@ def corpus_of(dataset: str) -> str:
     return name if name in KNOWN and (name == dataset or name not in OPENWEBTEXT) else ""
 
 
+def words_for(config: Config) -> str:
+    """In which tokens a text is prepared: those of the weights that a run begins from, as prepare's --tokenizer."""
+    if config.init_from in ("scratch", *MODEL_SHAPES):
+        return "gpt2"
+    begun = any((run_dir(config.name) / "checkpoints").glob("step-*"))  # the first weights may be gone
+    folder = dataset_dir(config.dataset) / "tokenizer" if begun else pretrained_folder(config.init_from)
+    return str(folder) if any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")) else "gpt2"
+
+
 def bring(config: Config, text: Path | None) -> None:
     """Make the dataset, from `text` or the known corpus of its name, and download the weights, unless they are there.
 
@@ -113,7 +122,7 @@ def bring(config: Config, text: Path | None) -> None:
     folder = dataset_dir(config.dataset)
     corpus = corpus_of(config.dataset)
     if text:
-        _, written = prepare([str(text)], Options(), folder=folder)
+        _, written = prepare([str(text)], Options(words_for(config)), folder=folder)
     elif not has_dataset(config) and corpus:
         tokenizer = "char" if config.dataset.endswith(CHAR) else "gpt2"
         _, written = prepare([corpus], Options(tokenizer), folder=folder)

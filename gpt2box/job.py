@@ -13,7 +13,7 @@ import torch
 from gpt2box import config_file
 from gpt2box.config import Config
 from gpt2box.data.batches import check_long_enough
-from gpt2box.data.published import pretrained_folder, shape_from, shape_in
+from gpt2box.data.published import pretrained_folder, shape_in, shape_on
 from gpt2box.data.tokenizer import prompt_ids
 from gpt2box.data.tokens import SPLITS, Dataset, open_dataset
 from gpt2box.errors import MachineCannot
@@ -165,13 +165,13 @@ def model_shape(config: Config, dataset: Dataset) -> tuple[Path | None, ModelSha
     if checkpoints and not config.eval_only and not config.lora_rank:  # going on; the first weights may be gone
         return None, shape_in(checkpoints[-1].parent)
     folder = pretrained_folder(config.init_from)
-    return folder, shape_from(config, shape_in(folder), str(folder), dataset.tokenizer.vocab_size)
+    return folder, shape_on(config, folder, dataset.tokenizer)
 
 
 def initialise(model: GPT2, config: Config, weights: Path | None) -> None:
     """First weights: random by the seed, or read from a folder."""
     if weights:
-        load_hub(model, weights)
+        load_hub(model, weights, rows=shape_in(weights).vocab_size)
     else:
         model.initialise(config.seed)
 

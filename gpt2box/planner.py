@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gpt2box.config import MODEL_SHAPES, Config
-from gpt2box.data.published import pretrained_folder, shape_from, shape_in
+from gpt2box.data.published import pretrained_folder, shape_from, shape_in, words_of
+from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.data.tokens import open_dataset
 from gpt2box.errors import BadInput, Gpt2boxError, MachineCannot
 from gpt2box.machine import gpu
 from gpt2box.machine.host import cpu_name, memory_bytes
-from gpt2box.paths import dataset_dir
+from gpt2box.paths import dataset_dir, model_dir
 from gpt2box.planning.cards import CARDS, CardKind, card_found, card_named
 from gpt2box.planning.choose import BF16_FROM, Option, Place, choose, fitting, informed, options, rungs
 from gpt2box.planning.memory import GIB, padded_parameters
@@ -83,23 +84,27 @@ def shape_of(config: Config) -> ModelShape:
     Raises:
         BadInput: settings, weights and dataset do not fit, as in training.
     """
+    words = words_in(config)
     if config.init_from == "scratch":
         sizes = config.shape()
         usual = CHARACTERS if config.dataset.endswith("-char") else VOCABULARY
         return ModelShape(
-            **sizes, block_size=config.block_size, vocab_size=vocabulary_of(config) or usual, bias=config.bias
+            **sizes, block_size=config.block_size, vocab_size=words.vocab_size if words else usual, bias=config.bias
         )
     if config.init_from in MODEL_SHAPES:  # which need not be here to plan
         stored = ModelShape(**MODEL_SHAPES[config.init_from], block_size=1024, vocab_size=VOCABULARY, bias=True)
+        folder = model_dir(config.init_from)
     else:
-        stored = shape_in(pretrained_folder(config.init_from))
-    return shape_from(config, stored, config.init_from, vocabulary_of(config))
+        folder = pretrained_folder(config.init_from)
+        stored = shape_in(folder)
+    theirs = words_of(folder, stored, words) if words else None
+    return shape_from(config, stored, config.init_from, words, theirs)
 
 
-def vocabulary_of(config: Config) -> int | None:
-    """The dataset's; None where it is not there yet."""
+def words_in(config: Config) -> Tokenizer | None:
+    """The dataset's tokenizer; None where it is not there yet."""
     try:
-        return open_dataset(dataset_dir(config.dataset)).tokenizer.vocab_size
+        return open_dataset(dataset_dir(config.dataset)).tokenizer
     except Gpt2boxError:
         return None
 

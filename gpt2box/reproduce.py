@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from gpt2box.data.prepare import Options, prepare
 from gpt2box.data.published import pretrained_folder
 from gpt2box.data.tokens import SPLITS, open_dataset
 from gpt2box.errors import BadInput
-from gpt2box.inputs import corpus_of, has_dataset
+from gpt2box.inputs import corpus_of, has_dataset, words_for
 from gpt2box.job import run_config
 from gpt2box.machine.device import choose_device
 from gpt2box.machine.provenance import provenance
@@ -95,7 +96,8 @@ def bring_dataset(config: Config, wanted: dict[str, Any]) -> None:
     if not has_dataset(config):
         corpus = corpus_of(config.dataset)
         given = [corpus] if corpus else own_files(config.dataset, wanted)
-        prepare(given, options_in(wanted), folder=dataset_dir(config.dataset))
+        asked = replace(options_in(wanted), tokenizer=tokenizer_in(config, wanted))
+        prepare(given, asked, folder=dataset_dir(config.dataset))
     dataset = open_dataset(dataset_dir(config.dataset))
     found = about_dataset(dataset)
     if found["splits"] != wanted["splits"]:
@@ -147,7 +149,25 @@ def options_in(wanted: dict[str, Any]) -> Options:
     kinds = {"val_fraction": float, "text_column": str, "max_docs": int, "keep_duplicates": bool, "split": str}
     if wrong := [key for key, value in known.items() if value is not None and type(value) is not kinds[key]]:
         raise BadInput(f"the manifest's dataset has {wrong[0]} {known[wrong[0]]!r}", "as `prepare` writes it")
-    return Options(tokenizer="char" if wanted.get("requested_tokenizer") == "char" else "gpt2", **known)
+    return Options(**known)
+
+
+def tokenizer_in(config: Config, wanted: dict[str, Any]) -> str:
+    """As prepare's --tokenizer: a model's own is that of the weights which the run began from.
+
+    Raises:
+        BadInput: it was another, of which the manifest has no copy.
+    """
+    about = wanted.get("tokenizer")
+    if wanted.get("requested_tokenizer") == "char" or not isinstance(about, dict) or about.get("kind") == "gpt2":
+        return "char" if wanted.get("requested_tokenizer") == "char" else "gpt2"
+    if (words := words_for(config)) != "gpt2":
+        return words
+    raise BadInput(
+        f"the dataset {config.dataset} is not here, and was in the tokens of a model that the run did not begin from",
+        f"a vocabulary of {about.get('vocab_size')} tokens",
+        f"gpt2box prepare TEXT --tokenizer FOLDER --name {Path(config.dataset).name}, then the same command again",
+    )
 
 
 def check_weights(config: Config, manifest: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gpt2box import config_file
 from gpt2box.config import Config, validate
-from gpt2box.data.published import pretrained_folder, shape_from, shape_in
+from gpt2box.data.published import pretrained_folder, shape_on
 from gpt2box.data.tokens import Dataset, open_dataset
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.fitting import place_of
@@ -210,7 +210,7 @@ def job_of(stretch: Stretch) -> tuple[Job, dict[str, Any]]:
     )
     shape = model_shape(config, dataset)[1]
     if weights:
-        shape = shape_from(config, shape_in(weights), str(weights), dataset.tokenizer.vocab_size)
+        shape = shape_on(config, weights, dataset.tokenizer)
     plan, device = plan_of(config, shape, dataset)
     folder = run / "checkpoints" / checkpoint.folder_name(start)
     state = checkpoint.read_state(folder) if start else TrainState()

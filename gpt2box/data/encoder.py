@@ -1,4 +1,4 @@
-"""Text to GPT-2's token ids in bulk, with tiktoken's ids and a faster program's speed.
+"""Text to token ids in bulk: GPT-2's with tiktoken's ids and a faster program's speed, others by their own tokenizer.
 
 gigatoken (MIT, Rust) is some ten times as fast as tiktoken on a core. It knows a later Unicode than tiktoken, so that a
 few thousand code points of recent scripts count as letters in one and not in the other: a text with anything
@@ -14,7 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from gpt2box.data.tokenizer import Tokens, from_ranks
+from gpt2box.data import assets, tokenizer
+from gpt2box.data.bpe import BpeTokenizer
+from gpt2box.data.pieces import pieces
+from gpt2box.data.tokenizer import Tokenizer, Tokens, from_ranks
+from gpt2box.errors import BadInput
+from gpt2box.paths import raw_dir
 from gpt2box.progress import say
 
 # All but what has long been a letter, a digit, space or none of these: Latin, Greek, Cyrillic, punctuation and symbols,
@@ -22,13 +27,7 @@ from gpt2box.progress import say
 UNSETTLED = re.compile(
     "[^\0-\u052f\u2000-\u2bff\u3000-\u30ff\u4e00-\u9ffc\uac00-\ud7a3\ufe30-\uffef\U0001f300-\U0001faff]"
 )
-PIECE = 1 << 20  # characters given to a tokenizer at a time, and about what tiktoken's regex engine bears
-# Where a token never crosses, by the pattern of GPT-2's pre-tokenizer: before a single space or line feed between
-# others, between a letter and a digit, and between an ideograph or kana and a full-width mark.
-SAFE_CUT = re.compile(
-    r"(?<=\S)(?=[ \n]\S)|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])"
-    r"|(?<=[\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fbb])(?=[\u3001\u3002\uff01\uff0c\uff1f])"
-)
+GPT2 = "gpt2"
 RENEW_BYTES = 1 << 28  # gigatoken remembers every word it meets
 TEST = "It's 1984, isn't it?  Yes:\n\n\tHäuser, naïve Ωμέγα ПРИВЕТ ９９ 漢字かな 한글 “x”—y… 🙂👍🏽  \r\n'S 'll'  end "
 
@@ -36,9 +35,12 @@ TEST = "It's 1984, isn't it?  Yes:\n\n\tHäuser, naïve Ωμέγα ПРИВЕТ 
 class BulkEncoder:
     """Encodes many texts; one for each process."""
 
-    def __init__(self, ranks: Path) -> None:
-        self.ranks, self.tokenizer = ranks, from_ranks(ranks)
-        self.fast = self._fast()
+    def __init__(self, source: Path) -> None:
+        """`source`: GPT-2's ranks, or the folder of another tokenizer."""
+        self.source = source
+        self.tokenizer: Tokenizer = tokenizer.load(source) if source.is_dir() else from_ranks(source)
+        self.whole = isinstance(self.tokenizer, BpeTokenizer) and not self.tokenizer.splits_as_gpt2
+        self.fast = None if source.is_dir() else self._fast()
         self._seen = 0
         if self.fast is not None and self.fast.encode(TEST).tolist() != self.tokenizer.encode(TEST).tolist():
             say("note: gigatoken and tiktoken differ here: going on with tiktoken alone, slower")
@@ -49,7 +51,7 @@ class BulkEncoder:
             from gigatoken.gigatoken_rs import BPETokenizer
         except ImportError:
             return None
-        return BPETokenizer.from_tiktoken(str(self.ranks), "gpt2", {})
+        return BPETokenizer.from_tiktoken(str(self.source), "gpt2", {})
 
     def encode(self, parts: Iterable[str]) -> Iterator[Tokens]:
         """Token ids of a text that comes in parts; a special token's name is ordinary text.
@@ -57,7 +59,7 @@ class BulkEncoder:
         Raises:
             BadInput: a run that tiktoken gives up on.
         """
-        for piece in pieces(parts):
+        for piece in ("".join(parts),) if self.whole else pieces(parts):
             yield self._encode(piece)
 
     def _encode(self, text: str) -> Tokens:
@@ -70,19 +72,14 @@ class BulkEncoder:
         return ids
 
 
-def pieces(parts: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces of about PIECE, cut where no token crosses; longer where there is no such place."""
-    held, searched = "", 0
-    for part in parts:
-        held += part
-        begin = 0
-        while len(held) - begin > PIECE:
-            cut = SAFE_CUT.search(held, max(begin + PIECE // 2, searched))
-            if cut is None:
-                searched = len(held) - 1  # what follows may make its last place a good one
-                break
-            yield held[begin : cut.start()]
-            begin = cut.start()
-        held, searched = held[begin:], max(searched - begin, 0)
-    if held:
-        yield held
+def source_of(asked: str) -> tuple[Path, Tokenizer]:
+    """Of gpt2 or a tokenizer's folder: what BulkEncoder reads, and the tokenizer.
+
+    Raises:
+        BadInput: nothing in its vocabulary ends a text.
+    """
+    source = assets.fetch(assets.GPT2_RANKS, raw_dir()) if asked == GPT2 else Path(asked)
+    words = from_ranks(source) if asked == GPT2 else tokenizer.load(source)
+    if words.end_of_text is None:
+        raise BadInput(f"{source}: no token ends a text", "an eos_token, as in tokenizer_config.json")
+    return source, words

@@ -23,7 +23,7 @@ from gpt2box.progress import bytes_bar
 class Request:
     """What is asked of a dataset besides the text."""
 
-    tokenizer: str  # gpt2 or char
+    tokenizer: str  # gpt2, char, or the folder of another
     val_fraction: float
 
 
@@ -47,7 +47,7 @@ def identity(corpus: Corpus, request: Request) -> dict[str, Any]:
         "documents": corpus.files,
         "split": {"val_fraction": request.val_fraction, "seed": SPLIT_SEED},
         "end_of_text": corpus.end_of_text,
-        "requested_tokenizer": request.tokenizer,
+        "requested_tokenizer": tokenizer.identity_of(request.tokenizer),
         "duplicates_left_out": corpus.duplicates,
     }
 
@@ -102,7 +102,9 @@ def write(corpus: Corpus, request: Request, folder: Path) -> dict[str, Any]:
 
 
 def make_tokenizer(corpus: Corpus, request: Request) -> Tokenizer:
-    """GPT-2's BPE, or the characters of the whole corpus."""
+    """GPT-2's BPE, the characters of the whole corpus, or that of a folder."""
     if request.tokenizer == "char":
         return tokenizer.from_texts(corpus.texts, corpus.end_of_text)
+    if request.tokenizer != "gpt2":
+        return tokenizer.load(Path(request.tokenizer))
     return tokenizer.from_ranks(assets.fetch(assets.GPT2_RANKS, raw_dir()))

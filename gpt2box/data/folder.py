@@ -13,7 +13,7 @@ from typing import Any
 
 import gpt2box
 from gpt2box.data import assets
-from gpt2box.data.tokenizer import Tokenizer
+from gpt2box.data.tokenizer import Tokenizer, vocabulary_digest
 from gpt2box.data.tokens import ID_BYTES, SPLITS
 from gpt2box.errors import BadInput, VolumeUnwritable
 from gpt2box.paths import fix_hint, fsync_dir, locked, make_writable, read_object
@@ -155,7 +155,11 @@ def described(folder: Path, encoder: Tokenizer, figures: dict[str, int]) -> dict
             "give more text, or another --val-fraction",
         )
     return {
-        "tokenizer": {"kind": encoder.kind, "vocab_size": encoder.vocab_size},
+        "tokenizer": {
+            "kind": encoder.kind,
+            "vocab_size": encoder.vocab_size,
+            "digest": vocabulary_digest(encoder.vocabulary()),
+        },
         "splits": splits,
         "longest_document": figures.get("longest", 0),
         "duplicates_left_out": figures.get("duplicates", 0),

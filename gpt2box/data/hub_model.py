@@ -8,19 +8,20 @@ import os
 import re
 import shutil
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpt2box.data import assets
+from gpt2box.data import assets, bpe
 from gpt2box.data.assets import Asset, hub_endpoint
 from gpt2box.data.hub import ask, persistently
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.paths import fsync_dir, make_writable, model_dir, read_object, write_atomically
+from gpt2box.paths import fsync_dir, make_writable, model_dir, raw_dir, read_object, write_atomically
 from gpt2box.progress import say, size
 
 NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 INDEX = "model.safetensors.index.json"
-TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER = bpe.FILES
 
 
 def hub_model(name: str) -> Path:
@@ -34,12 +35,34 @@ def hub_model(name: str) -> Path:
         Damaged: a file is not what the Hub says.
         TryAgain: the Hub does not answer.
     """
+    return repository(name, model_dir(folder_of(name)), "config.json", bring)
+
+
+def hub_tokenizer(name: str) -> Path:
+    """The folder with the tokenizer of a model of the Hub: the model's, where it is here, else these files alone.
+
+    Raises:
+        See hub_model.
+    """
+    if (model_dir(folder_of(name)) / "config.json").is_file():
+        return hub_model(name)
+    return repository(name, raw_dir() / "tokenizers" / folder_of(name), "hub.json", bring_tokenizer)
+
+
+def folder_of(name: str) -> str:
+    """OWNER--NAME."""
+    return name.partition("@")[0].replace("/", "--")
+
+
+def repository(
+    name: str, folder: Path, proof: str, bring_files: Callable[[str, dict[str, Any], str, Path], None]
+) -> Path:
+    """The folder with files of a repository; where it lacks the file `proof`, `bring_files` fills it."""
     matched = NAME.fullmatch(name)
     assert matched, name
     repo, revision = matched.groups()
-    folder = model_dir(repo.replace("/", "--"))
     there = read_object(folder / "hub.json")
-    if (folder / "config.json").is_file():
+    if (folder / proof).is_file():
         if revision and revision not in (there.get("asked"), there.get("commit")):
             found = f"{folder} is {repo} at {there.get('asked') or 'an unknown revision'}"
             raise BadInput(found, f"revision {revision}", f"move {folder} away")
@@ -54,7 +77,7 @@ def hub_model(name: str) -> Path:
             stale.unlink()
     write_atomically(temporary / "hub.json", json.dumps({"repo": repo, "asked": revision or "main", "commit": commit}))
     try:
-        bring(repo, entries, f"{hub_endpoint()}/{quoted}/resolve/{commit}", temporary)
+        bring_files(repo, entries, f"{hub_endpoint()}/{quoted}/resolve/{commit}", temporary)
     except BadInput:
         shutil.rmtree(temporary)  # nothing that would go on
         raise
@@ -92,6 +115,21 @@ def bring(repo: str, entries: dict[str, Any], url: str, folder: Path) -> None:
             raise BadInput(f"{repo}: {INDEX} names what is not there ({error})", "its shards") from error
         for shard, entry in found:
             fetched(shard, entry, url, folder)
+
+
+def bring_tokenizer(repo: str, entries: dict[str, Any], url: str, folder: Path) -> None:
+    """The tokenizer's files into a folder.
+
+    Raises:
+        BadInput: there are none of a kind that is read here.
+    """
+    found = [path for path in TOKENIZER if path in entries]
+    if not {"tokenizer.json", "vocab.json"} & set(found):
+        raise BadInput(
+            f"{repo} has no tokenizer of a kind that is read here; it has: {', '.join(entries)}", bpe.EXPECTED
+        )
+    for path in found:
+        fetched(path, entries[path], url, folder)
 
 
 def fetched(path: str, entry: dict[str, Any], url: str, folder: Path) -> Path:

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from gpt2box.data import assets, tokenizer
+from gpt2box.data import assets
 from gpt2box.data.corpora import fingerprint
-from gpt2box.data.encoder import BulkEncoder
+from gpt2box.data.encoder import BulkEncoder, source_of
 from gpt2box.data.folder import SPLIT_SEED, Made, described, make
 from gpt2box.data.records import kind_of, names_in, texts, units_of
-from gpt2box.data.tokenizer import Tokens
+from gpt2box.data.tokenizer import Tokens, identity_of
 from gpt2box.data.tokens import FORMAT, SPLITS
 from gpt2box.errors import BadInput
-from gpt2box.paths import RECORD_SUFFIXES, raw_dir
+from gpt2box.paths import RECORD_SUFFIXES
 from gpt2box.progress import bytes_bar
 
 # Of Stanford Alpaca (Taori et al. 2023), without its preamble: what follows the last line is the response.
@@ -67,8 +67,12 @@ def columns_in(files: list[tuple[Path, str]], text: str, prompt: str, response: 
     return Columns(prompt, response) if prompt else Columns(*(found or ("", "")), CONTEXTS)
 
 
-def prepare_instructions(files: list[tuple[Path, str]], columns: Columns, val_fraction: float, folder: Path) -> Made:
+def prepare_instructions(
+    files: list[tuple[Path, str]], columns: Columns, val_fraction: float, words: str, folder: Path
+) -> Made:
     """Make the dataset in `folder` unless it is there from the same files and choices.
+
+    `words`: gpt2, or the folder of another tokenizer.
 
     Raises:
         BadInput: too few pairs, or files that are not as they should be.
@@ -83,7 +87,9 @@ def prepare_instructions(files: list[tuple[Path, str]], columns: Columns, val_fr
         "template": TEMPLATE,
         "columns": [columns.prompt, columns.response, *columns.contexts],
     }
-    return make(folder, identity, lambda beside: write(files, columns, val_fraction, beside), resumable=False)
+    if words != "gpt2":
+        identity["tokenizer_digest"] = identity_of(words)
+    return make(folder, identity, lambda beside: write(files, columns, val_fraction, words, beside), resumable=False)
 
 
 def pairs(path: Path, name: str, columns: Columns) -> Iterator[tuple[str, str]]:
@@ -100,10 +106,12 @@ def pairs(path: Path, name: str, columns: Columns) -> Iterator[tuple[str, str]]:
         yield "\n\n".join([prompt, *(context for context in contexts if context.strip())]), response
 
 
-def write(files: list[tuple[Path, str]], columns: Columns, val_fraction: float, folder: Path) -> dict[str, Any]:
+def write(
+    files: list[tuple[Path, str]], columns: Columns, val_fraction: float, asked: str, folder: Path
+) -> dict[str, Any]:
     """Write .bin and .mask files and the tokenizer into `folder`; returns the manifest's share."""
-    ranks = assets.fetch(assets.GPT2_RANKS, raw_dir())
-    words, bulk = tokenizer.from_ranks(ranks), BulkEncoder(ranks)
+    source, words = source_of(asked)
+    bulk = BulkEncoder(source)
     (folder / "tokenizer").mkdir()
     words.save(folder / "tokenizer")
     documents: dict[tuple[str, str], tuple[Tokens, int]] = {}  # ids, and how many of them are the prompt's

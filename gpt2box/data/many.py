@@ -9,16 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2box.data import assets, tokenizer
 from gpt2box.data.collection import Collection, rows_in
+from gpt2box.data.encoder import source_of
 from gpt2box.data.folder import SPLIT_SEED, Made, described, make
 from gpt2box.data.parts import merge
 from gpt2box.data.shards import run, usual_workers
 from gpt2box.data.sink import ShuffledSink, Sink
+from gpt2box.data.tokenizer import identity_of
 from gpt2box.data.tokens import FORMAT
 from gpt2box.errors import VolumeUnwritable
 from gpt2box.machine import host
-from gpt2box.paths import raw_dir, read_object, write_atomically
+from gpt2box.paths import read_object, write_atomically
 from gpt2box.progress import say, size
 
 FILES_AT_ONCE = 4  # of those that are brought: the one at work, those ahead, one being written
@@ -34,6 +35,7 @@ class Choices:
     max_documents: int | None = None
     keep_duplicates: bool = False
     workers: int = 0
+    tokenizer: str = "gpt2"  # or the folder of another
 
 
 def prepare_many(collection: Collection, choices: Choices, folder: Path, parts: Sequence[Path] = ()) -> Made:
@@ -47,7 +49,9 @@ def prepare_many(collection: Collection, choices: Choices, folder: Path, parts: 
         BadInput: too little text, or files that are not as they should be.
         VolumeUnwritable: no space or no permission.
     """
-    asked = {key: value for key, value in asdict(choices).items() if key != "workers"}
+    asked = {key: value for key, value in asdict(choices).items() if key not in ("workers", "tokenizer")}
+    if choices.tokenizer != "gpt2":
+        asked["tokenizer"] = identity_of(choices.tokenizer)
     identity = {"format": FORMAT, "source": collection.source, "documents": collection.identity, "choices": asked}
 
     def write_beside(temporary: Path) -> dict[str, Any]:
@@ -84,8 +88,7 @@ def check_space(collection: Collection, choices: Choices, temporary: Path, parts
 
 def write(collection: Collection, choices: Choices, folder: Path, parts: Sequence[Path]) -> dict[str, Any]:
     """Write both .bin files and the tokenizer into `folder`; returns the manifest's share."""
-    ranks = assets.fetch(assets.GPT2_RANKS, raw_dir())
-    encoder = tokenizer.from_ranks(ranks)
+    source, encoder = source_of(choices.tokenizer)
     assert encoder.end_of_text is not None
     (folder / "tokenizer").mkdir(exist_ok=True)
     aside = ThreadPoolExecutor(1)
@@ -103,6 +106,6 @@ def write(collection: Collection, choices: Choices, folder: Path, parts: Sequenc
         merge(parts, sink, choices.max_documents)
     else:
         workers = choices.workers or usual_workers()
-        run(collection.sources, sink, choices.column, ranks, encoder.end_of_text, workers, choices.max_documents)
+        run(collection.sources, sink, choices.column, source, encoder.end_of_text, workers, choices.max_documents)
     saving.result()
     return described(folder, encoder, sink.finish())

@@ -8,13 +8,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gpt2box.config_file import load
-from gpt2box.data import collection
+from gpt2box.data import collection, hub_model, tokenizer
 from gpt2box.data.corpora import CORPORA, KNOWN, OPENWEBTEXT, is_small, own_files, own_text
 from gpt2box.data.few import Request, prepare_few
 from gpt2box.data.folder import Made, damaged_splits, read_manifest
@@ -41,7 +42,7 @@ ENOUGH_TO_TUNE = 100_000
 class Options:
     """What can be asked besides the text."""
 
-    tokenizer: str = "gpt2"  # or char
+    tokenizer: str = "gpt2"  # or char, a tokenizer's folder, or OWNER/NAME of the Hub
     val_fraction: float | None = None
     text_column: str = ""
     prompt_column: str = ""
@@ -58,6 +59,15 @@ class Options:
     hub_config: str = ""
     hub_split: str = ""
 
+    @property
+    def in_characters(self) -> bool:
+        """Whether a token is a character: such a text is prepared in memory."""
+        folder = self.tokenizer not in ("gpt2", "char") and Path(self.tokenizer)
+        return self.tokenizer == "char" or (isinstance(folder, Path) and loaded(folder).kind == "char")
+
+
+loaded = cache(tokenizer.load)
+
 
 def prepare(inputs: Sequence[str], options: Options, name: str | None = None, folder: Path | None = None) -> Made:
     """Make the dataset of the inputs in `folder`, or called `name`, or after them; says what it is.
@@ -67,8 +77,10 @@ def prepare(inputs: Sequence[str], options: Options, name: str | None = None, fo
         Damaged, TryAgain, VolumeUnwritable: what files, network and disk have.
     """
     item = known_among(inputs)
+    asked, options = options.tokenizer, replace(options, tokenizer=resolved(options.tokenizer))
     check_apart(item, options)
-    target = folder or dataset_dir(checked_name(name or usual_name(inputs[0], options), "dataset"))
+    usual = usual_name(inputs[0], replace(options, tokenizer="gpt2" if options.tokenizer == "gpt2" else asked))
+    target = folder or dataset_dir(checked_name(name or usual, "dataset"))
     if options.shard_range:
         if name:
             raise BadInput(
@@ -94,6 +106,23 @@ def prepare(inputs: Sequence[str], options: Options, name: str | None = None, fo
     return made
 
 
+def resolved(asked: str) -> str:
+    """gpt2 or char, or the folder of the tokenizer that is asked for; gpt2 where that is GPT-2's own.
+
+    Raises:
+        BadInput: no such tokenizer.
+        TryAgain: the Hub does not answer.
+    """
+    if asked in ("gpt2", "char"):
+        return asked
+    folder = Path(asked)
+    if not folder.is_dir():
+        if not hub_model.NAME.fullmatch(asked):
+            raise BadInput(f"--tokenizer {asked}", "gpt2, char, the folder of a tokenizer, or OWNER/NAME of the Hub")
+        folder = hub_model.hub_tokenizer(asked)
+    return "gpt2" if loaded(folder).kind == "gpt2" else str(folder)
+
+
 def known_among(inputs: Sequence[str]) -> str:
     """The input that is a corpus known by name or on the Hub, or nothing.
 
@@ -115,7 +144,7 @@ def usual_name(first: str, options: Options) -> str:
     else:
         title = first if first in KNOWN else "stdin" if first == STDIN else title_of(Path(first))
     parts = [slug(title)]
-    parts += ["char"] if options.tokenizer == "char" else []
+    parts += [slug(Path(options.tokenizer.partition("@")[0]).name)] if options.tokenizer != "gpt2" else []
     parts += list(map(str, options.shards or ()))
     parts += ["first", str(options.max_docs)] if options.max_docs else []
     return "-".join(parts)
@@ -135,18 +164,18 @@ def check_apart(item: str, options: Options) -> None:
     allowed = {
         "corpus": for_all,
         "own": for_many | {"prompt_column", "response_column"},
-        "openwebtext": for_many - {"tokenizer"} | in_files | {"folder"},
-        "hub": for_many - {"tokenizer"} | in_files | {"hub_config", "hub_split"},
+        "openwebtext": for_many | in_files | {"folder"},
+        "hub": for_many | in_files | {"hub_config", "hub_split"},
     }[kind]
-    if options.tokenizer == "char":
-        allowed -= {"max_docs", "split"}
+    if options.in_characters:
+        allowed -= {"max_docs", "split"} | ({"tokenizer"} if kind in ("openwebtext", "hub") else set())
     if options.shard_range:
-        allowed -= {"merge", "shards", "split", "val_fraction", "max_docs", "keep_duplicates"}
+        allowed -= {"merge", "shards", "split", "val_fraction", "max_docs", "keep_duplicates", "tokenizer"}
     if options.merge:
-        allowed -= {"shards", "folder", "keep_raw", "text_column", "workers", "hub_config", "hub_split"}
+        allowed -= {"shards", "folder", "keep_raw", "text_column", "workers", "hub_config", "hub_split", "tokenizer"}
     if wrong := sorted(given - allowed):
         flag = "from" if wrong[0] == "folder" else wrong[0].replace("_", "-")
-        of = item or "files" + (" in characters" if options.tokenizer == "char" else "")
+        of = item or "files" + (" in characters" if options.in_characters else "")
         raise BadInput(f"--{flag} has no meaning for {of}", "see gpt2box prepare --help")
 
 
@@ -169,6 +198,7 @@ def choices_of(item: str, options: Options) -> Choices:
         options.max_docs or (SLICE_DOCUMENTS if item == "openwebtext-10k" else None),
         options.keep_duplicates,
         options.workers,
+        options.tokenizer,
     )
 
 
@@ -180,14 +210,14 @@ def own(item: str, inputs: Sequence[str], options: Options, target: Path) -> Mad
     with spooled(inputs, options.text_column or options.prompt_column) as given:
         files = own_files(given)
         if columns := columns_in(files, options.text_column, options.prompt_column, options.response_column):
-            refused = {"tokenizer": "--tokenizer char", "max_docs": "--max-docs", "split": "--split nanogpt"}
-            for key, words in refused.items():
-                if getattr(options, key) != getattr(Options(), key):
+            refused = {"--tokenizer char": options.in_characters, "--max-docs": options.max_docs is not None}
+            for words, given_so in (refused | {"--split nanogpt": options.split == "nanogpt"}).items():
+                if given_so:
                     raise BadInput(f"{words} has no meaning for prompts with responses", "--text-column for plain text")
             fraction = options.val_fraction or VAL_FRACTION_OF_INSTRUCTIONS
-            return prepare_instructions(files, columns, fraction, target)
+            return prepare_instructions(files, columns, fraction, options.tokenizer, target)
         in_order = options.split == "nanogpt" or options.max_docs is not None
-        if options.tokenizer == "char" or (is_small(files) and not in_order):
+        if options.in_characters or (is_small(files) and not in_order):
             return prepare_few(own_text(given, options.text_column, options.keep_duplicates), request, target)
         return prepare_many(collection.own_collection(files), choices_of(item, options), target)
 
@@ -242,6 +272,7 @@ def summary(folder: Path, manifest: dict[str, Any]) -> list[str]:
         lines.append(
             f"  too little to train Medium from scratch ({ENOUGH_FOR_MEDIUM / 1e9:.1f} billion tokens would do):"
             f" fine-tune, gpt2box train finetune --dataset {folder.name}"
+            + (" --init-from MODEL" if manifest["tokenizer"]["kind"] == "bpe" else "")
         )
     return lines
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gpt2box.config import MODEL_SHAPES, Config
 from gpt2box.data import assets, hub_model
+from gpt2box.data.tokenizer import GPT2_ROWS, Tokenizer, of_model
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.paths import model_dir, raw_dir
 from gpt2box.planning.shape import ModelShape
@@ -26,6 +27,14 @@ HUB_PINS = {
 ASKED = {
     "gpt2-large": (3_247_159_000, ""),
     "gpt2-xl": (6_431_829_000, "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
+}
+# Of config.json, what would make another network with the same tensors.
+USUAL = {
+    "n_inner": None,
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
 }
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # by the names of transformers
 
@@ -78,8 +87,13 @@ def asked(init_from: str) -> tuple[int, str]:
     return found
 
 
-def shape_from(config: Config, stored: ModelShape, where: str, vocab_size: int | None) -> ModelShape:
-    """The shape of a run that begins from weights of that shape, on a dataset of that vocabulary, where it is known.
+def shape_from(
+    config: Config, stored: ModelShape, where: str, ours: Tokenizer | None, theirs: Tokenizer | None
+) -> ModelShape:
+    """The shape of a run that begins from weights of that shape.
+
+    `ours` and `theirs`: the tokenizers of the dataset and of the weights, where they are known. The weights' rows
+    beyond the dataset's vocabulary are left out; where it has theirs and more, rows are added.
 
     Raises:
         BadInput: the settings and the weights, or the weights and the dataset, do not fit.
@@ -91,14 +105,40 @@ def shape_from(config: Config, stored: ModelShape, where: str, vocab_size: int |
     ]
     if config.block_size > stored.block_size:
         faults.append(f"block_size: found {config.block_size}; the weights allow at most {stored.block_size}")
-    if vocab_size not in (None, stored.vocab_size):
+    if ours and not agree(ours, theirs, stored.vocab_size):
         faults.append(
-            f"dataset {config.dataset} has a vocabulary of {vocab_size:,} tokens, the weights one of "
-            f"{stored.vocab_size:,}"
+            f"dataset {config.dataset} has a vocabulary of {ours.vocab_size:,} tokens, the weights "
+            + (f"one of {stored.vocab_size:,}" if ours.vocab_size != stored.vocab_size else "another of as many")
+            + f"; one in theirs: gpt2box prepare TEXT --tokenizer {config.init_from} --name …"
         )
     if faults:
         raise BadInput("\n    ".join(faults), f"settings and data that fit {config.init_from}")
-    return replace(stored, block_size=config.block_size)
+    return replace(stored, block_size=config.block_size, vocab_size=ours.vocab_size if ours else stored.vocab_size)
+
+
+def shape_on(config: Config, folder: Path, ours: Tokenizer) -> ModelShape:
+    """The shape of a run that begins from the weights in a folder, on a dataset in tokens of `ours`.
+
+    Raises:
+        BadInput, Damaged: see shape_from and shape_in.
+    """
+    stored = shape_in(folder)
+    return shape_from(config, stored, str(folder), ours, words_of(folder, stored, ours))
+
+
+def agree(ours: Tokenizer, theirs: Tokenizer | None, rows: int) -> bool:
+    """Whether each token of the weights has the same id in the dataset; where that is not known, whether as many."""
+    if theirs is None:
+        return ours.vocab_size == rows
+    return theirs.vocabulary().items() <= ours.vocabulary().items()
+
+
+def words_of(folder: Path, stored: ModelShape, ours: Tokenizer) -> Tokenizer | None:
+    """The tokenizer of the weights in a folder; None for GPT-2's beside characters, which do not match anyway."""
+    has_own = any((folder / name).exists() for name in ("vocab.json", "tokenizer.json"))
+    if not has_own and stored.vocab_size in GPT2_ROWS and ours.kind in ("gpt2", "char"):
+        return ours if ours.kind == "gpt2" else None  # without a look at GPT-2's own, which may not be here
+    return of_model(folder, stored.vocab_size)
 
 
 def shape_in(folder: Path) -> ModelShape:
@@ -121,7 +161,7 @@ def shape_in(folder: Path) -> ModelShape:
             raise BadInput(
                 f"{path}: activation_function {config['activation_function']!r}", f"one of: {', '.join(GELU)}"
             )
-        for key, expected in {"n_inner": None, "layer_norm_epsilon": 1e-5}.items():
+        for key, expected in USUAL.items():
             if config.get(key, expected) not in (expected, 4 * config["n_embd"] if key == "n_inner" else expected):
                 raise BadInput(f"{path}: {key} {config[key]!r}", f"{expected!r}, as in the published GPT-2")
         sizes = {key: int(config[key]) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}

@@ -49,12 +49,12 @@ class Source:
 _encoder: BulkEncoder | None = None  # a worker's own
 
 
-def start_worker(ranks: Path) -> None:
+def start_worker(words: Path) -> None:
     """Each worker has a tokenizer of its own, and ends with the process that started it, however that ends."""
     global _encoder
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _encoder = BulkEncoder(ranks)
+    _encoder = BulkEncoder(words)
 
 
 def end_with_parent() -> None:
@@ -128,9 +128,11 @@ def usual_workers() -> int:
 
 
 def run(
-    sources: list[Source], sink: Sink, column: str, ranks: Path, end_of_text: int, workers: int, most: int | None
+    sources: list[Source], sink: Sink, column: str, words: Path, end_of_text: int, workers: int, most: int | None
 ) -> None:
     """Tokenise all sources, up to `most` documents, into the sink; goes on where an earlier run was ended.
+
+    `words`: GPT-2's ranks, or the folder of another tokenizer.
 
     Files are brought while others are worked on.
 
@@ -141,7 +143,7 @@ def run(
     first_file, first_unit = sink.open()
     # Forked processes would inherit this one's threads' locks; a fresh one imports a few small modules.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, start_worker, (ranks,))
+    pool = ProcessPoolExecutor(workers, context, start_worker, (words,))
     try:
         with bytes_bar("tokenising", sum(source.size_bytes for source in sources)) as advance:
             advance(sum(source.size_bytes for source in sources[:first_file]))

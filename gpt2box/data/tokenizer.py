@@ -1,4 +1,4 @@
-"""Text to token ids and back: GPT-2's byte-level BPE (tiktoken) and a character vocabulary.
+"""Text to token ids and back: GPT-2's byte-level BPE (tiktoken), a character vocabulary, and others (bpe.py).
 
 A tokenizer is kept as a folder of Hugging Face files, so that `AutoTokenizer` reads the very
 folder that `load` reads. GPT-2's files are derived from the pinned ranks; no network is used.
@@ -7,6 +7,7 @@ folder that `load` reads. GPT-2's files are derived from the pinned ranks; no ne
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Iterable
 from functools import cache, cached_property
@@ -16,9 +17,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from gpt2box.data import assets
 from gpt2box.errors import BadInput, Damaged
+from gpt2box.paths import raw_dir
 
 END_OF_TEXT = "<|endoftext|>"
+GPT2_ROWS = (50_257, 50_304)  # of GPT-2's embedding, also as nanoGPT fills it up
 Tokens = npt.NDArray[np.uint16]
 
 
@@ -34,6 +38,9 @@ class Tokenizer(Protocol):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """UTF-8 of the tokens; a single token may be part of a character."""
+
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token, by its name in Hugging Face's files."""
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files into an existing folder."""
@@ -72,9 +79,11 @@ class Gpt2Tokenizer:
         """Most of a second to derive; every checkpoint writes them."""
         return merges_of(self.ranks)
 
+    def vocabulary(self) -> dict[str, int]:
+        return {printable(token): rank for token, rank in self.ranks.items()} | {END_OF_TEXT: len(self.ranks)}
+
     def save(self, folder: Path) -> None:
-        vocabulary = {printable(token): rank for token, rank in self.ranks.items()} | {END_OF_TEXT: len(self.ranks)}
-        (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        (folder / "vocab.json").write_text(json.dumps(self.vocabulary()), encoding="utf-8")
         merges = "".join(f"{printable(a)} {printable(b)}\n" for a, b in self.merges)
         (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
@@ -105,6 +114,9 @@ class CharTokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return "".join(END_OF_TEXT if i == self.end_of_text else self.characters[i] for i in ids).encode()
+
+    def vocabulary(self) -> dict[str, int]:
+        return self._ids | ({} if self.end_of_text is None else {END_OF_TEXT: self.end_of_text})
 
     def save(self, folder: Path) -> None:
         added = []
@@ -152,39 +164,68 @@ def from_texts(texts: Iterable[str], end_of_text: bool) -> CharTokenizer:
 
 
 def load(folder: Path) -> Tokenizer:
-    """The tokenizer whose files lie in `folder`.
+    """The tokenizer whose files lie in `folder`; tokenizer.json goes before vocab.json, as with transformers.
 
     Raises:
         BadInput: there is none, or one of another kind.
         Damaged: its files are not what this program or Hugging Face writes.
     """
+    from gpt2box.data.bpe import BpeTokenizer, is_gpt2s  # which needs this module
+
     try:
-        if (folder / "vocab.json").exists():
-            return _from_vocabulary(json.loads((folder / "vocab.json").read_text(encoding="utf-8")), folder)
+        content = {}
         if (folder / "tokenizer.json").exists():
             content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
             model = content["model"]
-            if model["type"] == "BPE":  # as transformers writes GPT-2's
-                return _from_vocabulary(model["vocab"], folder)
-            if model["type"] != "WordLevel" or any(len(character) != 1 for character in model["vocab"]):
+            if model["type"] == "WordLevel" and all(len(character) == 1 for character in model["vocab"]):
+                check_ids(model["vocab"])
+                ordered = sorted(model["vocab"], key=model["vocab"].__getitem__)
+                return CharTokenizer("".join(ordered), bool(content["added_tokens"]))
+            if model["type"] != "BPE":
                 raise BadInput(f"{folder}/tokenizer.json: a {model['type']} tokenizer", "vocab.json and merges.txt")
-            ordered = sorted(model["vocab"], key=model["vocab"].__getitem__)
-            check_ids(model["vocab"])
-            return CharTokenizer("".join(ordered), bool(content["added_tokens"]))
+            vocabulary = model["vocab"] | {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+        elif (folder / "vocab.json").exists():
+            vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        else:
+            raise BadInput(f"{folder}: no tokenizer", "vocab.json and merges.txt, or tokenizer.json")
+        check_ids(vocabulary)
+        return _from_vocabulary(vocabulary) if is_gpt2s(folder, vocabulary, content) else BpeTokenizer(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(
             f"{folder}: the tokenizer's files are damaged ({error!r})", "files as they were written"
         ) from error
-    raise BadInput(f"{folder}: no tokenizer", "vocab.json and merges.txt, or tokenizer.json")
 
 
-def _from_vocabulary(vocabulary: dict[str, int], folder: Path) -> Gpt2Tokenizer:
+def of_model(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of the model in `folder`, which has so many rows; GPT-2's where the folder has none.
+
+    Raises:
+        BadInput: no tokenizer, and other rows than GPT-2's; or see load.
+    """
+    if any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")):
+        return load(folder)
+    if vocab_size not in GPT2_ROWS:
+        found = f"{folder}: no tokenizer, and {vocab_size:,} tokens are not GPT-2's {GPT2_ROWS[0]:,}"
+        raise BadInput(found, "its tokenizer beside it: tokenizer.json, or vocab.json and merges.txt")
+    return from_ranks(assets.fetch(assets.GPT2_RANKS, raw_dir()))
+
+
+def identity_of(asked: str) -> str:
+    """What a dataset's bytes follow from: gpt2 or char, or of a tokenizer's folder what is in it."""
+    return asked if asked in ("gpt2", "char") else vocabulary_digest(load(Path(asked)).vocabulary())
+
+
+def vocabulary_digest(vocabulary: dict[str, int]) -> str:
+    """Short identity of a vocabulary: equal where each token has the same id."""
+    ordered = sorted(vocabulary.items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(ordered).encode()).hexdigest()[:16]
+
+
+def _from_vocabulary(vocabulary: dict[str, int]) -> Gpt2Tokenizer:
     """GPT-2's BPE from printable tokens and ids, which are the ranks."""
-    if vocabulary.pop(END_OF_TEXT) != len(vocabulary):
-        raise BadInput(f"{folder}: end of text is not the vocabulary's last token", "GPT-2's own vocabulary")
-    check_ids(vocabulary)
     alphabet = {character: byte for byte, character in enumerate(byte_alphabet())}
-    return Gpt2Tokenizer({bytes(alphabet[c] for c in token): rank for token, rank in vocabulary.items()})
+    ranks = {token: rank for token, rank in vocabulary.items() if token != END_OF_TEXT}
+    return Gpt2Tokenizer({bytes(alphabet[c] for c in token): rank for token, rank in ranks.items()})
 
 
 def check_ids(vocabulary: dict[str, int]) -> None:

@@ -24,8 +24,9 @@ from gpt2box.planning.shape import ModelShape
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 PREFIX = "transformer."
-# The causal mask, which old versions of transformers stored with the weights, and the tied output layer.
-NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
+# The causal mask, which old versions of transformers stored with the weights.
+NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias")
+OUTPUT = "lm_head.weight"  # the embedding once more, where it is stored
 
 
 def hub_config(shape: ModelShape, dropout: float, end_of_text: int | None, dtype: torch.dtype) -> dict[str, Any]:
@@ -83,8 +84,11 @@ def hub_state(model: GPT2) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_hub(model: GPT2, folder: Path) -> None:
+def load_hub(model: GPT2, folder: Path, rows: int | None = None) -> None:
     """Copy the weights in `folder` into the model, one tensor at a time. A shorter context takes the first positions.
+
+    `rows`: tokens of the stored embedding, if not the model's. Rows that are too many are left out; those that lack
+    become the mean of the others, so that new tokens begin as likely as the average one (Hewitt 2021).
 
     Raises:
         BadInput: pickled weights, or tensors that do not fit: which, expected, found.
@@ -93,8 +97,13 @@ def load_hub(model: GPT2, folder: Path) -> None:
     wanted = own_parameters(model)
     faults = []
     seen = set()
+    ends: dict[str, Tensor] = {}  # the embedding and the output layer, mapped and not copied
     for key, tensor in stored_tensors(folder):
         name = key.removeprefix(PREFIX)
+        if name in ("wte.weight", OUTPUT):
+            ends[name] = tensor
+        if name == OUTPUT:
+            continue
         if name.endswith(NOT_WEIGHTS):
             continue
         if not model.shape.bias and name.endswith("bias"):
@@ -104,23 +113,28 @@ def load_hub(model: GPT2, folder: Path) -> None:
             faults.append(f"{key}: not in a GPT-2 of {model.shape.n_layer} layers")
             continue
         seen.add(name)
-        faults += copy_checked(model, name, target.data, tensor)
+        faults += copy_checked(model, name, target.data, tensor, rows or model.shape.vocab_size)
     faults += [f"{name}: missing" for name in wanted.keys() - seen]
+    if len(ends) == 2 and not torch.equal(ends["wte.weight"], ends[OUTPUT]):
+        faults.append(f"{OUTPUT}: found other numbers than wte.weight's; the output layer of a GPT-2 is its embedding")
     if faults:
         shown = sorted(faults)[:8] + (["…"] if len(faults) > 8 else [])
         raise BadInput(f"the weights in {folder} do not fit:\n    " + "\n    ".join(shown), f"{model.shape}")
 
 
-def copy_checked(model: GPT2, name: str, target: Tensor, stored: Tensor) -> list[str]:
+def copy_checked(model: GPT2, name: str, target: Tensor, stored: Tensor, rows: int) -> list[str]:
     """Copy one tensor if its shape is right; returns the fault if not."""
     expected = list(target.t().shape if name.endswith(TRANSPOSED) else target.shape)
     if name == "wte.weight":
-        expected[0] = model.shape.vocab_size
+        expected[0] = rows
     if name == "wpe.weight" and stored.dim() == 2 and stored.size(0) > expected[0]:
         stored = stored[: expected[0]]
     if list(stored.shape) != expected:
         return [f"{name}: found {list(stored.shape)}, expected {expected}"]
-    copy_from_hub(name, target, stored)
+    wanted = model.shape.vocab_size
+    copy_from_hub(name, target, stored[:wanted] if name == "wte.weight" else stored)
+    if name == "wte.weight" and wanted > rows:
+        target[rows:wanted] = stored.float().mean(0).to(target)
     return []
 
 

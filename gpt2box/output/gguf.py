@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt2box.data.tokenizer import END_OF_TEXT, Gpt2Tokenizer, Tokenizer, printable
+from gpt2box.data.bpe import BpeTokenizer
+from gpt2box.data.tokenizer import Gpt2Tokenizer, Tokenizer, printable
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.model.gpt2 import GPT2
 
@@ -49,7 +50,11 @@ def check_gguf(model: GPT2, words: Tokenizer, dtype: str) -> None:
         import gguf  # noqa: F401
     except ImportError as error:
         raise BadInput("the package gguf is not installed", "it", "pip install gguf") from error
-    if not isinstance(words, Gpt2Tokenizer):
+    if isinstance(words, BpeTokenizer) and not words.splits_as_gpt2:
+        raise BadInput(
+            "a tokenizer that splits text otherwise than GPT-2's, which llama.cpp does not know", "GPT-2's way"
+        )
+    if not isinstance(words, (Gpt2Tokenizer, BpeTokenizer)):
         raise BadInput("a model in characters, which llama.cpp has no tokenizer for", "a model in GPT-2's tokens")
     if dtype == "q8_0" and model.shape.n_embd % Q8_BLOCK:
         raise BadInput(f"q8_0 with n_embd {model.shape.n_embd}", f"a multiple of {Q8_BLOCK}", "--dtype float16")
@@ -81,7 +86,7 @@ def write_gguf(path: Path, model: GPT2, words: Tokenizer, dtype: str, title: str
     """Write the file, and read it back."""
     import gguf
 
-    assert isinstance(words, Gpt2Tokenizer) and words.end_of_text is not None
+    assert isinstance(words, (Gpt2Tokenizer, BpeTokenizer))
     shape = model.shape
     kinds = {"float32": gguf.GGMLQuantizationType.F32, "float16": gguf.GGMLQuantizationType.F16}
     kind = kinds.get(dtype, gguf.GGMLQuantizationType.Q8_0)
@@ -97,12 +102,15 @@ def write_gguf(path: Path, model: GPT2, words: Tokenizer, dtype: str, title: str
     writer.add_layer_norm_eps(1e-5)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    in_order = sorted(words.ranks, key=words.ranks.__getitem__)
-    writer.add_token_list([*(printable(token) for token in in_order), END_OF_TEXT])
-    writer.add_token_types([NORMAL] * len(in_order) + [CONTROL])
-    writer.add_token_merges([f"{printable(a)} {printable(b)}" for a, b in words.merges])
-    writer.add_bos_token_id(words.end_of_text)
-    writer.add_eos_token_id(words.end_of_text)
+    ids = words.vocabulary()
+    control = {words.end_of_text} if isinstance(words, Gpt2Tokenizer) else set(words.added)
+    in_order = sorted(ids, key=ids.__getitem__)
+    writer.add_token_list(in_order)
+    writer.add_token_types([CONTROL if ids[token] in control else NORMAL for token in in_order])
+    writer.add_token_merges(merges_in(words))
+    if words.end_of_text is not None:
+        writer.add_bos_token_id(words.end_of_text)
+        writer.add_eos_token_id(words.end_of_text)
     writer.add_add_bos_token(False)
     stored = {}
     for name, value in tensors(model).items():
@@ -123,6 +131,13 @@ def write_gguf(path: Path, model: GPT2, words: Tokenizer, dtype: str, title: str
         bound = 0.0 if own_kind != gguf.GGMLQuantizationType.Q8_0 else np.abs(value).max() / 127
         if not np.array_equal(again, expected) or (bound and np.abs(again - value).max() > bound):
             raise Damaged(f"{path}: {name} is not what was written", "the same numbers", "try again on another disk")
+
+
+def merges_in(words: Gpt2Tokenizer | BpeTokenizer) -> list[str]:
+    """As merges.txt has them, in order."""
+    if isinstance(words, BpeTokenizer):
+        return words.merges()
+    return [f"{printable(a)} {printable(b)}" for a, b in words.merges]
 
 
 def write_modelfile(path: Path, block_size: int) -> None:

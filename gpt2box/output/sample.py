@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from gpt2box.config import MODEL_SHAPES
-from gpt2box.data import assets, hub_model, tokenizer
+from gpt2box.data import hub_model
 from gpt2box.data.published import pretrained_folder, shape_in
-from gpt2box.data.tokenizer import Tokenizer, prompt_ids
+from gpt2box.data.tokenizer import Tokenizer, of_model, prompt_ids
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.machine.device import choose_device
 from gpt2box.model.decode import Decoder
 from gpt2box.model.generate import Choice, generate, generate_together
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.weights import load_hub
-from gpt2box.paths import NAME, raw_dir, runs_dir
+from gpt2box.paths import NAME, runs_dir
 
 
 def find_model(argument: str | None, which: str) -> Path:
@@ -73,8 +73,7 @@ def load_model(folder: Path, device: str) -> tuple[GPT2, Tokenizer]:
         raise Damaged(found, "weights of that shape")
     model = GPT2.empty(shape, 0.0, choose_device(device))
     load_hub(model, folder)
-    has_own = any((folder / name).exists() for name in ("vocab.json", "tokenizer.json"))
-    words = tokenizer.load(folder) if has_own else tokenizer.from_ranks(assets.fetch(assets.GPT2_RANKS, raw_dir()))
+    words = of_model(folder, shape.vocab_size)
     if words.vocab_size > shape.vocab_size:
         raise BadInput(f"{folder}: {words.vocab_size:,} tokens in its tokenizer, {shape.vocab_size:,} in its model")
     model.shape = replace(shape, vocab_size=words.vocab_size)  # some weights are stored with padding rows

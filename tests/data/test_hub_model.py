@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2box.data import hub
 from gpt2box.data.hub_model import hub_model
+from gpt2box.data.prepare import Options, prepare
 from gpt2box.data.tokenizer import Gpt2Tokenizer
+from gpt2box.data.tokens import TokenFile, open_dataset
 from gpt2box.errors import BadInput, Damaged, TryAgain
 from gpt2box.output.sample import find_model, load_model
-from tests.conftest import Command, options
+from tests.conftest import TINYSHAKESPEARE, Command, options
 
 COMMIT = "c0ffee" * 6 + "abcd"
 
@@ -154,3 +157,23 @@ def test_what_is_not_there_or_not_gpt2_or_pickled_is_said(volumes: Path, server:
     with pytest.raises(BadInput, match="no safetensors but pickled weights"):
         hub_model("someone/small")
     assert not (volumes / "models" / "someone--small").exists()
+
+
+def test_the_tokenizer_alone_is_brought_for_a_text(
+    volumes: Path, tmp_path: Path, server: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ByteLevelBPETokenizer()
+    made.train([str(TINYSHAKESPEARE)], vocab_size=500, special_tokens=["<|endoftext|>"], show_progress=False)
+    made.save_model(str(tmp_path))
+    server.files |= {name: (tmp_path / name).read_bytes() for name in ("vocab.json", "merges.txt")}
+    manifest, _ = prepare([str(TINYSHAKESPEARE)], Options("someone/small@v1"))
+    assert {*server.served} == {"vocab.json", "merges.txt", "tokenizer_config.json"}
+    assert manifest["tokenizer"]["vocab_size"] == 500 and not list((volumes / "models").glob("*"))
+    dataset = open_dataset(volumes / "data" / "tinyshakespeare-small")
+    ids = TokenFile(dataset.folder / "train.bin").read(0, 1000)
+    expected = made.encode(TINYSHAKESPEARE.read_text()[:20_000]).ids
+    assert ids.tolist() == expected[:1000]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert not prepare([str(TINYSHAKESPEARE)], Options("someone/small"))[1]  # there already, both
+    with pytest.raises(BadInput, match="--tokenizer nothing"):
+        prepare([str(TINYSHAKESPEARE)], Options("nothing"))

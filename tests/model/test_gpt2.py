@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,36 @@ def test_a_folder_that_transformers_wrote_gives_its_logits(tmp_path: Path, shard
     model = GPT2(shape_in(tmp_path / "theirs"))
     load_hub(model, tmp_path / "theirs")
     assert (model.logits(model.hidden(ids())) - reference(ids()).logits).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_16_bits_are_taken_as_they_are(tmp_path: Path, dtype: torch.dtype) -> None:
+    reference = theirs(tiny_model(), tmp_path).to(dtype)
+    reference.save_pretrained(tmp_path / "theirs")
+    model = GPT2(shape_in(tmp_path / "theirs"))
+    load_hub(model, tmp_path / "theirs")
+    assert (model.logits(model.hidden(ids())) - reference.float()(ids()).logits).abs().max() <= 1e-4
+
+
+def test_another_network_with_the_same_tensors_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    reference = theirs(tiny_model(), tmp_path)
+    reference.save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    config["scale_attn_by_inverse_layer_idx"] = True
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match="scale_attn_by_inverse_layer_idx True"):
+        shape_in(tmp_path / "theirs")
+    state = hub_state(tiny_model())
+    for shift in (0.0, 0.1):
+        state["lm_head.weight"] = state["transformer.wte.weight"] + shift
+        save_file(state, tmp_path / "model.safetensors")
+        if shift:
+            with pytest.raises(BadInput, match="found other numbers than wte"):
+                load_hub(tiny_model(), tmp_path)
+        else:
+            load_hub(tiny_model(), tmp_path)
 
 
 def test_a_shorter_context_takes_the_first_positions(tmp_path: Path) -> None:

@@ -1,0 +1,32 @@
+"""A text in pieces that a tokenizer bears, cut where no token of GPT-2's pattern crosses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+PIECE = 1 << 20  # characters given to a tokenizer at a time, and about what tiktoken's regex engine bears
+# Where a token never crosses, by the pattern of GPT-2's pre-tokenizer: before a single space or line feed between
+# others, between a letter and a digit, and between an ideograph or kana and a full-width mark.
+SAFE_CUT = re.compile(
+    r"(?<=\S)(?=[ \n]\S)|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])"
+    r"|(?<=[\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fbb])(?=[\u3001\u3002\uff01\uff0c\uff1f])"
+)
+
+
+def pieces(parts: Iterable[str]) -> Iterator[str]:
+    """The same text in pieces of about PIECE, cut where no token crosses; longer where there is no such place."""
+    held, searched = "", 0
+    for part in parts:
+        held += part
+        begin = 0
+        while len(held) - begin > PIECE:
+            cut = SAFE_CUT.search(held, max(begin + PIECE // 2, searched))
+            if cut is None:
+                searched = len(held) - 1  # what follows may make its last place a good one
+                break
+            yield held[begin : cut.start()]
+            begin = cut.start()
+        held, searched = held[begin:], max(searched - begin, 0)
+    if held:
+        yield held
