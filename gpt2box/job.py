@@ -38,11 +38,12 @@ from gpt2box.progress import duration, kept_log, say, size
 from gpt2box.run_records import check_unchanged, checked_allowance, say_what_may_change_bits, write_records
 from gpt2box.sessions import session_of
 from gpt2box.stop import StopRequest
-from gpt2box.training import checkpoint, weights_and_biases
-from gpt2box.training.checkpoint import TrainState
+from gpt2box.training import checkpoint, kept, weights_and_biases
 from gpt2box.training.display import Display
-from gpt2box.training.loop import HalfDoneStep, Job, train
+from gpt2box.training.loop import Job, train
 from gpt2box.training.optim import make_optimizer
+from gpt2box.training.recovery import HalfDoneStep, NotFinite, back_to_good, back_to_last, machine_fault
+from gpt2box.training.state import TrainState
 from gpt2box.training.validation import evaluate
 
 
@@ -91,12 +92,12 @@ def run_config(
     run = make_writable(run_dir(config.name))
     with locked(run / ".lock", f"the run {config.name} is being trained"), kept_log(run / "log.txt"):
         describe_plan(config, plan, describe(device))
-        found = checkpoint.newest(run / "checkpoints")
+        found = kept.newest(run / "checkpoints")
         state = found[1] if found else TrainState()
         changed = {}
         if found:
             changed = check_unchanged(config, dataset, run, allow)
-            checkpoint.point_to_last_and_best(run / "checkpoints", state)
+            kept.point_to_last_and_best(run / "checkpoints", state)
             announce_resume(config, *found)
         if state.stopped_early and (config.patience == 0 or state.evaluations_without_best < config.patience):
             state.stopped_early = False  # the patience was raised
@@ -119,9 +120,13 @@ def run_config(
             job = Job(run, plan, model, optimizer, dataset, dataset.tokenizer, state, stop, sampler, pretrained, ways)
             try:
                 with stop.awaited():
-                    train_again_where_half_done(job)
+                    train_and_go_back(job)
             except torch.cuda.OutOfMemoryError as error:
                 raise out_of_memory(job.plan) from error
+            except (RuntimeError, MemoryError) as error:
+                if fault := machine_fault(error, job):
+                    raise fault from error
+                raise
             state = job.state
             if config.sample_tokens and not stop:
                 look_back(config, job)
@@ -137,17 +142,15 @@ def set_arithmetic(plan: RunPlan) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 where a product is float32
 
 
-def train_again_where_half_done(job: Job) -> None:
-    """Train; where memory ran out inside a step that was half taken, go on from the last checkpoint."""
+def train_and_go_back(job: Job) -> None:
+    """Train; where a step was half taken, or too many were not finite, go on from a checkpoint."""
     while True:
         try:
             return train(job)
         except HalfDoneStep:
-            found = checkpoint.newest(job.run / "checkpoints")
-            assert found, "with optimizer_in_backward, the first evaluation saves"
-            job.state = found[1]
-            checkpoint.restore(found[0], job.model, job.optimizer, job.state)
-            say(f"  some weights had taken that step already: going on from {shown(found[0])}")
+            back_to_last(job)
+        except NotFinite as trouble:
+            back_to_good(job, trouble)
 
 
 def model_shape(config: Config, dataset: Dataset) -> tuple[Path | None, ModelShape]:
@@ -286,7 +289,7 @@ class Sampler:
 def look_back(config: Config, job: Job) -> None:
     """What the weights that `sample` takes write, before and after, and whether it is the training text by heart."""
     step = kept_step(job.run, job.state)
-    checkpoint.load_weights(job.run / "checkpoints" / checkpoint.folder_name(step), job.model)
+    checkpoint.load_weights(job.run / "checkpoints" / kept.folder_name(step), job.model)
     if job.pretrained and (columns := side_by_side(job.run, step)):
         say(columns)
     prompt, length = config.sample_prompt, config.sample_tokens

@@ -38,10 +38,11 @@ from gpt2box.run_records import about_dataset, read_manifest, weights_source
 from gpt2box.sessions import OF_COURSE, began_at, differences, session_of, sessions_in
 from gpt2box.stop import StopRequest
 from gpt2box.training import checkpoint, metrics
-from gpt2box.training.checkpoint import TrainState
 from gpt2box.training.digest import checksum
+from gpt2box.training.kept import folder_name
 from gpt2box.training.loop import Job, open_batches, take_step
 from gpt2box.training.optim import make_optimizer, make_update
+from gpt2box.training.state import TrainState, parse_state, read_state
 
 FIRST_STEPS = 20  # where neither --from nor --steps says how many
 
@@ -212,8 +213,10 @@ def job_of(stretch: Stretch) -> tuple[Job, dict[str, Any]]:
     if weights:
         shape = shape_on(config, weights, dataset.tokenizer)
     plan, device = plan_of(config, shape, dataset)
-    folder = run / "checkpoints" / checkpoint.folder_name(start)
-    state = checkpoint.read_state(folder) if start else TrainState()
+    folder = run / "checkpoints" / folder_name(start)
+    state = read_state(folder) if start else TrainState()
+    last = run / "checkpoints" / "last"
+    state.rollbacks = parse_state(last)[0].rollbacks if last.exists() else state.rollbacks
     set_arithmetic(plan)
     model = empty_model(plan)
     optimizer = make_optimizer(model, plan)
@@ -261,11 +264,14 @@ def again(job: Job, stretch: Stretch) -> Iterator[int]:
     forward = torch.compile(job.model) if job.plan.compile else job.model
     update = make_update(job.optimizer, job.plan)
     job.model.train()
-    with closing(open_batches(job)) as batches, closing(update):
-        while job.state.step < stretch.end:
-            take_step(job, forward, batches, update)
-            job.state.step += 1
-            yield job.state.step
+    ahead = sorted({rollback.step for rollback in job.state.rollbacks if rollback.step > job.state.step})
+    with closing(update):
+        for end in [*(step for step in ahead if step < stretch.end), stretch.end]:  # where data were passed over
+            with closing(open_batches(job)) as batches:
+                while job.state.step < end:
+                    take_step(job, forward, batches, update)
+                    job.state.step += 1
+                    yield job.state.step
 
 
 def first_difference(job: Job, folder: Path) -> tuple[str, str]:
@@ -274,7 +280,7 @@ def first_difference(job: Job, folder: Path) -> tuple[str, str]:
     Raises:
         Damaged: the checkpoint is not what was written.
     """
-    state = checkpoint.read_state(folder)
+    state = read_state(folder)
     files: list[tuple[str, dict[str, Tensor]]] = [("model.safetensors", hub_state(job.model))]
     if trained := adapters(job.model):
         files.append((checkpoint.ADAPTERS, {name: parameter.detach() for name, parameter in trained.items()}))

@@ -30,7 +30,8 @@ from gpt2box.output import tasks
 from gpt2box.output.page import report_page
 from gpt2box.output.runs import look_at
 from gpt2box.stop import StopRequest
-from gpt2box.training import checkpoint, metrics
+from gpt2box.training import metrics
+from gpt2box.training import state as state_file
 from tests.conftest import TINY
 
 TIMES = int(os.environ.get("GPT2BOX_BROKEN_FILES", "60"))  # mutations of each file
@@ -171,7 +172,7 @@ def test_a_checkpoint(trained: Path, tmp_path: Path, name: str) -> None:
 
     def read() -> None:
         with contextlib.suppress(Gpt2boxError):
-            checkpoint.read_state(folder)
+            state_file.read_state(folder)
         shape = shape_in(folder)
         if shape.parameters < 10**7:
             load_hub(GPT2(shape), folder)

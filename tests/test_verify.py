@@ -20,8 +20,9 @@ from gpt2box.reproduce import reproduce
 from gpt2box.run_records import weights_source
 from gpt2box.sessions import differences
 from gpt2box.stop import StopRequest
-from gpt2box.training import checkpoint, metrics
+from gpt2box.training import metrics
 from gpt2box.training.digest import checksum, digest_of
+from gpt2box.training.state import read_state
 from gpt2box.verify import verify
 from tests.conftest import TINY, Command, options, tiny_model
 
@@ -298,4 +299,4 @@ def test_checkpoints_written_before_digests_were_are_read(volumes: Path) -> None
     content = json.loads((folder / "state.json").read_text())
     del content["digest"]
     (folder / "state.json").write_text(json.dumps(content))
-    assert checkpoint.read_state(folder).step == 20
+    assert read_state(folder).step == 20

@@ -58,15 +58,11 @@ def own_parameters(model: GPT2) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def merged(model: GPT2) -> dict[str, Tensor]:
-    """The network's own parameters by name; of a model with adapters, these added in, all in float32."""
-    own = own_parameters(model)
+def merged(model: GPT2, name: str, weight: Tensor) -> Tensor:
+    """One of the network's own parameters, with its adapter added in; of a model with adapters always in float32."""
     if not adapters(model):
-        return dict(own)
-    return {name: _with_adapter(model, name, parameter.float()) for name, parameter in own.items()}
-
-
-def _with_adapter(model: GPT2, name: str, weight: Tensor) -> Tensor:
+        return weight
+    weight = weight.float()
     module, _, kind = name.rpartition(".")
     adapter = getattr(model.get_submodule(module), "lora", None)
     return torch.addmm(weight, adapter.b, adapter.a, alpha=adapter.scale) if adapter and kind == "weight" else weight

@@ -57,11 +57,16 @@ def hub_config(shape: ModelShape, dropout: float, end_of_text: int | None, dtype
 
 def to_hub(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
     """A parameter (or a tensor of its shape, as an optimizer's average) as it is stored."""
+    return hub_view(name, tensor, vocab_size).cpu().contiguous()
+
+
+def hub_view(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
+    """The same without a copy: where it lies, with its own strides."""
     if name == "wte.weight":
         tensor = tensor[:vocab_size]
     if name.endswith(TRANSPOSED):
         tensor = tensor.t()
-    return tensor.detach().cpu().contiguous()
+    return tensor.detach()
 
 
 def copy_from_hub(name: str, target: Tensor, stored: Tensor) -> None:
@@ -73,14 +78,17 @@ def copy_from_hub(name: str, target: Tensor, stored: Tensor) -> None:
 
 
 def hub_state(model: GPT2) -> dict[str, Tensor]:
-    """All tensors of model.safetensors; adapters are added in."""
-    state = {PREFIX + name: to_hub(name, p, model.shape.vocab_size) for name, p in merged(model).items()}
-    if not model.shape.bias:
-        for name, tensor in list(state.items()):
-            if name.endswith("weight") and not name.endswith(("wte.weight", "wpe.weight")):
-                width = tensor.size(-1)
-                state[name.removesuffix("weight") + "bias"] = torch.zeros(width)
-    return state
+    """All tensors of model.safetensors, copied; adapters are added in."""
+    return {name: tensor.cpu().contiguous() for name, tensor in hub_views(model)}
+
+
+def hub_views(model: GPT2) -> Iterator[tuple[str, Tensor]]:
+    """The same one after the other, not copied, numbers of more bytes first; with adapters, each sum is made here."""
+    for name, parameter in sorted(own_parameters(model).items(), key=lambda item: -item[1].element_size()):
+        tensor = hub_view(name, merged(model, name, parameter), model.shape.vocab_size)
+        yield PREFIX + name, tensor
+        if not model.shape.bias and name.endswith("weight") and not name.endswith(("wte.weight", "wpe.weight")):
+            yield PREFIX + name.removesuffix("weight") + "bias", torch.zeros(tensor.size(-1))
 
 
 @torch.no_grad()

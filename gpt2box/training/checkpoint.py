@@ -1,7 +1,8 @@
 """Checkpoints: a Hugging Face model folder plus optimizer.safetensors and state.json.
 
-Written beside, synced, renamed. state.json comes last and holds the size and sha256 of every other
-file, so a folder that a crash or a bad disk has damaged is recognised and passed over. No pickle.
+Written beside, synced, read back, renamed. state.json comes last and holds the size and sha256 of every other
+file, so a folder that a crash or a bad disk has damaged is recognised and passed over. No pickle. While training goes
+on, saver.py writes them.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ import errno
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from gpt2box.data.assets import sha256_of
@@ -24,94 +24,125 @@ from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.errors import BadInput, Damaged, VolumeUnwritable
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import adapters
-from gpt2box.model.weights import PREFIX, copy_from_hub, hub_config, hub_state, load_hub, stored_tensors, to_hub
+from gpt2box.model.weights import PREFIX, copy_from_hub, hub_config, hub_view, hub_views, load_hub, stored_tensors
 from gpt2box.paths import fix_hint, fsync_dir
 from gpt2box.progress import size
-from gpt2box.training.digest import digest_of
+from gpt2box.training.kept import folder_name, point_to_last_and_best, recover
 from gpt2box.training.lean import LeanAdamW, reset
+from gpt2box.training.state import TrainState, read_state, write_state
+from gpt2box.training.tensor_file import Tensors, write_tensors
 
-FORMAT = 1
 ADAPTERS = "adapters.safetensors"
 AVERAGE = "exp_avg"  # what every optimizer keeps of every parameter
 
 
-@dataclass
-class TrainState:
-    """What a run knows besides tensors. All else follows from the step."""
-
-    step: int = 0
-    optimizer_steps: int = 0  # less than step where non-finite steps were left out
-    evaluated_step: int = -1
-    val_loss: float | None = None
-    best_val_loss: float | None = None
-    best_step: int = -1
-    evaluations_without_best: int = 0
-    stopped_early: bool = False
-    seconds: float = 0.0  # of training, over all sessions
-
-
-def folder_name(step: int) -> str:
-    """step-00000500."""
-    return f"step-{step:08d}"
+Files = dict[str, Tensors]  # tensors by the name of their file
 
 
 def save(folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: TrainState, tokenizer: Tokenizer) -> Path:
-    """Write a checkpoint of `state.step` under `folder` and point `last` at it; `best` where it is the best.
+    """Write a checkpoint of `state.step` under `folder`, at once and from the tensors themselves; see `publish`."""
+    check_space(folder, checkpoint_bytes(model, optimizer, state), state.step)
+    files, config = contents(model, optimizer, state), config_of(model, tokenizer)
+    return publish(folder, files, config, state, tokenizer)
+
+
+def publish(folder: Path, files: Files, config: dict[str, Any], state: TrainState, tokenizer: Tokenizer) -> Path:
+    """Write a checkpoint, read it back, and only then give it its name; point `last` at it, `best` if it is the best.
 
     Raises:
-        VolumeUnwritable: no space, which is looked at before, or no permission; earlier checkpoints are untouched.
+        VolumeUnwritable: no space, no permission, or what is read back is not what was written. Earlier checkpoints are
+            untouched, and nothing is left of this one.
     """
     final = folder / folder_name(state.step)
     temporary = folder / f".{final.name}.tmp"
+    retired = folder / f".{final.name}.old"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         recover(folder)
-        check_space(folder, model, optimizer, state)
         temporary.mkdir()
-        write_files(temporary, model, optimizer, state, tokenizer)
-        retired = folder / f".{final.name}.old"
+        write_into(temporary, files, config, state, tokenizer)
+        read_state(temporary)
         if final.exists():  # the same step once more, after its evaluation
             os.rename(final, retired)
         os.rename(temporary, final)
-        shutil.rmtree(retired, ignore_errors=True)
         fsync_dir(folder)
+        shutil.rmtree(retired, ignore_errors=True)
         point_to_last_and_best(folder, state)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise VolumeUnwritable(
-            f"cannot save {final}: {getattr(error, 'strerror', None) or error}",
-            f"{size(checkpoint_bytes(model, optimizer, state))} free",
-            fix_hint(folder),
-        ) from error
+    except (OSError, Damaged) as error:
+        with suppress(OSError):
+            recover(folder)
+        raise unwritable(final, error, bytes_of(files)) from error
     return final
+
+
+def unwritable(final: Path, error: Exception, needed: int) -> VolumeUnwritable:
+    """What to say where a checkpoint could not be saved."""
+    reason = getattr(error, "strerror", None) or getattr(error, "found", None) or error
+    return VolumeUnwritable(f"cannot save {final}: {reason}", f"{size(needed)} free", fix_hint(final.parent))
+
+
+def make_folder(folder: Path) -> None:
+    """Durable, as its content will be. The run's own folder is there, or its volume is gone.
+
+    Raises:
+        OSError: among others where it is gone: made anew it would lie on another disk.
+    """
+    if not folder.exists():
+        folder.mkdir()
+        for parent in (folder.parent, folder.parent.parent):
+            fsync_dir(parent)
 
 
 def write_files(
     folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: TrainState, tokenizer: Tokenizer
 ) -> None:
-    """All files of a checkpoint, synced, state.json last."""
-    weights, trained = hub_state(model), adapters(model)
-    dtype = weights["transformer.wte.weight"].dtype
-    config = hub_config(model.shape, model.dropout, tokenizer.end_of_text, dtype)
+    """All files of a checkpoint, from the tensors themselves."""
+    write_into(folder, contents(model, optimizer, state), config_of(model, tokenizer), state, tokenizer)
+
+
+def write_into(folder: Path, files: Files, config: dict[str, Any], state: TrainState, tokenizer: Tokenizer) -> None:
+    """All files of a checkpoint, synced, state.json last; then the folder."""
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(folder)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    if trained:
-        save_file({name: parameter.detach().cpu() for name, parameter in trained.items()}, folder / ADAPTERS)
-    # Before the first step all averages are zero.
-    averages = optimizer_state(model, optimizer) if state.optimizer_steps else {}
-    save_file(averages, folder / "optimizer.safetensors")
-    files = {}
+    described = {}
     for path in sorted(folder.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        described[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    content = {"format": FORMAT, **asdict(state), "digest": digest_of(files), "files": files}
-    with open(folder / "state.json", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    for name, tensors in files.items():
+        sha256 = write_tensors(folder / name, tensors)
+        described[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256}
+        forget_pages(folder / name)
+    write_state(folder, state, described)
     fsync_dir(folder)
+
+
+def forget_pages(path: Path) -> None:
+    """Have the system drop its copy of a synced file, so that reading it back asks the disk, and memory stays free."""
+    with open(path, "rb") as file, suppress(OSError):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def contents(model: GPT2, optimizer: torch.optim.Optimizer, state: TrainState) -> Files:
+    """What a checkpoint's files hold, in the layout on disk but where it lies, not copied."""
+    files: Files = {"model.safetensors": lambda: hub_views(model)}
+    if trained := adapters(model):
+        files[ADAPTERS] = lambda: ((name, parameter.detach()) for name, parameter in trained.items())
+    # Before the first step all averages are zero.
+    averages = optimizer_state(model, optimizer) if state.optimizer_steps else {}
+    files["optimizer.safetensors"] = lambda: sorted(averages.items(), key=lambda item: -item[1].element_size())
+    return files
+
+
+def bytes_of(files: Files) -> int:
+    """Size on disk, but for small files."""
+    return sum(tensor.numel() * tensor.element_size() for tensors in files.values() for _, tensor in tensors())
+
+
+def config_of(model: GPT2, tokenizer: Tokenizer) -> dict[str, Any]:
+    """config.json; adapters are stored added in, in float32."""
+    dtype = torch.float32 if adapters(model) else model.wte.weight.dtype
+    return hub_config(model.shape, model.dropout, tokenizer.end_of_text, dtype)
 
 
 def optimizer_state(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -121,11 +152,11 @@ def optimizer_state(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, 
         for key, tensor in optimizer.state[parameter].items():
             if key == "step":
                 if isinstance(optimizer, LeanAdamW):  # whose tensors may have left out different steps
-                    tensors[f"step.{name}"] = tensor.cpu()
+                    tensors[f"step.{name}"] = tensor
             elif tensor.shape == parameter.shape:
-                tensors[f"{key}.{name}"] = to_hub(name, tensor, model.shape.vocab_size)
+                tensors[f"{key}.{name}"] = hub_view(name, tensor, model.shape.vocab_size)
             else:
-                tensors[f"{key}.{name}"] = tensor.cpu()
+                tensors[f"{key}.{name}"] = tensor
     return tensors
 
 
@@ -143,100 +174,18 @@ def checkpoint_bytes(model: GPT2, optimizer: torch.optim.Optimizer, state: Train
     return weights + sum(int(tensor.nbytes) for entry in optimizer.state.values() for tensor in entry.values())
 
 
-def check_space(folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+def check_space(folder: Path, needed: int, step: int) -> None:
     """Before anything is written.
 
     Raises:
-        OSError: ENOSPC, as the system would, but with nothing to tidy up.
+        VolumeUnwritable: as where it runs out, but with nothing to tidy up.
     """
-    if shutil.disk_usage(folder).free < checkpoint_bytes(model, optimizer, state):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def recover(folder: Path) -> None:
-    """Undo what a killed save or prune left half-way: an older copy without its successor gets its name back."""
-    for path in folder.glob(".step-*.old"):
-        final = folder / path.name.removeprefix(".").removesuffix(".old")
-        if final.exists():
-            shutil.rmtree(path)
-        else:
-            os.rename(path, final)
-    for path in folder.glob(".step-*.tmp"):
-        shutil.rmtree(path)
-
-
-def point_to_last_and_best(folder: Path, state: TrainState) -> None:
-    """Make the links agree with the state."""
-    point(folder, "last", state.step)
-    if (folder / folder_name(state.best_step)).exists():
-        point(folder, "best", state.best_step)
-
-
-def point(folder: Path, name: str, step: int) -> None:
-    """Make `best` or `last` a link to a checkpoint, replaced at once."""
-    temporary = folder / f".{name}.tmp"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(folder_name(step))
-    os.replace(temporary, folder / name)
-    fsync_dir(folder)
-
-
-def prune(folder: Path, keep_last: int, state: TrainState) -> None:
-    """Remove all but the newest `keep_last` checkpoints and the best.
-
-    Those beyond `state.step` are damaged ones that were passed over: they do not count as newest.
-    """
-    steps = sorted(path for path in folder.glob("step-*") if path.name <= folder_name(state.step))
-    for path in steps[:-keep_last]:
-        if path.name != folder_name(state.best_step):
-            # Out of sight first, so that a crash half-way leaves no torn checkpoint by that name.
-            retired = path.with_name(f".{path.name}.tmp")
-            os.rename(path, retired)
-            shutil.rmtree(retired)
-
-
-def read_state(folder: Path) -> TrainState:
-    """state.json of a checkpoint, after checking every file it names.
-
-    Raises:
-        Damaged: which file, and how it differs.
-    """
+    there = folder if folder.exists() else folder.parent
     try:
-        content: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        state = TrainState(**{field.name: content[field.name] for field in fields(TrainState)})
-        files = content["files"].items()
-        if content["format"] != FORMAT:
-            raise Damaged(f"{folder} has format {content['format']}", f"format {FORMAT}")
-        for name, expected in files:
-            path = folder / name
-            if path.stat().st_size != expected["bytes"]:
-                raise Damaged(f"{path} has {path.stat().st_size:,} bytes", f"{expected['bytes']:,} bytes")
-            if sha256_of(path) != expected["sha256"]:
-                raise Damaged(f"{path} has other content than was written", f"sha256 {expected['sha256']}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{folder}: {error!r}", "a checkpoint as it was written") from error
-    return state
-
-
-def newest(folder: Path) -> tuple[Path, TrainState, list[Damaged]] | None:
-    """The newest whole checkpoint, its state, and what was wrong with newer ones; None where there is none at all.
-
-    Raises:
-        Damaged: there are checkpoints, and not one is whole.
-    """
-    recover(folder)
-    passed_over: list[Damaged] = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            return path, read_state(path), passed_over
-        except Damaged as fault:
-            passed_over.append(fault)
-    if passed_over:
-        raise Damaged(
-            f"no whole checkpoint in {folder}:\n    " + "\n    ".join(fault.found for fault in passed_over),
-            next_step=f"restore one from a backup, or remove {folder} to begin anew",
-        )
-    return None
+        if shutil.disk_usage(there).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise unwritable(folder / folder_name(step), error, needed) from error
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt2box.training.bad_steps import BadSteps
 from gpt2box.training.eight_bit import BLOCK, dequantise, quantise, round_to_bfloat16
 
 CHUNK = 8192 * BLOCK  # numbers updated at a time: their float32 copies are all the scratch space there is
@@ -155,8 +156,7 @@ class StepInBackward:
         self.optimizer, self.grad_accum_steps = optimizer, grad_accum_steps
         self.limit = grad_clip / grad_accum_steps**0.5
         self.left_out = "none reached the weights" if grad_accum_steps == 1 else "their gradients were left out"
-        self.skipped_in_a_row = torch.zeros((), device=device)
-        self.skipped = torch.zeros((), device=device)
+        self.bad_steps = BadSteps(device)
         self._handles = []
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -168,14 +168,13 @@ class StepInBackward:
             self.optimizer.begin(step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self._squares, self._bad = torch.zeros_like(self.skipped), torch.zeros_like(self.skipped)
+            self._squares, self._bad = torch.zeros_like(self.bad_steps.all), torch.zeros_like(self.bad_steps.all)
         self._micro_step, self._loss_is_finite = micro_step, micro_loss.detach().isfinite()
 
     def __call__(self, loss: Tensor) -> Tensor:
         """End the step; returns the root of the sum of squared gradients (a device scalar)."""
         self.optimizer.half_done = False
-        self.skipped_in_a_row = (self.skipped_in_a_row + self._bad) * self._bad
-        self.skipped = self.skipped + self._bad
+        self.bad_steps.count(self._bad)
         return self._squares.sqrt()
 
     def close(self) -> None:

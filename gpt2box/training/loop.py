@@ -21,23 +21,22 @@ from gpt2box.data.batches import (
 )
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.data.tokens import Dataset
-from gpt2box.errors import BadInput
 from gpt2box.machine.device import peak_memory_bytes
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.choose import Option
 from gpt2box.planning.plan import RunPlan
 from gpt2box.stop import StopRequest
-from gpt2box.training import checkpoint
-from gpt2box.training.checkpoint import TrainState
+from gpt2box.training.bad_steps import BadSteps
 from gpt2box.training.digest import checksum
 from gpt2box.training.display import Display
 from gpt2box.training.ladder import step_down, step_up
 from gpt2box.training.lean import LeanAdamW, StepInBackward
 from gpt2box.training.metrics import Interval, Metrics, finite_or_none
 from gpt2box.training.optim import GuardedStep, Optimizer, learning_rate, make_update
+from gpt2box.training.recovery import HalfDoneStep, NotFinite
+from gpt2box.training.saver import Saver
+from gpt2box.training.state import TrainState
 from gpt2box.training.validation import autocast, evaluate
-
-MOST_BAD_STEPS = 5  # non-finite steps in a row after which a run stops
 
 Update = GuardedStep | StepInBackward
 
@@ -62,38 +61,37 @@ class Job:
     retry_at: int = 0
 
 
-class HalfDoneStep(Exception):
-    """Memory ran out when some weights had taken the step and others had not: back to the last checkpoint."""
-
-
 def train(job: Job) -> None:
     """Train until max_steps, a lack of progress, or a request to stop; the last checkpoint holds the end.
 
     Where memory runs out, the step is done again in a way that takes less, with the same tokens.
 
     Raises:
-        BadInput: losses or gradients were not finite several steps in a row.
+        NotFinite: losses or gradients were not finite several steps in a row.
         torch.cuda.OutOfMemoryError: no way is left that takes less; the steps so far are saved.
         HalfDoneStep: see there; the plan has stepped down.
-        VolumeUnwritable, Damaged: see checkpoint.save, TokenFile.read.
+        VolumeUnwritable, Damaged: see checkpoint.publish, TokenFile.read.
     """
     plan, state = job.plan, job.state
     batches = open_batches(job)
     forward = torch.compile(job.model) if plan.compile else job.model
     update = make_update(job.optimizer, plan)
+    update.bad_steps = BadSteps(torch.device(plan.device), state.bad_steps)
     echo = plan.log_format == "json"
     metrics = Metrics(job.run / "metrics.jsonl", state.step, state.evaluated_step, echo, plan.wandb)
     display = Display(job.run.name, state.step, plan)
+    saver = Saver(job.run / "checkpoints", job.model, job.optimizer, job.tokenizer, plan, display.line)
     interval = Interval()
     # LeanAdamW's step may break off half-way; then there must be a checkpoint to go back to.
     saved_step = -1 if isinstance(job.optimizer, LeanAdamW) and state.step == 0 else state.step
     saved_at = time.monotonic()
     job.model.train()
-    with ExitStack() as stack, closing(metrics), closing(display):
+    with ExitStack() as stack, closing(metrics), closing(display), closing(saver):
         stack.callback(lambda: batches.close())
         stack.callback(lambda: update.close())
         while True:
             begun = time.monotonic()
+            saver.check()
             improved = False
             if evaluation_due(job) and not job.stop:
                 check_finite(job, update)
@@ -101,17 +99,17 @@ def train(job: Job) -> None:
                     improved = evaluate_and_note(job, metrics, display)
                 except torch.cuda.OutOfMemoryError:
                     if state.step != saved_step:
-                        checkpoint.save(job.run / "checkpoints", job.model, job.optimizer, state, job.tokenizer)
+                        saver.save(state)
                     raise
             over = bool(job.stop) or state.step >= plan.max_steps or state.stopped_early
             late = 0 < plan.save_minutes * 60 <= begun - saved_at
             new = state.step != saved_step and (over or late or state.step % plan.save_interval == 0)
             if new or (improved and (state.step > 0 or job.pretrained)):
                 check_finite(job, update)
-                checkpoint.save(job.run / "checkpoints", job.model, job.optimizer, state, job.tokenizer)
-                checkpoint.prune(job.run / "checkpoints", plan.keep_last, state)
+                saver.save(state)
                 saved_step, saved_at = state.step, time.monotonic()
             if over:
+                saver.finish()
                 break
             interval.leave_out(time.monotonic() - begun)
 
@@ -122,7 +120,7 @@ def train(job: Job) -> None:
                 half_done = getattr(job.optimizer, "half_done", False)
                 if state.step != saved_step and not half_done:
                     check_finite(job, update)
-                    checkpoint.save(job.run / "checkpoints", job.model, job.optimizer, state, job.tokenizer)
+                    saver.save(state)
                     saved_step = state.step
                 step_down(job, display)
                 if half_done:
@@ -136,7 +134,7 @@ def train(job: Job) -> None:
                     isinstance(job.optimizer, LeanAdamW) and state.step != saved_step
                 ):  # if it fails half-way, back to here
                     check_finite(job, update)
-                    checkpoint.save(job.run / "checkpoints", job.model, job.optimizer, state, job.tokenizer)
+                    saver.save(state)
                     saved_step = state.step
                 step_up(job, display)
             if plan is not job.plan:
@@ -160,7 +158,7 @@ def open_batches(job: Job) -> Generator[Tensor, None, None]:
         job.dataset.folder / "train.bin",
         windows,
         plan.shape.vocab_size,
-        first_sequence=job.state.step * plan.sequences_per_step,
+        first_sequence=job.state.data_step * plan.sequences_per_step,
         micro_batch_size=plan.micro_batch_size,
         pin=torch.device(plan.device).type == "cuda",
     )
@@ -222,7 +220,7 @@ def log(
         "grad_norm": finite_or_none(float(grad_norm)),
         "tokens_per_sec": round(tokens_per_sec, 1),
         "peak_memory_bytes": peak_memory_bytes(torch.device(plan.device)),
-        "skipped_steps": int(update.skipped),
+        "skipped_steps": int(update.bad_steps.all),
         "mfu": plan.mfu(tokens_per_sec),
         "digest": checksum(job.model, job.optimizer),
     }
@@ -232,22 +230,18 @@ def log(
 
 
 def check_finite(job: Job, update: Update) -> None:
-    """Count the steps that reached the weights; stop a run whose losses are no longer finite.
+    """Count the steps that reached the weights; stop where losses are no longer finite.
+
+    Looked at before each save and evaluation, so what is found does not depend on when one looks.
 
     Raises:
-        BadInput: MOST_BAD_STEPS in a row were not. The weights are as before the first of them.
+        NotFinite: too many in a row were not (bad_steps.py).
     """
     state = job.state
     state.optimizer_steps = optimizer_steps(job.optimizer)
-    in_a_row = int(update.skipped_in_a_row)
-    if in_a_row >= MOST_BAD_STEPS:
-        last = job.run / "checkpoints" / "last"
-        raise BadInput(
-            f"step {state.step}: loss or gradient not finite, {in_a_row} steps in a row ({update.left_out})",
-            "finite numbers; a too high learning rate or damaged weights are the usual cause",
-            f"try --learning-rate {job.plan.learning_rate / 2:g} or --dtype float32 under another --name"
-            + (f"; the last good checkpoint is {last.resolve()}" if last.exists() else ""),
-        )
+    state.bad_steps = int(update.bad_steps.in_a_row)
+    if since := int(update.bad_steps.since):
+        raise NotFinite(state.step - since + 1, update.left_out)
 
 
 def optimizer_steps(optimizer: Optimizer) -> int:

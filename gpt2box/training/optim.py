@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.plan import RunPlan
+from gpt2box.training.bad_steps import BadSteps
 from gpt2box.training.lean import LeanAdamW, StepInBackward
 from gpt2box.training.muon import Muon
 
@@ -71,7 +72,7 @@ def make_update(
     else:
         update = GuardedStep(optimizer, plan.grad_clip, device)
     if before:
-        update.skipped, update.skipped_in_a_row = before.skipped, before.skipped_in_a_row
+        update.bad_steps = before.bad_steps
     return update
 
 
@@ -103,8 +104,7 @@ class GuardedStep:
     def __init__(self, optimizer: Optimizer, grad_clip: float, device: torch.device) -> None:
         self.optimizer, self.grad_clip = optimizer, grad_clip
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.skipped_in_a_row = torch.zeros((), device=device)
-        self.skipped = torch.zeros((), device=device)
+        self.bad_steps = BadSteps(device)
 
     def before_backward(self, step: int, micro_step: int, lr: float, micro_loss: Tensor) -> None:
         """Called before each backward pass."""
@@ -124,8 +124,7 @@ class GuardedStep:
         self.optimizer.found_inf = bad  # type: ignore[union-attr]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
-        self.skipped = self.skipped + bad
+        self.bad_steps.count(bad)
         return norm
 
     def close(self) -> None:

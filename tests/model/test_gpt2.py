@@ -18,7 +18,7 @@ from gpt2box.model.loss import chunked_cross_entropy
 from gpt2box.model.weights import hub_state, load_hub
 from gpt2box.planning.shape import ModelShape
 from gpt2box.training import checkpoint
-from gpt2box.training.checkpoint import TrainState
+from gpt2box.training.state import TrainState
 from tests.conftest import tiny_model
 
 VOCABULARY = CharTokenizer("".join(chr(33 + i) for i in range(100)), end_of_text=True)  # 101 tokens

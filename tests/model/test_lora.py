@@ -16,9 +16,9 @@ from gpt2box.errors import BadInput
 from gpt2box.job import run_job
 from gpt2box.model.decode import Cache, Decoder
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.lora import adapters, add_adapters, merged
+from gpt2box.model.lora import adapters, add_adapters, merged, own_parameters
 from gpt2box.stop import StopRequest
-from gpt2box.training import checkpoint
+from gpt2box.training import checkpoint, kept
 from tests.conftest import TINY, tiny_model
 
 LORA = {"init_from": "first", "lora_rank": 3, "max_steps": 10, "eval_interval": 5, "save_interval": 5}
@@ -91,7 +91,7 @@ def test_sampling_uses_them_as_training_does() -> None:
         torch.testing.assert_close(Decoder(model)(ids, cache), model.logits(hidden[:, -1]))
     whole = tiny_model()
     for name, parameter in whole.named_parameters():
-        parameter.data = merged(model)[name]
+        parameter.data = merged(model, name, own_parameters(model)[name])
     torch.testing.assert_close(whole.eval().hidden(ids), hidden)
 
 
@@ -105,7 +105,7 @@ def first(volumes: Path) -> Path:
     train("before", max_steps=10)
     folder = volumes / "models" / "first"
     folder.parent.mkdir(exist_ok=True)
-    shutil.copytree(volumes / "runs/before/checkpoints" / checkpoint.folder_name(10), folder)
+    shutil.copytree(volumes / "runs/before/checkpoints" / kept.folder_name(10), folder)
     return folder
 
 
@@ -119,7 +119,7 @@ def test_a_run_goes_on_in_the_same_bits_and_leaves_the_weights_as_they_are(
     train("halved", **{**settings, "max_steps": 5}, decay_steps=10, warmup_steps=0)
     train("halved", **settings, decay_steps=10, warmup_steps=0)
     train("whole", **settings, decay_steps=10, warmup_steps=0)
-    ends = [volumes / "runs" / name / "checkpoints" / checkpoint.folder_name(10) for name in ("halved", "whole")]
+    ends = [volumes / "runs" / name / "checkpoints" / kept.folder_name(10) for name in ("halved", "whole")]
     for file in ("adapters.safetensors", "optimizer.safetensors", "model.safetensors"):
         assert (ends[0] / file).read_bytes() == (ends[1] / file).read_bytes(), file
     before, after = (load_file(folder / "model.safetensors") for folder in (first, ends[1]))

@@ -19,7 +19,7 @@ from gpt2box.output import export as module
 from gpt2box.output.export import export
 from gpt2box.planning.shape import ModelShape
 from gpt2box.training import checkpoint
-from gpt2box.training.checkpoint import TrainState
+from gpt2box.training.state import TrainState
 from tests.conftest import Command, options
 
 TEXTS = [

@@ -126,9 +126,9 @@ def test_a_non_finite_step_changes_nothing(in_backward: bool, bad: float) -> Non
     before = everything()
     one(1, bad)
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
-    assert (int(update.skipped_in_a_row), int(update.skipped)) == (1, 1)
+    assert (int(update.bad_steps.in_a_row), int(update.bad_steps.all)) == (1, 1)
     one(2, 1.0)
-    assert int(update.skipped_in_a_row) == 0 and not torch.equal(before[0], model.wte.weight)
+    assert int(update.bad_steps.in_a_row) == 0 and not torch.equal(before[0], model.wte.weight)
 
 
 def test_a_large_gradient_is_held_to_grad_clip_tensor_by_tensor() -> None:

@@ -71,9 +71,9 @@ def test_a_non_finite_step_reaches_neither_weights_nor_averages(bad: float, wher
     one(spoil=True)
     one(spoil=True)
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
-    assert (int(step.skipped_in_a_row), int(step.skipped)) == (2, 2)
+    assert (int(step.bad_steps.in_a_row), int(step.bad_steps.all)) == (2, 2)
     one(spoil=False)
-    assert (int(step.skipped_in_a_row), int(step.skipped)) == (0, 2)
+    assert (int(step.bad_steps.in_a_row), int(step.bad_steps.all)) == (0, 2)
     assert not torch.equal(before[0], model.wte.weight)
 
 

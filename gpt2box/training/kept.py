@@ -1,0 +1,114 @@
+"""The checkpoints that a run keeps: which is whole, which goes, where `best` and `last` point."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from gpt2box.errors import BadInput, Damaged, VolumeUnwritable
+from gpt2box.paths import fix_hint, fsync_dir
+from gpt2box.training.state import TrainState, parse_state, read_state
+
+
+def folder_name(step: int) -> str:
+    """step-00000500."""
+    return f"step-{step:08d}"
+
+
+def recover(folder: Path) -> None:
+    """Undo what a killed save or prune left half-way: an older copy without its successor gets its name back."""
+    for path in folder.glob(".step-*.old"):
+        final = folder / path.name.removeprefix(".").removesuffix(".old")
+        if final.exists():
+            shutil.rmtree(path)
+        else:
+            os.rename(path, final)
+    for path in folder.glob(".step-*.tmp"):
+        shutil.rmtree(path)
+    for path in [*folder.glob(".*.tmp"), *folder.glob("step-*/.*.tmp")]:  # of a link or of a state
+        path.unlink()
+
+
+def point_to_last_and_best(folder: Path, state: TrainState) -> None:
+    """Make the links agree with the state."""
+    point(folder, "last", state.step)
+    if (folder / folder_name(state.best_step)).exists():
+        point(folder, "best", state.best_step)
+
+
+def point(folder: Path, name: str, step: int) -> None:
+    """Make `best` or `last` a link to a checkpoint, replaced at once."""
+    temporary = folder / f".{name}.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(folder_name(step))
+    os.replace(temporary, folder / name)
+    fsync_dir(folder)
+
+
+def prune(folder: Path, keep_last: int, state: TrainState, save_interval: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints, the best, and the one to go back to (see `is_anchor`).
+
+    Those beyond `state.step` are damaged ones that were passed over: they do not count as newest.
+
+    Raises:
+        VolumeUnwritable: which could not be removed.
+    """
+    steps = sorted(path for path in folder.glob("step-*") if path.name <= folder_name(state.step))
+    anchor = next((path.name for path in reversed(steps) if is_anchor(path, save_interval)), "")
+    for path in steps[:-keep_last]:
+        if path.name not in (folder_name(state.best_step), anchor):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Out of sight first, so that a crash half-way leaves no torn checkpoint by that name.
+
+    Raises:
+        VolumeUnwritable: it could not be removed.
+    """
+    retired = path.with_name(f".{path.name}.tmp")
+    try:
+        os.rename(path, retired)
+        shutil.rmtree(retired)
+    except OSError as error:
+        raise VolumeUnwritable(f"cannot remove {path}: {error.strerror}", next_step=fix_hint(path.parent)) from error
+
+
+def is_anchor(path: Path, save_interval: int) -> bool:
+    """Whether a run whose numbers are no longer finite may go back to it.
+
+    One that an uninterrupted run would have, too, so that it goes back to the same: not one that a signal or the clock
+    had written. And no bad step was its last.
+    """
+    try:
+        state = parse_state(path)[0]
+    except (Damaged, BadInput):
+        return False
+    return state.bad_steps == 0 and (state.step % save_interval == 0 or state.best_step == state.step)
+
+
+def newest(folder: Path) -> tuple[Path, TrainState, list[Damaged]] | None:
+    """The newest whole checkpoint, its state, and what was wrong with newer ones; None where there is none at all.
+
+    Raises:
+        Damaged: there are checkpoints, and not one is whole.
+        BadInput: a later version of the program wrote it.
+        VolumeUnwritable: what a killed save left cannot be tidied up.
+    """
+    try:
+        recover(folder)
+    except OSError as error:
+        raise VolumeUnwritable(f"cannot tidy up {folder}: {error.strerror}", next_step=fix_hint(folder)) from error
+    passed_over: list[Damaged] = []
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            return path, read_state(path), passed_over
+        except Damaged as fault:
+            passed_over.append(fault)
+    if passed_over:
+        raise Damaged(
+            f"no whole checkpoint in {folder}:\n    " + "\n    ".join(fault.found for fault in passed_over),
+            next_step=f"restore one from a backup, or remove {folder} to begin anew",
+        )
+    return None

@@ -1,0 +1,131 @@
+"""Back to a checkpoint: where numbers are no longer finite, where memory ran out half-way; and what a dead GPU says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt2box.errors import BadInput, Damaged, Gpt2boxError, MachineCannot, TryAgain
+from gpt2box.paths import shown
+from gpt2box.progress import say
+from gpt2box.training import checkpoint, kept
+from gpt2box.training.bad_steps import MOST_BAD_STEPS
+from gpt2box.training.state import Rollback, TrainState, parse_state, read_state, write_state
+
+if TYPE_CHECKING:
+    from gpt2box.training.loop import Job
+
+MOST_ROLLBACKS = 3  # to one checkpoint; a run that gets to the next has made progress
+
+# In what CUDA, cuBLAS and NCCL say of a card that answers no more; out of memory is none of them.
+GPU_FAULTS = re.compile(
+    r"(cuda|cublas|cudnn|nccl|nvidia).*(unspecified launch failure|illegal memory access|illegal instruction|"
+    r"uncorrectable|\becc\b|device.*lost|lost.*device|fallen off the bus|hardware stack error|misaligned address|"
+    r"launch timed out|device-side assert|device not ready|no longer (available|accessible)|unknown error|"
+    r"driver shutting down|execution_failed|internal_error|mapping of buffer object failed|contained|xid)",
+    re.IGNORECASE | re.DOTALL,
+)
+NO_HOST_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|Cannot allocate memory")
+
+
+class HalfDoneStep(Exception):
+    """Memory ran out when some weights had taken the step and others had not: back to the last checkpoint."""
+
+
+class NotFinite(Exception):
+    """MOST_BAD_STEPS in a row were not finite, up to `step`: back to a good checkpoint."""
+
+    def __init__(self, step: int, left_out: str) -> None:
+        super().__init__(step)
+        self.step, self.left_out = step, left_out
+
+
+def back_to_last(job: Job) -> None:
+    """Go on from the newest checkpoint."""
+    found = kept.newest(job.run / "checkpoints")
+    assert found, "with optimizer_in_backward, the first evaluation saves"
+    job.state = found[1]
+    checkpoint.restore(found[0], job.model, job.optimizer, job.state)
+    say(f"  some weights had taken that step already: going on from {shown(found[0])}")
+
+
+def back_to_good(job: Job, trouble: NotFinite) -> None:
+    """Go on from the newest good checkpoint, with the data that come after those that led to the bad steps.
+
+    The same weights with the same data would end in the same; and where the data are not at fault, others shake a run
+    out of a bad spot (Chowdhery et al. 2022, 5.1, who passed over 200 to 500 batches). What is passed over is noted in
+    the checkpoint's state.json before training goes on, and in each later one's.
+
+    Raises:
+        BadInput: there is none, or it was gone back to MOST_ROLLBACKS times.
+        VolumeUnwritable: its state cannot be written.
+    """
+    found = newest_good(job, trouble.step)
+    if found is None:
+        raise not_finite(job, trouble, None)
+    folder, state = found
+    if sum(rollback.step == state.step for rollback in state.rollbacks) >= MOST_ROLLBACKS:
+        raise not_finite(job, trouble, folder)
+    left_out = trouble.step + job.state.data_step - job.state.step - state.data_step
+    state.rollbacks.append(Rollback(state.step, left_out))
+    state.seconds = max(state.seconds, job.state.seconds)  # of training that is not undone
+    for path in sorted((job.run / "checkpoints").glob("step-*"), reverse=True):
+        if path.name > folder.name:
+            kept.remove(path)
+    write_state(folder, state, parse_state(folder)[1])
+    kept.point_to_last_and_best(folder.parent, state)
+    checkpoint.restore(folder, job.model, job.optimizer, state)
+    job.state = state
+    say(
+        f"step {trouble.step:,}: loss or gradient not finite, {MOST_BAD_STEPS} steps in a row ({trouble.left_out}): "
+        f"back to {shown(folder)}, passing over the data of {left_out:,} steps"
+    )
+
+
+def newest_good(job: Job, before: int) -> tuple[Path, TrainState] | None:
+    """The newest whole checkpoint that a run may go back to, of a step no later than `before`."""
+    for path in sorted((job.run / "checkpoints").glob("step-*"), reverse=True):
+        if path.name <= kept.folder_name(before) and kept.is_anchor(path, job.plan.save_interval):
+            try:
+                return path, read_state(path)
+            except Damaged as fault:
+                say(f"note: passed over a damaged checkpoint: {fault.found}")
+    return None
+
+
+def not_finite(job: Job, trouble: NotFinite, tried: Path | None) -> BadInput:
+    """What to say where going back does not help."""
+    again = f", also after {MOST_ROLLBACKS} returns to {tried} with other data" if tried else ""
+    last = job.run / "checkpoints" / "last"
+    return BadInput(
+        f"step {trouble.step}: loss or gradient not finite, {MOST_BAD_STEPS} steps in a row "
+        f"({trouble.left_out}){again}",
+        "finite numbers; a too high learning rate or damaged weights are the usual cause",
+        f"try --learning-rate {job.plan.learning_rate / 2:g} or --dtype float32 under another --name"
+        + (f"; the last good checkpoint is {last.resolve()}" if last.exists() else ""),
+    )
+
+
+def machine_fault(error: BaseException, job: Job) -> Gpt2boxError | None:
+    """An error of the machine's own in our words; None where it is another one, which is a bug.
+
+    Nothing is saved from a device that has failed: what it would give is not to be trusted.
+    """
+    text = str(error)
+    last = job.run / "checkpoints" / "last"
+    resumes = f"from {shown(last.resolve())}" if last.exists() else "from the beginning"
+    if isinstance(error, MemoryError) or NO_HOST_MEMORY.search(text):
+        return MachineCannot(
+            f"the machine's own memory ran out in step {job.state.step + 1:,}",
+            "free memory (docs/memory.md)",
+            f"close other programs; the same command goes on {resumes}",
+        )
+    if isinstance(error, RuntimeError) and GPU_FAULTS.search(text):
+        first = text.strip().splitlines()[0]
+        return TryAgain(
+            f"the GPU failed in step {job.state.step + 1:,}: {first}",
+            "a GPU that answers; `sudo dmesg | grep -i xid` names the fault",
+            f"the same command goes on {resumes}; if it comes again: a reboot, then power, heat, memory of the card",
+        )
+    return None

@@ -1,0 +1,61 @@
+"""Writing a safetensors file tensor by tensor, so that only one of them is there twice.
+
+The package's own save_file wants all tensors laid out as on disk; the snapshot they are written from (saver.py) has
+them as training does, and putting all in order at once would take a checkpoint's memory once more. Reading is the
+package's.
+
+    8 bytes     length of the header, little-endian
+    the header  JSON, padded with spaces to a multiple of 8: each tensor's dtype, shape and place behind the header
+    the data    row-major, without gaps
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Tensors = Callable[[], Iterable[tuple[str, Tensor]]]  # by name, the same each time; those of more bytes a number first
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int64: "I64"}
+
+
+def write_tensors(path: Path, tensors: Tensors) -> str:
+    """Write and sync them; returns the sha256 of what was to be written, which a bad disk may have made another thing.
+
+    Raises:
+        OSError: as the system says.
+    """
+    header = header_of(tensors())
+    digest = hashlib.sha256(header)
+    with open(path, "wb", buffering=0) as file:
+        write_all(file.fileno(), memoryview(header))
+        for _, tensor in tensors():
+            data = memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)  # (bytes,)
+            digest.update(data)
+            write_all(file.fileno(), data)
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def header_of(tensors: Iterable[tuple[str, Tensor]]) -> bytes:
+    """All that stands before the data."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors:
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_all(descriptor: int, data: memoryview) -> None:
+    """The system may take less than it is given."""
+    while data:
+        data = data[os.write(descriptor, data) :]
