@@ -22,6 +22,9 @@ from gpt2box.options import Between, FirstToLast, SettingsCommand, plain_names
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "token_normalize_func": plain_names, "max_content_width": 110}
 
+# What a failing or vanished disk, drive or network share says.
+DISK_FAULTS = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO, errno.ESHUTDOWN)
+
 
 @click.group(context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="gpt2box")
@@ -291,6 +294,6 @@ def fault_of(error: OSError) -> Gpt2boxError | None:
         return BadInput(f"cannot use {what}", "a file where a file belongs, a folder where a folder does")
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
         return VolumeUnwritable(f"cannot write {what}", "free space and permission")
-    if error.errno == errno.EIO:
+    if error.errno in DISK_FAULTS:
         return VolumeUnwritable(f"cannot read or write {what}", "a disk that works; the system's log may say more")
     return None

@@ -72,7 +72,10 @@ def parse_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
             content |= {"bad_steps": 0, "rollbacks": []}
         state = TrainState(**{field.name: content[field.name] for field in fields(TrainState)})
         state.rollbacks = [Rollback(int(entry["step"]), int(entry["left_out"])) for entry in content["rollbacks"]]
-        described = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
+        described = {
+            name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+            for name, entry in content["files"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{folder}: {error!r}", "a checkpoint as it was written") from error
     return state, described
@@ -87,20 +90,20 @@ def read_state(folder: Path) -> TrainState:
     """
     state, described = parse_state(folder)
     with ThreadPoolExecutor(2) as pool:
-        for _ in pool.map(lambda item: check_file(folder / item[0], *item[1]), described.items()):
+        for _ in pool.map(lambda name: check_file(folder / name, **described[name]), described):
             pass
     return state
 
 
-def check_file(path: Path, expected_bytes: int, sha256: str) -> None:
+def check_file(path: Path, bytes: int, sha256: str) -> None:
     """Compare one file with what state.json says of it.
 
     Raises:
         Damaged: it differs.
     """
     try:
-        if path.stat().st_size != expected_bytes:
-            raise Damaged(f"{path} has {path.stat().st_size:,} bytes", f"{expected_bytes:,} bytes")
+        if path.stat().st_size != bytes:
+            raise Damaged(f"{path} has {path.stat().st_size:,} bytes", f"{bytes:,} bytes")
         if sha256_of(path) != sha256:
             raise Damaged(f"{path} has other content than was written", f"sha256 {sha256}")
     except OSError as error:

@@ -99,10 +99,10 @@ def test_a_non_finite_step_reaches_neither_weights_nor_momentum(bad: float, low:
     before = everything()
     one(1, bad)
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
-    assert (int(update.skipped_in_a_row), int(update.skipped)) == (1, 1)
+    assert (int(update.bad_steps.in_a_row), int(update.bad_steps.all)) == (1, 1)
     one(2, 1.0)
     after = everything()
-    assert int(update.skipped_in_a_row) == 0 and not torch.equal(before[0], after[0])
+    assert int(update.bad_steps.in_a_row) == 0 and not torch.equal(before[0], after[0])
     assert all(tensor.isfinite().all() for tensor in after)
 
 

@@ -1,0 +1,86 @@
+"""Runs gpt2box commands in processes of their own that need not import PyTorch anew: each is forked from this one.
+
+A line of JSON on standard input is a request, a line on standard output its answer. A forked process is a process like
+any other: it is killed by the system, in the middle of any instruction, and nothing of it goes on. It has a session of
+its own, so that its workers are killed with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import matplotlib.pyplot  # noqa: F401, as the others: what the commands import, which takes seconds
+import torch._inductor
+import torch.utils.tensorboard  # noqa: F401
+
+import gpt2box.cli
+import gpt2box.data.prepare
+import gpt2box.job
+import gpt2box.output.export
+
+
+def serve() -> None:
+    """Until standard input ends."""
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), flush=True)
+
+
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    """Fork, and kill after `kill_after` seconds, where that comes before the end."""
+    begun = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        become(request)
+    kill_after = request.get("kill_after")
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        if kill_after is not None and time.monotonic() - begun >= kill_after:
+            os.killpg(child, signal.SIGKILL)
+            kill_after = None
+        time.sleep(0.0005)
+    return {"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - begun}
+
+
+def become(request: dict[str, Any]) -> None:
+    """The command; never returns."""
+    os.setsid()
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ["GPT2BOX_VOLUMES"] = request["volumes"]
+    if poison := request.get("poison"):
+        from tests.faults.poison import poison_data
+
+        poison_data(*poison)
+    if fault := request.get("fault"):
+        under, at, error, lasting, calls = fault
+        ctypes.CDLL(None).fault_arm(under.encode(), ctypes.c_long(at), error, int(lasting), calls.encode())
+    sys.argv = ["gpt2box", *request["arguments"]]
+    code = 1
+    try:
+        gpt2box.cli.main()
+        code = 0
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()
