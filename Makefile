@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 export STACK CPU DATA PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image image-verify audit preflight plan shakespeare train-medium finetune prepare sample monitor bench watch report runs tensorboard stop test test-gpu test-image lint format \
+.PHONY: help demo image image-verify audit preflight plan shakespeare train-medium finetune prepare sample monitor bench watch \
+	report runs tensorboard stop test test-faults test-gpu test-image lint format \
 	lock clean
 
 help: ## list the tasks
@@ -79,6 +80,9 @@ stop: ## what runs in a container saves and ends
 
 test: $(VENV)/ready ## run the tests (STACK=cu121 or cu13x: with that lock)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal --ignore tests/image --ignore tests/gpu
+
+test-faults: $(VENV)/ready ## 300 kills at random moments, and a disk that fails at each call of a save (about half an hour)
+	@OMP_NUM_THREADS=1 FAULT_KILLS=300 FAULT_EVERY=1 $(BIN)/python -m pytest -s tests/faults
 
 test-gpu: $(VENV)/ready ## with STACK=cu121 or cu13x: planned memory against a real card's
 	@$(BIN)/python -m pytest -s tests/gpu

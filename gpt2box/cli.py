@@ -37,7 +37,8 @@ def cli() -> None:
     gpt2box sample                  read what it writes
 
     Everything is kept in ./volumes ($GPT2BOX_VOLUMES moves it). Exit codes: 0 done, 2 bad input, 3 the
-    machine cannot do it, 4 data or checkpoint damaged, 75 no network, 78 volume not writable.
+    machine cannot do it, 4 data or checkpoint damaged, 75 try again (network, a failed GPU), 78 volume not
+    writable.
     """
 
 

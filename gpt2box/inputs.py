@@ -48,15 +48,17 @@ def needs(config: Config) -> list[Need]:
         (model_dir(weights) / n).exists() for n in ("model.safetensors", "config.json")
     ):
         found.append(Need("models", f"the weights of {weights}", published[weights][0], hub=True))
-    sizes = MODEL_SHAPES.get(weights) or config.shape()
-    shape = ModelShape(**sizes, block_size=config.block_size, vocab_size=50_257, bias=True)
-    bytes_each = shape.checkpoint_bytes(
-        config.weights_dtype, config.optimizer, config.optimizer_states, config.lora_rank
-    )
-    kept = config.keep_last + 2  # the best, and the one being written
+    kept = config.keep_last + 3  # the best, the one to go back to, and the one being written
     there = sum(path.stat().st_size for path in (run_dir(config.name) / "checkpoints").glob("step-*/*"))
-    found.append(Need("runs", f"{kept} checkpoints", max(kept * bytes_each - there, 0)))
+    found.append(Need("runs", f"{kept} checkpoints", max(kept * checkpoint_bytes(config) - there, 0)))
     return found
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Size of one, on disk and, while it is written, in the host's memory."""
+    sizes = MODEL_SHAPES.get(config.init_from) or config.shape()
+    shape = ModelShape(**sizes, block_size=config.block_size, vocab_size=50_257, bias=True)
+    return shape.checkpoint_bytes(config.weights_dtype, config.optimizer, config.optimizer_states, config.lora_rank)
 
 
 def by_disk(config: Config | None) -> list[tuple[list[str], int, list[Need]]]:

@@ -123,7 +123,7 @@ def run_config(
                     train_and_go_back(job)
             except torch.cuda.OutOfMemoryError as error:
                 raise out_of_memory(job.plan) from error
-            except (RuntimeError, MemoryError) as error:
+            except (RuntimeError, MemoryError, OSError) as error:
                 if fault := machine_fault(error, job):
                     raise fault from error
                 raise

@@ -18,7 +18,7 @@ import click
 from gpt2box.config import Config
 from gpt2box.data import assets
 from gpt2box.errors import MachineCannot, VolumeUnwritable
-from gpt2box.inputs import VOLUMES, by_disk, corpus_of, has_dataset, needs
+from gpt2box.inputs import VOLUMES, by_disk, checkpoint_bytes, corpus_of, has_dataset, needs
 from gpt2box.machine import checks, gpu, host
 from gpt2box.machine.checks import Finding
 from gpt2box.machine.probe import probe
@@ -118,10 +118,7 @@ def host_findings(config: Config | None) -> Iterator[Finding]:
     elif not host.in_container():
         yield checks.runtime(host.docker_runtimes())
     total, available = host.memory_bytes()
-    needed = 4 << 30
-    if config:
-        runs = next(need for need in needs(config) if need.volume == "runs")
-        needed += runs.size_bytes // (config.keep_last + 2)
+    needed = (4 << 30) + (checkpoint_bytes(config) if config else 0)  # the copy that a checkpoint is written from
     yield checks.memory(total, available, needed)
     yield checks.cpu(host.cores())
     yield checks.shared_memory(host.shm_bytes())

@@ -34,9 +34,9 @@ from gpt2box.planning.plan import RunPlan, in_this_way
 from gpt2box.planning.shape import ModelShape
 from gpt2box.stop import StopRequest
 from gpt2box.training import checkpoint
-from gpt2box.training.checkpoint import TrainState
 from gpt2box.training.loop import Job, open_batches, take_step
 from gpt2box.training.optim import make_optimizer, make_update
+from gpt2box.training.state import TrainState
 from gpt2box.training.validation import evaluate
 
 LENGTHS = (1, MANY)  # micro-steps of the steps that are timed

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2box.errors import BadInput, Damaged, Gpt2boxError, MachineCannot, TryAgain
+from gpt2box.errors import BadInput, Damaged, Gpt2boxError, MachineCannot, TryAgain, VolumeUnwritable
 from gpt2box.paths import shown
 from gpt2box.progress import say
 from gpt2box.training import checkpoint, kept
@@ -113,6 +113,14 @@ def machine_fault(error: BaseException, job: Job) -> Gpt2boxError | None:
     Nothing is saved from a device that has failed: what it would give is not to be trusted.
     """
     text = str(error)
+    if isinstance(error, OSError):
+        if job.run.is_dir():
+            return None  # cli.py knows what disks say
+        return VolumeUnwritable(
+            f"{job.run} is gone",
+            "the folder that the run began in",
+            "mount its disk again; the same command then goes on from its last checkpoint",
+        )
     last = job.run / "checkpoints" / "last"
     resumes = f"from {shown(last.resolve())}" if last.exists() else "from the beginning"
     if isinstance(error, MemoryError) or NO_HOST_MEMORY.search(text):

@@ -44,7 +44,10 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         if ended:
             break
         if kill_after is not None and time.monotonic() - begun >= kill_after:
-            os.killpg(child, signal.SIGKILL)
+            try:
+                os.killpg(child, signal.SIGKILL)
+            except ProcessLookupError:  # it has no group of its own yet
+                os.kill(child, signal.SIGKILL)
             kill_after = None
         time.sleep(0.0005)
     return {"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - begun}

@@ -169,6 +169,7 @@ def test_without_memory_for_a_copy_training_waits_for_the_same_files(
     assert end(volumes, "beside") == end(volumes, "waiting")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
 def test_a_run_folder_that_goes_away_is_not_made_anew(volumes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, calls = GPT2.forward, []
 

@@ -1,0 +1,111 @@
+"""A checkpoint of GPT-2 Medium with AdamW: how long training waits for it, and how long reading it back takes.
+
+    python benchmarks/checkpoint.py [--model gpt2-medium] [--rounds 3] [--folder /tmp]
+
+Contenders in turns, medians of all rounds. First torch.save (without fsync, as programs use it), against the wait for
+the copy and what the thread does then until all is durable, read back and named. Then torch.load of the same tensors,
+against reading back into the tensors that are there, and the checksums that are compared before. Medium needs 9 GB of
+memory and as much disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from gpt2box.config import MODEL_SHAPES
+from gpt2box.data.tokenizer import CharTokenizer
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.planning.shape import ModelShape
+from gpt2box.training import checkpoint, kept
+from gpt2box.training.saver import Snapshot
+from gpt2box.training.state import TrainState, read_state
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="gpt2-medium", choices=MODEL_SHAPES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp"))
+    arguments = parser.parse_args()
+    folder = arguments.folder / "gpt2box-benchmark-checkpoint"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        measure(
+            ModelShape(**MODEL_SHAPES[arguments.model], block_size=1024, vocab_size=50_257), arguments.rounds, folder
+        )
+    finally:
+        shutil.rmtree(folder)
+
+
+def measure(shape: ModelShape, rounds: int, folder: Path) -> None:
+    """All contenders, `rounds` times in turns."""
+    model = GPT2.empty(shape, 0.0, "cpu")
+    model.initialise(1)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        averages = {key: torch.full_like(parameter, 0.01) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.ones(()), **averages}
+    state = TrainState(step=1, optimizer_steps=1)
+    plain, checkpoints = folder / "plain.pt", folder / "checkpoints"
+    whole = checkpoints / kept.folder_name(state.step)
+    watch = Watch()
+    save_rounds(model, optimizer, state, rounds, watch, plain, whole)
+    for _ in range(rounds):
+        watch.time("torch.load", lambda: torch.load(plain, weights_only=True))
+        watch.time("reading back", lambda: checkpoint.restore(whole, model, optimizer, state))
+        watch.time("checksums", lambda: read_state(whole))
+    gigabytes = checkpoint.checkpoint_bytes(model, optimizer, state) / 1e9
+    print(f"{gigabytes:.2f} GB, {torch.get_num_threads()} threads, medians of {rounds}")
+    for name, base in {
+        "the wait": "torch.save",
+        "the thread": "torch.save",
+        "reading back": "torch.load",
+        "checksums": "torch.load",
+    }.items():
+        mine, its = watch.median(name), watch.median(base)
+        print(f"{name:14} {mine:6.2f} s = {mine / its:.3f} of {base} ({its:.2f} s)")
+
+
+def save_rounds(
+    model: GPT2, optimizer: torch.optim.AdamW, state: TrainState, rounds: int, watch: Watch, plain: Path, whole: Path
+) -> None:
+    """Saving, in both ways; the copy's memory is given back at the end."""
+    words = CharTokenizer("ab", False)
+    files, config = checkpoint.contents(model, optimizer, state), checkpoint.config_of(model, words)
+    snapshot = Snapshot(files, pin=False)
+    copies = snapshot.take(files)
+    for _ in range(rounds):
+        plain.unlink(missing_ok=True)
+        shutil.rmtree(whole, ignore_errors=True)
+        watch.time("torch.save", lambda: torch.save([model.state_dict(), optimizer.state_dict()], plain))
+        watch.time("the wait", lambda: snapshot.take(files))
+        watch.time("the thread", lambda: checkpoint.publish(whole.parent, copies, config, state, words))
+
+
+class Watch:
+    """Seconds by name."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, list[float]] = {}
+
+    def time(self, name: str, act: Callable[[], object]) -> None:
+        begun = time.perf_counter()
+        act()
+        self.times.setdefault(name, []).append(time.perf_counter() - begun)
+        print(f"  {name}: {self.times[name][-1]:.2f} s", flush=True)
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.times[name])
+
+
+if __name__ == "__main__":
+    main()
