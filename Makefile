@@ -8,11 +8,11 @@ PYTHON_OF_cu121 := 3.10
 PYTHON_OF_cu13x := 3.13
 BIN := $(VENV)/bin
 
-export STACK CPU DATA PROMPT
+export STACK CPU DATA PROMPT JOB RANKS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image image-verify audit preflight plan shakespeare train-medium finetune prepare sample monitor bench watch \
-	report runs tensorboard stop test test-faults test-gpu test-image lint format \
+.PHONY: help demo image image-verify audit preflight plan shakespeare train-medium finetune multi-gpu prepare sample monitor \
+	bench watch report runs tensorboard stop test test-faults test-gpu test-image lint format \
 	lock clean
 
 help: ## list the tasks
@@ -50,6 +50,9 @@ train-medium: ## train GPT-2 Medium from scratch on OpenWebText
 
 finetune: ## fine-tune the published GPT-2 Medium: DATA=mybook.txt (Shakespeare without it); SIZE=large, xl or lora
 	@scripts/box.sh job finetune$(if $(SIZE),-$(SIZE)) $(ARGS)
+
+multi-gpu: ## a job on all cards of this machine together (JOB=openwebtext; RANKS=2 takes two)
+	@scripts/box.sh multi-gpu $(or $(JOB),openwebtext) $(ARGS)
 
 prepare: ## a dataset alone, in the container: DATA=notes/ or ARGS="openwebtext-10k", ARGS="hub:OWNER/NAME --name mine"
 	@scripts/box.sh run prepare $(ARGS)

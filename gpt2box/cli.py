@@ -183,6 +183,7 @@ def preflight(config: str | None, as_json: bool, **flags: str | None) -> None:
 @click.argument("config", required=False)
 @click.option("--gpu", help="A card by name, such as rtx-4070 [default: the one that is here].")
 @click.option("--vram-gib", type=Between(0, 10_000, min_open=True), help="Or only its memory.")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="So many of it in one machine.")
 @click.option("--all-sizes", is_flag=True, help="The same for each published size, 124M to XL.")
 @click.option("--explain", is_flag=True, help="How the bytes come about.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
@@ -190,6 +191,7 @@ def plan(
     config: str | None,
     gpu: str | None,
     vram_gib: float | None,
+    gpus: int,
     all_sizes: bool,
     explain: bool,
     as_json: bool,
@@ -210,7 +212,7 @@ def plan(
     flags["dataset"] = flags["dataset"] or (None if config else "any")  # a plan needs no text
     chosen = given(config, flags)
     settings, _ = config_file.load(config, chosen)
-    target = planner.target(gpu, vram_gib, settings)
+    target = planner.target(gpu, vram_gib, settings, gpus)
     planner.show(settings, target, all_sizes, explain, as_json)
 
 

@@ -16,6 +16,7 @@ from gpt2box.planning.cards import card_found
 from gpt2box.planning.choose import Option, Place, choose, informed, options
 from gpt2box.planning.memory import CUDA_CONTEXT
 from gpt2box.planning.shape import ModelShape
+from gpt2box.ranks import Ranks, ranks
 
 
 def place_of(device: torch.device, dtype: str, compiled: bool) -> Place:
@@ -26,7 +27,7 @@ def place_of(device: torch.device, dtype: str, compiled: bool) -> Place:
         if free is None:  # asked through PyTorch, CUDA's own share is already taken
             free = torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT
     else:
-        free = memory_bytes()[1]
+        free = memory_bytes()[1] // ranks().local_count
     kind = card_found(card.name, card.total_bytes) if card else None
     name = (card.name if card else "") if device.type == "cuda" else cpu_name()
     return Place(describe(device), free, kind, dtype, device.type == "cuda", compiled, name)
@@ -39,6 +40,26 @@ def place_for(config: Config, shape: ModelShape, device: torch.device, dtype: st
     if read_object(run_dir(config.name) / "plan.json").get("compile") == compiled:
         return replace(known, compiled=compiled)
     return known
+
+
+def shared(places: list[Place]) -> Place:
+    """Of several ranks' places the least: each rank does the same, and all wait for the slowest."""
+    free = min(place.free_bytes for place in places)
+    kinds = [place.kind for place in places]
+    known = [kind for kind in kinds if kind]
+    slowest = min(known, key=lambda kind: kind.bf16_tflops) if len(known) == len(kinds) else None
+    dtype = "float32" if any(place.dtype == "float32" for place in places) else places[0].dtype
+    compiled = all(place.compiled for place in places)
+    name = places[0].name if len(places) == 1 else f"{len(places)} × {places[0].name}"
+    on_gpu, measured = places[0].on_gpu, places[0].measured
+    return Place(name, free, slowest, dtype, on_gpu, compiled, places[0].card, measured, len(places))
+
+
+def device_of(wanted: str, own: Ranks) -> str:
+    """Of several ranks, each takes its own card; `wanted` is what the settings say."""
+    if own.count == 1 or wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return wanted
+    return f"cuda:{own.local}"
 
 
 def choose_way(config: Config, shape: ModelShape, place: Place) -> Option:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,13 @@ import torch
 
 from gpt2box import config_file
 from gpt2box.config import Config
-from gpt2box.data.batches import check_long_enough
 from gpt2box.data.published import pretrained_folder, shape_in, shape_on
 from gpt2box.data.tokenizer import prompt_ids
-from gpt2box.data.tokens import SPLITS, Dataset, open_dataset
+from gpt2box.data.tokens import Dataset
 from gpt2box.errors import MachineCannot
-from gpt2box.fitting import choose_way, place_for, ways_down
-from gpt2box.inputs import bring, has_dataset
+from gpt2box.fitting import choose_way, device_of, place_for, shared, ways_down
 from gpt2box.machine.determinism import make_deterministic
-from gpt2box.machine.device import choose_compile, choose_device, choose_dtype, describe
+from gpt2box.machine.device import choose_compile, choose_device, choose_dtype
 from gpt2box.machine.provenance import provenance
 from gpt2box.model.decode import Decoder
 from gpt2box.model.generate import Choice, generate
@@ -30,19 +28,23 @@ from gpt2box.model.weights import load_hub
 from gpt2box.output.learned import by_heart, read_by_heart, side_by_side
 from gpt2box.output.page import report_page
 from gpt2box.output.report import loss_png
-from gpt2box.paths import dataset_dir, in_image, locked, make_writable, run_dir, shown, text_path, write_atomically
+from gpt2box.paths import in_image, make_writable, run_dir, shown, text_path, write_atomically
+from gpt2box.planning.choose import check_shared
 from gpt2box.planning.plan import RunPlan, make_plan
 from gpt2box.planning.shape import ModelShape
 from gpt2box.preflight import check_gpu
 from gpt2box.progress import duration, kept_log, say, size
-from gpt2box.run_records import check_unchanged, checked_allowance, say_what_may_change_bits, write_records
+from gpt2box.ranks import ALONE, ranks
+from gpt2box.run_records import checked_allowance, say_what_may_change_bits, write_records
 from gpt2box.sessions import session_of
+from gpt2box.start import begin, bring_dataset, take
 from gpt2box.stop import StopRequest
 from gpt2box.training import checkpoint, kept, weights_and_biases
 from gpt2box.training.display import Display
+from gpt2box.training.distributed import Group, Silence, joined
 from gpt2box.training.loop import Job, train
 from gpt2box.training.optim import make_optimizer
-from gpt2box.training.recovery import HalfDoneStep, NotFinite, back_to_good, back_to_last, machine_fault
+from gpt2box.training.recovery import HalfDoneStep, NotFinite, back_to_last, go_back, machine_fault
 from gpt2box.training.state import TrainState
 from gpt2box.training.validation import evaluate
 
@@ -54,11 +56,19 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest, allo
         Gpt2boxError: see errors.py; nothing is written before settings, dataset and device are checked.
     """
     allowed = checked_allowance(allow)
-    config, notes = config_file.load(argument, flags)
-    run_config(config, notes, text_path(str(flags.get("dataset") or "")), argument, stop, allowed)
+    with joined() as group:
+        config, notes = group.from_first(lambda: config_file.load(argument, flags))
+        run_in(group, config, notes, text_path(str(flags.get("dataset") or "")), argument, stop, allowed)
 
 
-def run_config(
+def run_config(config: Config, argument: str, stop: StopRequest) -> None:
+    """The same, of settings that are read, whose dataset is there; `argument`: what the user gave."""
+    with joined() as group:
+        run_in(group, config, [], None, argument, stop)
+
+
+def run_in(
+    group: Group,
     config: Config,
     notes: Sequence[str],
     text: Path | None,
@@ -66,39 +76,35 @@ def run_config(
     stop: StopRequest,
     allow: Sequence[str] = (),
 ) -> None:
-    """The same, of settings that are read; `text`: what the dataset is made from, `argument`: what the user gave."""
-    check_gpu(config.device)
-    weights_and_biases.check(config.wandb)
-    if text or not has_dataset(config):
-        bring(config, text)
-    dataset = open_dataset(dataset_dir(config.dataset))
-    check_long_enough({split: dataset.tokens(split) for split in SPLITS}, config.block_size)
-    prompt_ids(dataset.tokenizer, config.sample_prompt)
-    device = choose_device(config.device)
+    """The same, on each rank of a group; `text`: what the dataset is made from."""
+    group.from_first(lambda: check_shared(config, group.ranks.count))
+    wanted = device_of(config.device, group.ranks)
+    check_gpu(wanted)
+    group.from_first(lambda: weights_and_biases.check(config.wandb))
+    dataset = bring_dataset(config, text, group)
+    device = choose_device(wanted)
+    if device.type == "cuda" and not group.alone:
+        torch.cuda.set_device(device)  # else each rank would hold some of the first card's memory, too
     compile_model, note = choose_compile(config.compile if config.may_compile else False, device)
     for line in [*notes, *([note] if note else [])]:
         say(f"note: {line}")
-    weights, shape = model_shape(config, dataset)
+    weights, shape = group.from_first(lambda: model_shape(config, dataset))
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
-    place = place_for(config, shape, device, dtype, compile_model)
-    option = choose_way(config, shape, place)
-    peak = place.kind.bf16_tflops if place.kind and place.on_gpu and dtype == "bfloat16" else 0.0
-    plan = make_plan(config, shape, dataset.tokens("train"), str(device), dtype, place.compiled, option, peak)
+    place = shared(group.gathered(place_for(config, shape, device, dtype, compile_model)))
+    option = group.from_first(lambda: choose_way(config, shape, place))
+    peak = place.kind.bf16_tflops if place.kind and place.on_gpu and place.dtype == "bfloat16" else 0.0
+    plan = make_plan(config, shape, dataset.tokens("train"), str(device), place.dtype, place.compiled, option, peak)
     set_arithmetic(plan)
 
     if config.eval_only:
-        describe_plan(config, plan, describe(device))
-        return evaluate_only(config, plan, dataset, weights)
-    run = make_writable(run_dir(config.name))
-    with locked(run / ".lock", f"the run {config.name} is being trained"), kept_log(run / "log.txt"):
-        describe_plan(config, plan, describe(device))
-        found = kept.newest(run / "checkpoints")
+        describe_plan(config, plan, place.name)
+        return evaluate_only(config, plan, dataset, weights) if group.first else None
+    run = run_dir(config.name)
+    with ExitStack() as held:
+        group.from_first(lambda: take(config, run, held))
+        describe_plan(config, plan, place.name)
+        found, changed = group.from_first(lambda: begin(config, dataset, run, allow))
         state = found[1] if found else TrainState()
-        changed = {}
-        if found:
-            changed = check_unchanged(config, dataset, run, allow)
-            kept.point_to_last_and_best(run / "checkpoints", state)
-            announce_resume(config, *found)
         if state.stopped_early and (config.patience == 0 or state.evaluations_without_best < config.patience):
             state.stopped_early = False  # the patience was raised
         unevaluated = state.step == plan.max_steps != state.evaluated_step  # stopped by a signal in the last step
@@ -106,18 +112,22 @@ def run_config(
             with saying_out_of_memory(plan):
                 model = empty_model(plan)
                 optimizer = make_optimizer(model, plan)
-                if not found or plan.lora_rank:
+                if group.first and (not found or plan.lora_rank):
                     initialise(model, config, weights)
-                if found:
+                if group.first and found:
                     checkpoint.restore(found[0], model, optimizer, state)
-            session = session_of(provenance(device), plan, state.step, changed)
-            if found:
-                say_what_may_change_bits(run, session)
-            write_records(run, config, plan, dataset, session, weights)
-            sampler = Sampler(config, model, dataset, run)
+                group.send(model, optimizer)
+            if group.first:
+                session = session_of(provenance(device), plan, state.step, changed)
+                if found:
+                    say_what_may_change_bits(run, session)
+                write_records(run, config, plan, dataset, session, weights)
+            sampler: Any = Sampler(config, model, dataset, run) if group.first else Silence()
             pretrained = config.init_from != "scratch"
             ways = ways_down(config, shape, place)
-            job = Job(run, plan, model, optimizer, dataset, dataset.tokenizer, state, stop, sampler, pretrained, ways)
+            job = Job(
+                run, plan, model, optimizer, dataset, dataset.tokenizer, state, stop, sampler, pretrained, group, ways
+            )
             try:
                 with stop.awaited():
                     train_and_go_back(job)
@@ -128,8 +138,10 @@ def run_config(
                     raise fault from error
                 raise
             state = job.state
-            if config.sample_tokens and not stop:
+            if config.sample_tokens and not stop and group.first:
                 look_back(config, job)
+    if not group.first:
+        return
     with kept_log(run / "log.txt"):
         report(config, argument, run, state, stop, plan)
 
@@ -149,8 +161,10 @@ def train_and_go_back(job: Job) -> None:
             return train(job)
         except HalfDoneStep:
             back_to_last(job)
+            continue
         except NotFinite as trouble:
-            back_to_good(job, trouble)
+            found = trouble.with_traceback(None)  # which would hold on to the frame, and with it to what a step needs
+        go_back(job, found)
 
 
 def model_shape(config: Config, dataset: Dataset) -> tuple[Path | None, ModelShape]:
@@ -197,13 +211,15 @@ def configure(model: GPT2, plan: RunPlan) -> None:
 def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
     """What is about to happen, in a few lines."""
     shape = plan.shape
+    shared_by = f" × {plan.ranks} ranks" if plan.ranks > 1 else ""
     say(
         f"{config.name}: {shape.n_layer} layers × {shape.n_embd} wide, {shape.n_head} heads, "
         f"{plan.parameters:,} parameters, from {config.init_from}, on {config.dataset}"
     )
     say(
         f"  {plan.tokens_per_step:,} tokens a step = {plan.micro_batch_size} × {shape.block_size} × "
-        f"{plan.grad_accum_steps} micro-steps; {plan.max_steps:,} steps = {plan.epochs:.2g} passes over the text"
+        f"{plan.grad_accum_steps} micro-steps{shared_by}; "
+        f"{plan.max_steps:,} steps = {plan.epochs:.2g} passes over the text"
     )
     if plan.lora_rank:
         trained = shape.adapter_parameters(plan.lora_rank)
@@ -231,7 +247,13 @@ def saying_out_of_memory(plan: RunPlan) -> Iterator[None]:
 
 
 def out_of_memory(plan: RunPlan) -> MachineCannot:
-    """What to do where even the way that takes least does not fit."""
+    """What to do where even the way that takes least does not fit, or another rank is in the midst of the step."""
+    if plan.ranks > 1:
+        return MachineCannot(
+            f"rank {ranks().rank}: out of memory with micro_batch_size {plan.micro_batch_size}, in a step of all ranks",
+            "as much free memory on each GPU as at the beginning (other programs' share counts: gpt2box monitor)",
+            "the same command goes on from the last checkpoint, in a way that takes less if need be",
+        )
     return MachineCannot(
         f"out of memory with micro_batch_size {plan.micro_batch_size}, block_size {plan.shape.block_size}, "
         f"activation_checkpointing {plan.activation_checkpointing}, and no way is left that takes less",
@@ -254,16 +276,8 @@ def evaluate_only(config: Config, plan: RunPlan, dataset: Dataset, weights: Path
             load_hub(model, best)
         else:
             initialise(model, config, weights)
-        val_loss, val_set = evaluate(model, dataset, plan)
+        val_loss, val_set = evaluate(model, dataset, plan, Group(ALONE))
     print(f"val_loss {val_loss:.4f} ({best if of_run else config.init_from}, windows {val_set})")
-
-
-def announce_resume(config: Config, folder: Path, state: TrainState, passed_over: list[Any]) -> None:
-    """Say where the run goes on, and which checkpoints were damaged."""
-    for fault in passed_over:
-        say(f"note: passed over a damaged checkpoint: {fault.found}")
-    if state.step < config.max_steps:
-        say(f"resuming from {folder} at step {state.step:,}")
 
 
 class Sampler:

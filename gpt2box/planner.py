@@ -16,7 +16,17 @@ from gpt2box.machine import gpu
 from gpt2box.machine.host import cpu_name, memory_bytes
 from gpt2box.paths import dataset_dir, model_dir
 from gpt2box.planning.cards import CARDS, CardKind, card_found, card_named
-from gpt2box.planning.choose import BF16_FROM, Option, Place, choose, fitting, informed, options, rungs
+from gpt2box.planning.choose import (
+    BF16_FROM,
+    Option,
+    Place,
+    check_shared,
+    choose,
+    fitting,
+    informed,
+    options,
+    rungs,
+)
 from gpt2box.planning.memory import GIB, padded_parameters
 from gpt2box.planning.shape import ModelShape
 from gpt2box.progress import duration, size
@@ -34,12 +44,19 @@ class Target:
     note: str
 
 
-def target(name: str | None, vram_gib: float | None, config: Config) -> Target:
-    """The card named, one of that memory, or what is here.
+def target(name: str | None, vram_gib: float | None, config: Config, gpus: int = 1) -> Target:
+    """The card named, one of that memory, or what is here; `gpus` such cards in one machine.
 
     Raises:
-        BadInput: an unknown card, or none here, none named and the settings want one.
+        BadInput: an unknown card, or none here, none named and the settings want one; or so many cannot share a step.
     """
+    check_shared(config, gpus)
+    found = one_card(name, vram_gib, config)
+    return replace(found, place=replace(found.place, ranks=gpus)) if gpus > 1 else found
+
+
+def one_card(name: str | None, vram_gib: float | None, config: Config) -> Target:
+    """The same of a single one."""
     if name or vram_gib:
         kind = card_named(name) if name else None
         total = round((vram_gib or (kind.gib if kind else 0)) * GIB)
@@ -140,10 +157,12 @@ def show(config: Config, target: Target, all_sizes: bool, explain: bool, as_json
     if as_json:
         print(json.dumps(as_dict(config, shape, target, chosen, found, compiled), indent=2))
         return
-    print(f"{config.name}: {shape.parameters:,} parameters, on {place.name} ({target.note}); {KINDS[chosen.measured]}")
+    cards = f"{place.ranks} × {place.name}" if place.ranks > 1 else place.name
+    print(f"{config.name}: {shape.parameters:,} parameters, on {cards} ({target.note}); {KINDS[chosen.measured]}")
     for line in plan_lines(config, shape, chosen, compiled):
         print(f"  {line}")
-    print(f"memory, at its highest in {chosen.memory.moment}; estimated")
+    each = " of each card" if place.ranks > 1 else ""
+    print(f"memory{each}, at its highest in {chosen.memory.moment}; estimated")
     for name, count in chosen.memory.parts().items():
         print(f"  {name:12} {size(count):>10}" + (f"   {EXPLAINED[name]}" if explain else ""))
     print(f"  {'in all':12} {size(chosen.memory.total):>10}   of {size(place.free_bytes)} free")
@@ -187,8 +206,8 @@ def plan_lines(config: Config, shape: ModelShape, chosen: Option, compiled: bool
     """What is done, how fast and how long."""
     yield (
         f"{config.tokens_per_step:,} tokens a step = {chosen.micro_batch_size} × {shape.block_size} × "
-        f"{chosen.grad_accum_steps} micro-steps; recompute: {chosen.activation_checkpointing}, "
-        f"{'compiled' if compiled else 'not compiled'}"
+        f"{chosen.grad_accum_steps} micro-steps{f' × {chosen.ranks} GPUs' if chosen.ranks > 1 else ''}; "
+        f"recompute: {chosen.activation_checkpointing}, {'compiled' if compiled else 'not compiled'}"
     )
     if chosen.tokens_per_sec:
         seconds = config.max_steps * config.tokens_per_step / chosen.tokens_per_sec
@@ -234,6 +253,7 @@ def as_dict(
         "name": config.name,
         "kind": "measured here" if chosen.measured else "estimated",
         "card": target.place.name,
+        "gpus": target.place.ranks,
         "free_bytes": target.place.free_bytes,
         "parameters": shape.parameters,
         "compiled": compiled,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from gpt2box.errors import Gpt2boxError
+from gpt2box.ranks import ranks
 
 LINE_SECONDS = 10.0
 STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
@@ -24,8 +25,9 @@ _asides: list[Aside] = []
 
 
 def say(text: str = "") -> None:
-    """A line for the user, on standard error: standard output is for results."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the user, on standard error: standard output is for results. Of several ranks the first speaks."""
+    if ranks().first:
+        print(text, file=sys.stderr, flush=True)
     note(text)
 
 

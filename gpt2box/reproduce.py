@@ -41,7 +41,7 @@ def reproduce(path: Path, name: str | None, device: str | None, stop: StopReques
     check_weights(config, manifest)
     say_what_differs(config, manifest)
     goes_on = shown(run_dir(config.name) / "config.yaml")
-    run_config(config, [], None, goes_on, stop)
+    run_config(config, goes_on, stop)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -32,8 +32,10 @@ from gpt2box.planning.measured import MANY, Measured
 from gpt2box.planning.memory import CUDA_CONTEXT
 from gpt2box.planning.plan import RunPlan, in_this_way
 from gpt2box.planning.shape import ModelShape
+from gpt2box.ranks import ALONE
 from gpt2box.stop import StopRequest
 from gpt2box.training import checkpoint
+from gpt2box.training.distributed import Group
 from gpt2box.training.loop import Job, open_batches, take_step
 from gpt2box.training.optim import make_optimizer, make_update
 from gpt2box.training.state import TrainState
@@ -108,6 +110,7 @@ class Stopwatch:
             model=self.model,
             optimizer=self.optimizer,
             dataset=dataset,
+            group=Group(ALONE),
             tokenizer=tokenizer,
             state=state,
             stop=StopRequest(),
@@ -200,11 +203,11 @@ class Stopwatch:
             windows = len(val_window_starts(dataset.tokens("val"), plan.shape.block_size, plan.eval_windows))
         few = min(windows, 2 * plan.eval_batch_size)
         plan = replace(plan, eval_windows=few)
-        evaluate(self.model, dataset, plan)
+        evaluate(self.model, dataset, plan, Group(ALONE))
 
         def once() -> float:
             with self.timed() as seconds:
-                evaluate(self.model, dataset, plan)
+                evaluate(self.model, dataset, plan, Group(ALONE))
             return seconds[0]
 
         return repeated(once) / few * windows, windows

@@ -34,11 +34,13 @@ from gpt2box.planning.plan import RunPlan, make_plan
 from gpt2box.planning.shape import ModelShape
 from gpt2box.preflight import check_gpu
 from gpt2box.progress import say
+from gpt2box.ranks import ALONE
 from gpt2box.run_records import about_dataset, read_manifest, weights_source
 from gpt2box.sessions import OF_COURSE, began_at, differences, session_of, sessions_in
 from gpt2box.stop import StopRequest
 from gpt2box.training import checkpoint, metrics
 from gpt2box.training.digest import checksum
+from gpt2box.training.distributed import Group, Silence
 from gpt2box.training.kept import folder_name
 from gpt2box.training.loop import Job, open_batches, take_step
 from gpt2box.training.optim import make_optimizer, make_update
@@ -224,7 +226,8 @@ def job_of(stretch: Stretch) -> tuple[Job, dict[str, Any]]:
         initialise(model, config, weights)
     if start:
         checkpoint.restore(folder, model, optimizer, state)
-    job = Job(run, plan, model, optimizer, dataset, dataset.tokenizer, state, StopRequest(), lambda *_: None, False, [])
+    alone, quiet = Group(ALONE), Silence()
+    job = Job(run, plan, model, optimizer, dataset, dataset.tokenizer, state, StopRequest(), quiet, False, alone, [])
     return job, session_of(provenance(device), plan, start, {})
 
 

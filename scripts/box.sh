@@ -3,6 +3,7 @@
 #   scripts/box.sh image [OPTION...]           options go to `docker build`
 #   scripts/box.sh preflight JOB [OPTION...]
 #   scripts/box.sh job JOB [OPTION...]         preflight, fetch, train; options go to each of them
+#   scripts/box.sh multi-gpu JOB [OPTION...]   the same, trained on all cards together
 #   scripts/box.sh run SERVICE [ARGUMENT...]   one service of compose.yaml, such as sample
 #   scripts/box.sh stop                        what runs saves and ends
 # CPU=1 does without a GPU. STACK, GPU, DATA and the rest come from the environment or .env.
@@ -101,7 +102,7 @@ case $task in
 image)
     make_image "$@"
     ;;
-preflight | job)
+preflight | job | multi-gpu)
     job=$1
     base=${job%-large} && base=${base%-xl} && base=${base%-lora} # finetune-large and the like run in the services of finetune
     shift
@@ -110,8 +111,9 @@ preflight | job)
     mkdir -p volumes/data volumes/models volumes/runs
     options=("$job" ${DATA:+"--dataset=/input/$DATA"} ${on_cpu[@]+"${on_cpu[@]}"} "$@")
     service "$base-preflight" preflight "${options[@]}"
-    if [ "$task" = job ]; then
+    if [ "$task" != preflight ]; then
         service "$base-prepare" fetch "${options[@]}"
+        [ "$task" = job ] || base=multi-gpu
         service "$base" train "${options[@]}"
     fi
     ;;
@@ -134,6 +136,6 @@ stop)
     docker ps --quiet --filter "label=com.docker.compose.project=$project" | xargs --no-run-if-empty docker stop --time 300
     ;;
 *)
-    fail "no task $task" 'image, preflight, job, run or stop' 2
+    fail "no task $task" 'image, preflight, job, multi-gpu, run or stop' 2
     ;;
 esac

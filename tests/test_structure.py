@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gpt2box"
 # Each layer imports only from its own and those before it.
 LAYERS = [
-    ["errors", "progress", "paths", "stop", "__init__"],
+    ["errors", "ranks", "progress", "paths", "stop", "__init__"],
     ["nanogpt", "config", "contradictions", "config_file"],
     ["machine", "planning"],
     ["data"],
@@ -26,6 +26,7 @@ LAYERS = [
         "fitting",
         "sessions",
         "run_records",
+        "start",
         "job",
         "verify",
         "reproduce",

@@ -143,11 +143,18 @@ def counted_targets(batch: torch.Tensor) -> int:
 
 
 def micro_batches(
-    path: Path, windows: TrainWindows, vocab_size: int, first_sequence: int, micro_batch_size: int, pin: bool
+    path: Path,
+    windows: TrainWindows,
+    vocab_size: int,
+    first_sequence: int,
+    micro_batch_size: int,
+    pin: bool,
+    ranks: int,
 ) -> Generator[torch.Tensor, None, None]:
     """Micro-batches without end from the run's `first_sequence`-th window on, read ahead on a thread.
 
-    `pin`: in page-locked memory, from which a copy to the GPU need not be waited for.
+    `pin`: in page-locked memory, from which a copy to the GPU need not be waited for. `ranks`: how many take turns; the
+    micro-batches between are the others'.
     """
     ready: queue.Queue[torch.Tensor | BaseException] = queue.Queue(PREFETCH)
     stop = threading.Event()
@@ -167,7 +174,7 @@ def micro_batches(
                 starts = [windows.start(sequence + i) for i in range(micro_batch_size)]
                 batch = read_windows(file, starts, windows.block_size, vocab_size)
                 put(batch.pin_memory() if pin else batch)
-                sequence += micro_batch_size
+                sequence += micro_batch_size * ranks
         except BaseException as error:  # handed over, not lost with the thread
             put(error)
         finally:

@@ -8,18 +8,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gpt2box.config import Config
-from gpt2box.errors import MachineCannot
+from gpt2box.errors import BadInput, MachineCannot
 from gpt2box.paths import bench_file
 from gpt2box.planning.cards import CARDS, CardKind
 from gpt2box.planning.measured import Measured, compiled_or_not, job_of, read
 from gpt2box.planning.memory import Memory, Step, training_memory
 from gpt2box.planning.shape import ModelShape
-from gpt2box.planning.throughput import tokens_per_sec
+from gpt2box.planning.throughput import together, tokens_per_sec
 from gpt2box.progress import size
 
 RECOMPUTE = ("none", "selective", "full")
 MOST_TOKENS = 65_536  # of a micro-batch: more make no card faster
 CPU_SEQUENCES = 4  # on a CPU a larger micro-batch only falls out of the caches
+NCCL_BYTES = 512 << 20  # that it keeps on each of several cards; assumed, not measured
 BF16_FROM = (8, 0)  # compute capability with bfloat16 in hardware
 USUAL = CARDS["rtx-4070"]  # whose balance of arithmetic and bandwidth orders the choices where the card is unknown
 
@@ -32,7 +33,8 @@ class Option:
     grad_accum_steps: int
     activation_checkpointing: str
     memory: Memory
-    tokens_per_sec: float  # expected; 0: no figure for this device
+    tokens_per_sec: float  # expected, of all ranks together; 0: no figure for this device
+    ranks: int = 1
     measured: bool = False  # that figure, here
     measured_bytes: int = 0  # of memory, here; 0: not measured
 
@@ -58,6 +60,7 @@ class Place:
     compiled: bool  # whether the model is compiled there, where the settings allow it
     card: str = ""  # by which measurements are kept; empty where none can be
     measured: list[Measured] = field(default_factory=list)  # by `gpt2box bench --sweep`
+    ranks: int = 1  # processes that share a step's sequences, each in a place like this
 
 
 # Settings that take less memory, the mildest first.
@@ -99,10 +102,37 @@ def informed(place: Place, config: Config, shape: ModelShape, can_compile: bool 
     return replace(place, measured=records, compiled=compiled)
 
 
+def check_shared(config: Config, ranks: int) -> None:
+    """Whether a step can be shared by so many ranks.
+
+    Raises:
+        BadInput: its sequences cannot be dealt evenly, or a setting is for one GPU alone.
+    """
+    if ranks == 1:
+        return
+    if config.optimizer_in_backward:
+        raise BadInput(
+            f"optimizer_in_backward with {ranks} ranks: gradients are to be averaged before a step takes them in",
+            "one GPU",
+            "--optimizer-in-backward false; --optimizer-states int8 saves memory on several, too",
+        )
+    if ":" in config.device:
+        raise BadInput(f"device {config.device} with {ranks} ranks", "auto, cpu or cuda: each rank takes its own card")
+    micro_batch_size = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
+    each = micro_batch_size * config.block_size * ranks
+    if config.tokens_per_step % each:
+        below = config.tokens_per_step // each * each
+        raise BadInput(
+            f"tokens_per_step {config.tokens_per_step} with {ranks} ranks",
+            f"a multiple of ranks × micro_batch_size × block_size ({ranks} × {micro_batch_size} × {config.block_size} "
+            f"= {each} tokens), such as {f'{below} or ' if below else ''}{below + each}",
+        )
+
+
 def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:
     """The options in no order."""
     compiled = place.compiled and config.may_compile
-    sequences = config.tokens_per_step // config.block_size
+    sequences = config.tokens_per_step // config.block_size // place.ranks
     most = min(sequences, max(MOST_TOKENS // shape.block_size, 1) if place.on_gpu else CPU_SEQUENCES)
     sizes = [n for n in range(1, most + 1) if sequences % n == 0]
     if config.micro_batch_size != "auto":
@@ -111,13 +141,14 @@ def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:
     modes = ["none", "full"] if compiled or config.lora_rank else list(RECOMPUTE)
     if config.activation_checkpointing != "auto":
         modes = [config.activation_checkpointing]
-    job = job_of(place.card, config, shape, place.dtype) if place.measured else None
+    # What is measured is measured on one card alone.
+    job = job_of(place.card, config, shape, place.dtype) if place.measured and place.ranks == 1 else None
     measured = {record.way: record for record in place.measured if record.job == job}
     for count, mode in itertools.product(sizes, modes):
         accumulation = sequences // count
         step = Step(
             micro_batch_size=count,
-            accumulates=accumulation > 1,
+            accumulates=accumulation > 1 or place.ranks > 1,  # whose gradients are always there
             dtype=place.dtype,
             activation_checkpointing=mode,
             loss_chunk_tokens=config.loss_chunk_tokens,
@@ -130,7 +161,10 @@ def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:
             optimizer_in_backward=config.optimizer_in_backward,
             lora_rank=config.lora_rank,
         )
-        option = Option(count, accumulation, mode, training_memory(shape, step), 0.0)
+        memory = training_memory(shape, step)
+        if place.ranks > 1 and place.on_gpu:
+            memory = replace(memory, workspace=memory.workspace + NCCL_BYTES)
+        option = Option(count, accumulation, mode, memory, 0.0, place.ranks)
         if place.kind and place.on_gpu and place.dtype == "bfloat16":
             option = replace(option, tokens_per_sec=rate(config, shape, place.kind, option, compiled))
         yield as_measured(option, measured.get((count, mode, compiled)))
@@ -150,10 +184,13 @@ def rate(config: Config, shape: ModelShape, kind: CardKind, option: Option, comp
     """Expected tokens a second."""
     way = (option.micro_batch_size, option.grad_accum_steps, option.activation_checkpointing)
     if config.lora_rank:
-        return tokens_per_sec(shape, kind, *way, compiled, adapters=shape.adapter_parameters(config.lora_rank))
+        adapters = shape.adapter_parameters(config.lora_rank)
+        alone = tokens_per_sec(shape, kind, *way, compiled, adapters=adapters)
+        return together(alone, config.tokens_per_step, option.ranks, 4 * adapters)
     lean = config.optimizer_states != "float32" or config.weights_dtype != "float32"
     updates = option.grad_accum_steps if config.optimizer_in_backward else int(lean)
-    return tokens_per_sec(shape, kind, *way, compiled, updates, muon=config.optimizer == "muon")
+    alone = tokens_per_sec(shape, kind, *way, compiled, updates, muon=config.optimizer == "muon")
+    return together(alone, config.tokens_per_step, option.ranks, option.memory.weights)
 
 
 def lower(found: list[Option], too_much: dict[str, int]) -> Option | None:
@@ -178,6 +215,8 @@ def rungs(config: Config, shape: ModelShape, place: Place) -> Iterator[tuple[str
         if config.compile is True and "optimizer_in_backward" in changes:  # the two exclude each other
             changes = changes | {"compile": "auto"}
         changed = {key: value for key, value in changes.items() if getattr(config, key) != value}
+        if place.ranks > 1 and "optimizer_in_backward" in changes:
+            continue
         if config.lora_rank:  # whose optimizer takes next to nothing
             changed = {key: value for key, value in changed.items() if not key.startswith("optimizer")}
         if config.optimizer == "muon":  # which takes no part of a gradient

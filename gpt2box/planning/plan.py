@@ -29,7 +29,8 @@ class RunPlan:
     lora_alpha: float
 
     micro_batch_size: int
-    grad_accum_steps: int
+    grad_accum_steps: int  # on each rank
+    ranks: int  # processes that share a step's sequences
     sequences_per_step: int
     tokens_per_step: int
     epochs: float
@@ -61,7 +62,7 @@ class RunPlan:
     memory: dict[str, int]  # expected bytes by part, and how fast; estimated
     expected_tokens_per_sec: float
     speed_measured: bool  # here, by `gpt2box bench --sweep`
-    peak_tflops: float  # of the card, in `dtype`; 0 where that is not known
+    peak_tflops: float  # of all cards, in `dtype`; 0 where that is not known
     log_format: str
     deterministic: bool  # the same bits each time, on the same kind of device
     wandb: str
@@ -131,6 +132,7 @@ def make_plan(
         lora_alpha=2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
         micro_batch_size=option.micro_batch_size,
         grad_accum_steps=option.grad_accum_steps,
+        ranks=option.ranks,
         sequences_per_step=sequences,
         tokens_per_step=config.tokens_per_step,
         epochs=config.max_steps * config.tokens_per_step / max(train_tokens, 1),
@@ -161,7 +163,7 @@ def make_plan(
         memory=option.memory.parts(),
         expected_tokens_per_sec=option.tokens_per_sec,
         speed_measured=option.measured,
-        peak_tflops=peak_tflops,
+        peak_tflops=peak_tflops * option.ranks,
         log_format=config.log_format,
         deterministic=on_cpu if config.deterministic == "auto" else config.deterministic,
         wandb=config.wandb,

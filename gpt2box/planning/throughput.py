@@ -18,6 +18,7 @@ MUON_BYTES = 210  # the same, of a number in a matrix that muon.py updates; coun
 # values, output) and two of C × 4 C, come to 300 C³ operations.
 MUON_PRODUCTS = 300
 FULL_GPU_TOKENS = 1024  # a micro-batch of so many tokens reaches half of it
+BETWEEN_CARDS_GB_S = 6  # that pass each link of a ring of cards on PCIe 4.0 without NVLink; assumed, not measured
 # Arithmetic over that of a plain step, in which the backward pass is two thirds.
 RECOMPUTED = {"none": 1.0, "selective": 1.02, "full": 4 / 3}
 
@@ -58,3 +59,14 @@ def tokens_per_sec(
     if muon:
         update += MUON_PRODUCTS * shape.n_layer * shape.n_embd**3 / (kind.bf16_tflops * 1e12 * EFFICIENCY)
     return grad_accum_steps * M / (grad_accum_steps * (arithmetic + weights) + update)
+
+
+def together(alone: float, tokens_per_step: int, ranks: int, gradient_bytes: int) -> float:
+    """Tokens a second of several cards in one machine, of what one does `alone`; 0 where that is not known.
+
+    The gradients' average goes around a ring once a step, when the backward pass is done.
+    """
+    if ranks == 1 or not alone:
+        return alone
+    average = 2 * (ranks - 1) / ranks * gradient_bytes / (BETWEEN_CARDS_GB_S * 1e9)
+    return tokens_per_step / (tokens_per_step / ranks / alone + average)

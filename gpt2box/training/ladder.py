@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +13,7 @@ from gpt2box.planning.choose import Option, lower
 from gpt2box.planning.memory import Memory
 from gpt2box.planning.plan import RunPlan, in_this_way
 from gpt2box.training.display import Display
+from gpt2box.training.validation import autocast
 
 if TYPE_CHECKING:
     from gpt2box.training.loop import Job
@@ -23,14 +25,11 @@ def step_down(job: Job, display: Display) -> None:
     """Give memory back and take the fastest way that needs less.
 
     Raises:
-        torch.cuda.OutOfMemoryError: there is none.
+        torch.cuda.OutOfMemoryError: there is none, or other ranks are already waiting for this one's gradients.
     """
-    job.optimizer.zero_grad(set_to_none=True)
-    gc.collect()
-    torch.cuda.empty_cache()
-    way = lower(job.ways, job.plan.memory)
-    if way is None:
+    if not job.group.alone:
         raise torch.cuda.OutOfMemoryError(f"at step {job.state.step}")
+    way = next_way(job)
     job.left.append(way_of(job.plan))
     job.retry_steps = max(2 * job.retry_steps, RETRY_STEPS)
     job.retry_at = job.state.step + job.retry_steps
@@ -39,6 +38,47 @@ def step_down(job: Job, display: Display) -> None:
         f"out of memory in step {job.state.step + 1:,}: doing it again with {way.words()}; "
         f"a step stays {job.plan.tokens_per_step:,} tokens"
     )
+
+
+def next_way(job: Job) -> Option:
+    """The fastest way that needs less, with the memory of the one before given back.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: there is none.
+    """
+    job.optimizer.zero_grad(set_to_none=job.group.alone)
+    gc.collect()
+    torch.cuda.empty_cache()
+    way = lower(job.ways, job.plan.memory)
+    if way is None:
+        raise torch.cuda.OutOfMemoryError(f"at step {job.state.step}")
+    return way
+
+
+def rehearse(job: Job, forward: Any, display: Display) -> None:
+    """Of several ranks, before the first step: find a way that has memory enough on all.
+
+    In a step there is no way back: where one rank breaks off, the others wait for its gradients. So each does a
+    micro-step by itself, on nothing but zeros, and says how it went. Where memory runs out later, since another program
+    took it, the run ends.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: even the least was too much for one of them.
+    """
+    while not job.group.alone:
+        plan, done = job.plan, False
+        nothing = torch.zeros(plan.micro_batch_size, plan.shape.block_size, dtype=torch.int32, device=plan.device)
+        with suppress(torch.cuda.OutOfMemoryError), job.group.micro_step(forward, last=False):
+            with autocast(plan):
+                loss = forward(nothing, nothing, 1.0)
+            loss.backward()
+            del loss
+            done = True
+        if all(job.group.gathered(done)):
+            job.optimizer.zero_grad(set_to_none=False)
+            return
+        take_way(job, next_way(job))
+        display.line(f"out of memory: going on with {way_of(job.plan).words()} on all ranks")
 
 
 def step_up(job: Job, display: Display) -> None:
@@ -70,5 +110,6 @@ def way_of(plan: RunPlan) -> Option:
         plan.activation_checkpointing,
         memory,
         plan.expected_tokens_per_sec,
+        plan.ranks,
         plan.speed_measured,
     )

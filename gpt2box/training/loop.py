@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,10 +27,12 @@ from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.choose import Option
 from gpt2box.planning.plan import RunPlan
 from gpt2box.stop import StopRequest
+from gpt2box.training import checkpoint
 from gpt2box.training.bad_steps import BadSteps
 from gpt2box.training.digest import checksum
 from gpt2box.training.display import Display
-from gpt2box.training.ladder import step_down, step_up
+from gpt2box.training.distributed import Agreed, Group, Silence
+from gpt2box.training.ladder import rehearse, step_down, step_up
 from gpt2box.training.lean import LeanAdamW, StepInBackward
 from gpt2box.training.metrics import Interval, Metrics, finite_or_none
 from gpt2box.training.optim import GuardedStep, Optimizer, learning_rate, make_update
@@ -55,6 +58,7 @@ class Job:
     stop: StopRequest
     sample: Callable[[Display, int], None]  # called after each evaluation
     pretrained: bool  # the weights before the first step are worth keeping
+    group: Group  # of the ranks that do each step together
     ways: list[Option]  # to do the same steps, fastest first: where to turn when memory runs out
     left: list[Option] = field(default_factory=list)  # the ways that were given up, the first at the beginning
     retry_steps: int = 0  # until the way before is tried again
@@ -70,45 +74,47 @@ def train(job: Job) -> None:
         NotFinite: losses or gradients were not finite several steps in a row.
         torch.cuda.OutOfMemoryError: no way is left that takes less; the steps so far are saved.
         HalfDoneStep: see there; the plan has stepped down.
+        TryAgain: another rank is lost, see distributed.joined.
         VolumeUnwritable, Damaged: see checkpoint.publish, TokenFile.read.
     """
-    plan, state = job.plan, job.state
-    batches = open_batches(job)
-    forward = torch.compile(job.model) if plan.compile else job.model
-    update = make_update(job.optimizer, plan)
-    update.bad_steps = BadSteps(torch.device(plan.device), state.bad_steps)
-    echo = plan.log_format == "json"
-    metrics = Metrics(job.run / "metrics.jsonl", state.step, state.evaluated_step, echo, plan.wandb)
-    display = Display(job.run.name, state.step, plan)
-    saver = Saver(job.run / "checkpoints", job.model, job.optimizer, job.tokenizer, plan, display.line)
-    interval = Interval()
+    state, agreed = job.state, Agreed(job.stop, job.group)
+    job.model.train()
+    forward = job.group.parallel(job.model, torch.compile(job.model) if job.plan.compile else job.model)
+    metrics, display = open_displays(job)
+    saver = open_saver(job, display)
     # LeanAdamW's step may break off half-way; then there must be a checkpoint to go back to.
     saved_step = -1 if isinstance(job.optimizer, LeanAdamW) and state.step == 0 else state.step
     saved_at = time.monotonic()
-    job.model.train()
     with ExitStack() as stack, closing(metrics), closing(display), closing(saver):
+        rehearse(job, forward, display)
+        plan = job.plan
+        batches = open_batches(job)
+        update = make_update(job.optimizer, plan)
+        update.bad_steps = BadSteps(torch.device(plan.device), state.bad_steps)
+        interval = Interval()
         stack.callback(lambda: batches.close())
         stack.callback(lambda: update.close())
         while True:
             begun = time.monotonic()
             saver.check()
             improved = False
-            if evaluation_due(job) and not job.stop:
+            agreed.look(late=0 < job.plan.save_minutes * 60 <= begun - saved_at)
+            if evaluation_due(job) and not agreed.stop:
                 check_finite(job, update)
                 try:
                     improved = evaluate_and_note(job, metrics, display)
                 except torch.cuda.OutOfMemoryError:
                     if state.step != saved_step:
-                        saver.save(state)
+                        save_in_need(job, saver)
                     raise
-            over = bool(job.stop) or state.step >= plan.max_steps or state.stopped_early
-            late = 0 < plan.save_minutes * 60 <= begun - saved_at
-            new = state.step != saved_step and (over or late or state.step % plan.save_interval == 0)
+            over = agreed.stop or state.step >= plan.max_steps or state.stopped_early
+            new = state.step != saved_step and (over or agreed.late or state.step % plan.save_interval == 0)
             if new or (improved and (state.step > 0 or job.pretrained)):
                 check_finite(job, update)
                 saver.save(state)
                 saved_step, saved_at = state.step, time.monotonic()
             if over:
+                agreed.settle()
                 saver.finish()
                 break
             interval.leave_out(time.monotonic() - begun)
@@ -119,8 +125,9 @@ def train(job: Job) -> None:
             if done is None:
                 half_done = getattr(job.optimizer, "half_done", False)
                 if state.step != saved_step and not half_done:
-                    check_finite(job, update)
-                    saver.save(state)
+                    with suppress(*([] if job.group.alone else [NotFinite])):  # of which the others do not hear
+                        check_finite(job, update)
+                    save_in_need(job, saver)
                     saved_step = state.step
                 step_down(job, display)
                 if half_done:
@@ -150,6 +157,25 @@ def train(job: Job) -> None:
                 log(job, metrics, display, interval, update, lr, grad_norm)
 
 
+def open_saver(job: Job, display: Display) -> Saver:
+    """What writes checkpoints; of other ranks than the first, nothing."""
+    if not job.group.first:
+        return cast(Saver, Silence())
+    return Saver(job.run / "checkpoints", job.model, job.optimizer, job.tokenizer, job.plan, display.line)
+
+
+def save_in_need(job: Job, saver: Saver) -> None:
+    """Save where memory has run out: also another rank than the first, if it sees the run's folder.
+
+    All ranks have the same weights, and the first waits for this one in the midst of a step.
+    """
+    if not job.group.first and (job.run / "plan.json").exists():
+        files = checkpoint.contents(job.model, job.optimizer, job.state)
+        config = checkpoint.config_of(job.model, job.tokenizer)
+        checkpoint.publish(job.run / "checkpoints", files, config, job.state, job.tokenizer)
+    saver.save(job.state)
+
+
 def open_batches(job: Job) -> Generator[Tensor, None, None]:
     """The micro-batches from the present step on."""
     plan = job.plan
@@ -158,45 +184,57 @@ def open_batches(job: Job) -> Generator[Tensor, None, None]:
         job.dataset.folder / "train.bin",
         windows,
         plan.shape.vocab_size,
-        first_sequence=job.state.data_step * plan.sequences_per_step,
+        first_sequence=job.state.data_step * plan.sequences_per_step + job.group.ranks.rank * plan.micro_batch_size,
         micro_batch_size=plan.micro_batch_size,
         pin=torch.device(plan.device).type == "cuda",
+        ranks=plan.ranks,
     )
 
 
-def take_step(
-    job: Job, forward: Callable[..., Tensor], batches: Iterator[Tensor], update: Update
-) -> tuple[Tensor, float, Tensor]:
+def open_displays(job: Job) -> tuple[Metrics, Display]:
+    """Where the run's figures go; those of other ranks than the first, nowhere."""
+    if not job.group.first:
+        return cast(Metrics, Silence()), cast(Display, Silence())
+    state, echo = job.state, job.plan.log_format == "json"
+    metrics = Metrics(job.run / "metrics.jsonl", state.step, state.evaluated_step, echo, job.plan.wandb)
+    return metrics, Display(job.run.name, state.step, job.plan)
+
+
+def take_step(job: Job, forward: Any, batches: Iterator[Tensor], update: Update) -> tuple[Tensor, float, Tensor]:
     """One optimizer step; returns its loss, learning rate and gradient norm.
 
     With PyTorch's AdamW weights change in its last act alone; LeanAdamW may have got half-way (`half_done`).
     """
     plan, device = job.plan, torch.device(job.plan.device)
     if plan.dropout:
-        torch.manual_seed(plan.seed + job.state.step)  # so that resuming needs no generator's state
+        # So that resuming needs no generator's state. Each rank drops others.
+        torch.manual_seed(plan.seed + job.state.step + (job.group.ranks.rank << 40))
     loss = torch.zeros((), device=device)
     lr = learning_rate(job.state.step, plan)
     of_step: Iterable[Tensor] = (next(batches) for _ in range(plan.grad_accum_steps))
     shares = None
     if job.dataset.masked:
         of_step = list(of_step)
-        shares = target_shares(of_step)
+        shares = target_shares(of_step, job.group)
     for micro_step, batch in enumerate(of_step):
         inputs, targets = inputs_and_targets(upload(batch, device))  # (B, T)
-        with autocast(plan):
-            micro_loss = forward(inputs, targets, 1.0 / plan.grad_accum_steps)
-        if shares is not None:
-            micro_loss = micro_loss * shares[micro_step]
-        update.before_backward(job.state.step, micro_step, lr, micro_loss)
-        micro_loss.backward()  # type: ignore[no-untyped-call]
+        with job.group.micro_step(forward, last=micro_step == plan.grad_accum_steps - 1):
+            with autocast(plan):
+                micro_loss = forward(inputs, targets, 1.0 / plan.grad_accum_steps)
+            if shares is not None:
+                micro_loss = micro_loss * shares[micro_step]
+            update.before_backward(job.state.step, micro_step, lr, micro_loss)
+            micro_loss.backward()
         loss += micro_loss.detach()
+    loss = job.group.mean(loss)
     return loss, lr, update(loss)
 
 
-def target_shares(of_step: list[Tensor]) -> list[float]:
-    """What makes a mean over all targets of a step that count, of the micro-batches' own means."""
+def target_shares(of_step: list[Tensor], group: Group) -> list[float]:
+    """What makes a mean over all targets of a step that count, of the micro-batches' own means on all ranks."""
     counts = [counted_targets(batch) for batch in of_step]
-    return [count * len(counts) / max(sum(counts), 1) for count in counts]
+    (all_counts,) = group.sums(sum(counts))
+    return [count * len(counts) * group.ranks.count / max(all_counts, 1) for count in counts]
 
 
 def log(
@@ -259,7 +297,7 @@ def evaluation_due(job: Job) -> bool:
 def evaluate_and_note(job: Job, metrics: Metrics, display: Display) -> bool:
     """Evaluate, update the state's best, write metrics and a sample; returns whether it is the best so far."""
     state, plan = job.state, job.plan
-    val_loss, val_set = evaluate(job.model, job.dataset, plan)
+    val_loss, val_set = evaluate(job.model, job.dataset, plan, job.group)
     improved = math.isfinite(val_loss) and (state.best_val_loss is None or val_loss < state.best_val_loss)
     state.evaluated_step, state.val_loss = state.step, val_loss
     if improved:

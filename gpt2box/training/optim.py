@@ -70,7 +70,7 @@ def make_update(
         assert isinstance(optimizer, LeanAdamW)
         update = StepInBackward(optimizer, plan.grad_clip, plan.grad_accum_steps, device)
     else:
-        update = GuardedStep(optimizer, plan.grad_clip, device)
+        update = GuardedStep(optimizer, plan.grad_clip, device, keep_gradients=plan.ranks > 1)
     if before:
         update.bad_steps = before.bad_steps
     return update
@@ -101,8 +101,11 @@ class GuardedStep:
 
     left_out = "none reached the weights"
 
-    def __init__(self, optimizer: Optimizer, grad_clip: float, device: torch.device) -> None:
-        self.optimizer, self.grad_clip = optimizer, grad_clip
+    def __init__(
+        self, optimizer: Optimizer, grad_clip: float, device: torch.device, keep_gradients: bool = False
+    ) -> None:
+        """`keep_gradients`: as zeros, where they belong to what is sent between ranks."""
+        self.optimizer, self.grad_clip, self.keep_gradients = optimizer, grad_clip, keep_gradients
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.bad_steps = BadSteps(device)
 
@@ -123,7 +126,7 @@ class GuardedStep:
         )
         self.optimizer.found_inf = bad  # type: ignore[union-attr]
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
         self.bad_steps.count(bad)
         return norm
 

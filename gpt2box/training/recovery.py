@@ -83,6 +83,17 @@ def back_to_good(job: Job, trouble: NotFinite) -> None:
     )
 
 
+def go_back(job: Job, trouble: NotFinite) -> None:
+    """To a good checkpoint, which the first rank reads and sends."""
+
+    def on_first() -> TrainState:
+        back_to_good(job, trouble)
+        return job.state
+
+    job.state = job.group.from_first(on_first)
+    job.group.send(job.model, job.optimizer)
+
+
 def newest_good(job: Job, before: int) -> tuple[Path, TrainState] | None:
     """The newest whole checkpoint that a run may go back to, of a step no later than `before`."""
     for path in sorted((job.run / "checkpoints").glob("step-*"), reverse=True):

@@ -10,6 +10,7 @@ from gpt2box.data.batches import counted_targets, inputs_and_targets, read_windo
 from gpt2box.data.tokens import Dataset, TokenFile
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.plan import RunPlan
+from gpt2box.training.distributed import Group
 
 
 def autocast(plan: RunPlan) -> AbstractContextManager[object]:
@@ -19,9 +20,10 @@ def autocast(plan: RunPlan) -> AbstractContextManager[object]:
 
 
 @torch.no_grad()
-def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan) -> tuple[float, str]:
-    """Mean loss over the fixed validation windows, and that set's name."""
-    starts = val_window_starts(dataset.tokens("val"), plan.shape.block_size, plan.eval_windows)
+def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan, group: Group) -> tuple[float, str]:
+    """Mean loss over the fixed validation windows, and that set's name. Each rank of the group takes its share."""
+    windows = val_window_starts(dataset.tokens("val"), plan.shape.block_size, plan.eval_windows)
+    starts = windows[group.ranks.rank :: group.ranks.count]
     total, weights = torch.zeros((), device=plan.device), 0.0
     was_training = model.training
     model.eval()
@@ -43,4 +45,5 @@ def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan) -> tuple[float, str]:
             total, weights = total + loss * weight, weights + weight
             begin += len(chosen)
     model.train(was_training)
-    return float(total) / max(weights, 1e-9), f"{dataset.digest}/{len(starts)}x{plan.shape.block_size}"
+    loss, weights = group.sums(float(total), weights)
+    return loss / max(weights, 1e-9), f"{dataset.digest}/{len(windows)}x{plan.shape.block_size}"

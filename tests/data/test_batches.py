@@ -25,7 +25,7 @@ def ids_file(path: Path, tokens: int = 1000, highest: int = 60_000) -> Path:
 
 def batches(path: Path, first: int, size: int, count: int, seed: int = 1) -> torch.Tensor:
     windows = TrainWindows(1000, T, seed)
-    with closing(micro_batches(path, windows, 60_000, first, size, pin=False)) as source:
+    with closing(micro_batches(path, windows, 60_000, first, size, pin=False, ranks=1)) as source:
         return torch.cat(list(islice(source, count)))
 
 
@@ -75,7 +75,7 @@ def test_targets_are_the_inputs_moved_by_one(tmp_path: Path) -> None:
 def test_an_id_beyond_the_vocabulary_stops_before_the_model(tmp_path: Path) -> None:
     path = ids_file(tmp_path / "train.bin")
     with (
-        closing(micro_batches(path, TrainWindows(1000, T, 1), 500, 0, 60, pin=False)) as source,
+        closing(micro_batches(path, TrainWindows(1000, T, 1), 500, 0, 60, pin=False, ranks=1)) as source,
         pytest.raises(BadInput, match="ids below 500"),
     ):
         next(source)

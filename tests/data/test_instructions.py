@@ -17,6 +17,8 @@ from gpt2box.data.prepare import Options, prepare, verify
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.data.tokens import SPLITS, TokenFile, open_dataset
 from gpt2box.errors import BadInput, Damaged
+from gpt2box.ranks import ALONE
+from gpt2box.training.distributed import Group
 from gpt2box.training.loop import target_shares
 from tests.conftest import Command, options, tiny_model
 
@@ -159,7 +161,7 @@ def test_a_step_is_the_mean_over_counted_tokens_however_it_is_dealt(volumes: Pat
     reference = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-1)
     for micro in (1, 3, 4, 12):
         parts = list(windows.split(micro))
-        shares = target_shares(parts)
+        shares = target_shares(parts, Group(ALONE))
         losses = [
             model(*inputs_and_targets(part), 1 / len(parts)) * share for part, share in zip(parts, shares, strict=True)
         ]

@@ -97,7 +97,7 @@ def project(tmp_path: Path) -> Iterator[Project]:
     yield made
     profiles = [
         word
-        for p in ("shakespeare", "openwebtext", "finetune", "cpu-demo", "tensorboard", "dashboard")
+        for p in ("shakespeare", "openwebtext", "finetune", "cpu-demo", "multi-gpu", "tensorboard", "dashboard")
         for word in ("--profile", p)
     ]
     made.compose(*profiles, "down", "--volumes", "--timeout", "1")

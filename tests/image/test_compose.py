@@ -53,6 +53,15 @@ def test_openwebtext_trains_on_files_as_nanogpt_writes_them(project: Project) ->
     assert done.returncode == 0 and state(project, "openwebtext")["step"] == 30, done.stderr
 
 
+def test_two_ranks_train_together_in_one_container(project: Project) -> None:
+    project.config("shakespeare", dataset="shakespeare")
+    done = project.compose("run", "--rm", "-T", "shakespeare-prepare", "fetch", "shakespeare")
+    assert done.returncode == 0, done.stderr
+    done = project.compose("run", "--rm", "-T", "--no-deps", "multi-gpu", "train", "shakespeare")
+    assert done.returncode == 0 and "× 2 ranks" in done.stderr + done.stdout, done.stderr
+    assert state(project, "shakespeare")["step"] == 30
+
+
 @pytest.fixture
 def pretrained(project: Project) -> Path:
     """A small random GPT-2 as transformers saves it, in volumes/models."""

@@ -22,10 +22,12 @@ from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import add_adapters
 from gpt2box.planning.memory import evaluation_sequences
 from gpt2box.planning.shape import ModelShape
+from gpt2box.ranks import ALONE
 from gpt2box.stop import StopRequest
-from gpt2box.training.checkpoint import TrainState
+from gpt2box.training.distributed import Group
 from gpt2box.training.loop import Job, take_step
 from gpt2box.training.optim import make_optimizer, make_update
+from gpt2box.training.state import TrainState
 from gpt2box.training.validation import autocast
 from tests.planning.simulator import Recorder, cuda_rules
 from tests.planning.test_plan import planned, shape_of
@@ -124,8 +126,9 @@ def step_cost(
         optimizer = make_optimizer(model, plan)
         dataset: Any = SimpleNamespace(masked=False)
         nothing: Any = None
+        alone, quiet = Group(ALONE), lambda *_: None
         job = Job(
-            Path(), plan, model, optimizer, dataset, nothing, TrainState(), StopRequest(), lambda *_: None, False, []
+            Path(), plan, model, optimizer, dataset, nothing, TrainState(), StopRequest(), quiet, False, alone, []
         )
         update = make_update(optimizer, plan)
 

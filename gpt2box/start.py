@@ -1,0 +1,71 @@
+"""How a training job begins: its dataset, the checkpoint it goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from gpt2box.config import Config
+from gpt2box.data.batches import check_long_enough
+from gpt2box.data.tokenizer import prompt_ids
+from gpt2box.data.tokens import SPLITS, Dataset, open_dataset
+from gpt2box.errors import BadInput, Damaged
+from gpt2box.inputs import bring, has_dataset
+from gpt2box.paths import dataset_dir, locked, make_writable
+from gpt2box.progress import kept_log, say
+from gpt2box.run_records import check_unchanged
+from gpt2box.training import kept
+from gpt2box.training.distributed import Group
+from gpt2box.training.state import TrainState
+
+
+def bring_dataset(config: Config, text: Path | None, group: Group) -> Dataset:
+    """The dataset, made where it is not there yet; the same on all ranks.
+
+    Raises:
+        BadInput: it is too short, lacks the prompt's characters, or is another on another machine.
+    """
+
+    def needed() -> None:
+        if text or not has_dataset(config):
+            bring(config, text)
+
+    group.on_each_machine(needed)
+    dataset = open_dataset(dataset_dir(config.dataset))
+    check_long_enough({split: dataset.tokens(split) for split in SPLITS}, config.block_size)
+    prompt_ids(dataset.tokenizer, config.sample_prompt)
+    if len(set(group.gathered(dataset.digest))) > 1:
+        raise BadInput(
+            f"the dataset {config.dataset} is not the same on all machines", "equal copies, or a shared folder"
+        )
+    return dataset
+
+
+Found = tuple[Path, TrainState, list[Damaged]]
+
+
+def take(config: Config, run: Path, held: ExitStack) -> None:
+    """Take the run's lock and keep its log, as long as `held` is."""
+    make_writable(run)
+    held.enter_context(locked(run / ".lock", f"the run {config.name} is being trained"))
+    held.enter_context(kept_log(run / "log.txt"))
+
+
+def begin(config: Config, dataset: Dataset, run: Path, allow: Sequence[str]) -> tuple[Found | None, dict[str, Any]]:
+    """The checkpoint to go on from, if there is one, and the settings that were changed."""
+    found, changed = kept.newest(run / "checkpoints"), {}
+    if found:
+        changed = check_unchanged(config, dataset, run, allow)
+        kept.point_to_last_and_best(run / "checkpoints", found[1])
+        announce_resume(config, *found)
+    return found, changed
+
+
+def announce_resume(config: Config, folder: Path, state: TrainState, passed_over: list[Any]) -> None:
+    """Say where the run goes on, and which checkpoints were damaged."""
+    for fault in passed_over:
+        say(f"note: passed over a damaged checkpoint: {fault.found}")
+    if state.step < config.max_steps:
+        say(f"resuming from {folder} at step {state.step:,}")

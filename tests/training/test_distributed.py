@@ -1,0 +1,143 @@
+"""Several ranks: real processes, started by torchrun, that meet over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt2box.config import validate
+from gpt2box.data.prepare import Options, prepare
+from gpt2box.errors import BadInput
+from gpt2box.planner import target
+from gpt2box.planning.choose import options as ways
+from gpt2box.planning.shape import ModelShape
+from gpt2box.training import kept, metrics
+from tests.conftest import ROOT, TINY, options
+from tests.training.test_train import train, wait_for
+
+SAME = {**TINY, "lr_schedule": "constant", "warmup_steps": 0, "log_interval": 1}
+LONG = {**SAME, "max_steps": 300, "save_interval": 50, "eval_interval": 150}
+
+
+def two_ranks(*program: str, restarts: int = 0) -> subprocess.Popen[str]:
+    launch = ["--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, *program]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def train_on_two(name: str, restarts: int = 0, **settings: object) -> subprocess.Popen[str]:
+    return two_ranks("-m", "gpt2box", "train", *options(name=name, **settings), restarts=restarts)
+
+
+def rank_of(launcher: subprocess.Popen[str], rank: int) -> int:
+    """The process id of a rank."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    (found,) = [c for c in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{c}/environ").read_bytes()]
+    return int(found)
+
+
+def rows(volumes: Path, name: str, key: str) -> dict[int, float]:
+    lines: list[dict[str, Any]] = metrics.read(volumes / "runs" / name / "metrics.jsonl")
+    return {row["step"]: row[key] for row in lines if key in row}
+
+
+def assert_same(volumes: Path, name: str, other: str, besides: tuple[int, ...] = ()) -> None:
+    """The same figures at the same steps; `besides`: where evaluations of `name` alone are."""
+    for key in ("loss", "val_loss", "grad_norm"):
+        found = {s: x for s, x in rows(volumes, name, key).items() if key != "val_loss" or s not in besides}
+        assert found == pytest.approx(rows(volumes, other, key), abs=1e-5), key
+
+
+def test_two_ranks_learn_what_one_learns_and_go_on_from_each_others_checkpoints(volumes: Path, tmp_path: Path) -> None:
+    records = [{"prompt": f"{i}" + " and what" * (i % 7), "response": " so it is" * (i % 5)} for i in range(1, 400)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    # The loss is on responses alone, of which no two micro-batches have equally many.
+    prepare([str(tmp_path / "chat.jsonl")], Options(), folder=volumes / "data" / "chat")
+    settings = {**SAME, "dataset": "chat", "weight_decay": 0.3, "grad_clip": 0.5, "eval_windows": 9}
+    train("straight", **settings)
+    train("run", **{**settings, "max_steps": 8})
+    said = (running := train_on_two("run", **{**settings, "max_steps": 14})).communicate()[1]
+    assert running.returncode == 0 and "× 32 × 1 micro-steps × 2 ranks" in said, said
+    train("run", **settings)
+    assert len(rows(volumes, "run", "loss")) == 20
+    assert_same(volumes, "run", "straight", besides=(8, 14))
+
+
+def test_a_killed_rank_comes_back_and_a_signal_to_one_stops_all(volumes: Path) -> None:
+    train("straight", **LONG)
+    checkpoints = volumes / "runs" / "run" / "checkpoints"
+    running = train_on_two("run", restarts=1, **LONG)
+    wait_for(checkpoints / kept.folder_name(50), running)
+    os.kill(rank_of(running, 1), signal.SIGKILL)
+    wait_for(checkpoints / kept.folder_name(200), running)
+    os.kill(rank_of(running, 1), signal.SIGTERM)
+    said = running.communicate()[1]
+    assert running.returncode == 0 and said.count("resuming from") == 1 and said.count("to go on") == 1, said
+    step = int(said.split("at step ")[-1].split(" ")[0])
+    assert 200 <= step < 300 and (checkpoints / kept.folder_name(step)).exists(), said
+    train("run", **LONG)
+    assert_same(volumes, "run", "straight")
+
+
+TROUBLE = """
+import os
+from torch.utils._python_dispatch import TorchDispatchMode
+from gpt2box.cli import main
+from tests.training.test_out_of_memory import Refuse
+
+class Spoil(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += (here := str(func).startswith("aten.gelu_backward."))
+        out = func(*args, **(kwargs or {}))
+        return out * float("nan") if here and self.calls == 8 else out
+
+if os.environ["RANK"] == "0":
+    main()
+else:  # no memory in the rehearsal's backward pass, a gradient that is not finite in step 2, then no memory again
+    with Spoil(), Refuse("gelu_backward", 20), Refuse("gelu_backward", 2):
+        main()
+"""
+
+
+def test_what_befalls_one_rank_all_go_by_and_out_of_memory_in_a_step_ends_in_a_checkpoint(
+    volumes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "program.py").write_text(TROUBLE)
+    settings = {**SAME, "micro_batch_size": "auto", "save_interval": 100, "eval_interval": 100}
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    running = two_ranks(str(tmp_path / "program.py"), "train", *options(name="run", **settings))
+    said = running.communicate()[1]
+    assert "out of memory: going on with micro_batch_size" in said and "on all ranks" in said, said
+    assert "error: rank 1: out of memory" in said and "exitcode  : 3" in said, said
+    found = kept.newest(volumes / "runs" / "run" / "checkpoints")
+    assert found and 2 < found[1].step < 20
+    assert rows(volumes, "run", "loss")[1] is not None and rows(volumes, "run", "grad_norm")[2] is None
+    assert max(rows(volumes, "run", "skipped_steps").values()) == 1
+
+
+def test_a_step_that_cannot_be_shared_is_refused_with_what_could_be() -> None:
+    config = validate({**TINY, "tokens_per_step": 32 * 32}, "test")
+    with pytest.raises(BadInput, match="tokens_per_step 1024 with 3 ranks") as refused:
+        target("rtx-4070", None, config, gpus=3)
+    assert "768 or 1152" in refused.value.expected
+    for change in ({"optimizer_in_backward": True}, {"device": "cuda:1"}):
+        with pytest.raises(BadInput, match="with 2 ranks"):
+            target("rtx-4070", None, config.model_copy(update=change), gpus=2)
+
+
+def test_more_cards_share_the_steps_sequences_and_take_less_time() -> None:
+    config = validate({"dataset": "any", "model": "gpt2-medium", "tokens_per_step": 262_144}, "test")
+    shape = ModelShape(n_layer=24, n_head=16, n_embd=1024, block_size=1024, vocab_size=50_257, bias=True)
+    one, four = (ways(config, shape, target("rtx-4090", None, config, gpus).place) for gpus in (1, 4))
+    assert all(way.micro_batch_size * way.grad_accum_steps * way.ranks == 256 for way in [*one, *four])
+    assert 2.5 < four[0].tokens_per_sec / one[0].tokens_per_sec < 4
