@@ -24,7 +24,7 @@ FROM ${CPU_BASE} AS base-cpu
 FROM base-${STACK} AS base
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates g++ gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/*.log /var/cache/ldconfig/aux-cache
+    && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/*.log /var/cache/ldconfig/aux-cache /var/cache/apt/*.bin
 
 # Either of the next two leaves an interpreter in /opt/python, headers included.
 FROM base AS python-conda
@@ -38,7 +38,7 @@ RUN --mount=type=bind,from=micromamba,source=/bin/micromamba,target=/usr/local/b
 FROM base AS python-distro
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 python3-dev python3-venv \
-    && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/*.log /var/cache/ldconfig/aux-cache \
+    && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/*.log /var/cache/ldconfig/aux-cache /var/cache/apt/*.bin \
     && mkdir -p /opt/python/bin \
     && ln -s /usr/bin/python3 /opt/python/bin/python3
 

@@ -152,7 +152,7 @@ def stretch_of(run: Path, start_at: str | None, steps: int | None) -> Stretch:
         end = min(start + steps, limit)
     else:
         end = later[0] if start_at is not None and later else min(start + FIRST_STEPS, limit)
-    rows = metrics.read(run / "metrics.jsonl")
+    rows = metrics.stream(run / "metrics.jsonl")
     digests = {row["step"]: str(row["digest"]) for row in rows if row["kind"] == "train" and row.get("digest")}
     digests = {step: digest for step, digest in digests.items() if start < step <= end}
     checkpoints = {step: folders[step] for step in later if step <= end}

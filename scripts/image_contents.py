@@ -22,7 +22,6 @@ REASONS = {
     r"var/lib/dpkg/.*|var/lib/apt/.*|usr/share/doc/.*|usr/lib/.*|usr/bin/.*|var/cache/debconf/.*": (
         "Debian's or Ubuntu's packages are the newest of their release on the day of the build"
     ),
-    r".*\.pyc": "Python notes in bytecode which objects were shared when it was made; the source beside it is the same",
 }
 SHOWN = 20  # of each reason
 
