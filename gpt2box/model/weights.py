@@ -9,7 +9,7 @@ biases, which are the same function; config.json then says so for our own readin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,14 @@ def hub_views(model: GPT2) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def load_hub(model: GPT2, folder: Path, rows: int | None = None) -> None:
+def load_hub(
+    model: GPT2, folder: Path, rows: int | None = None, tensors: Iterable[tuple[str, Tensor]] | None = None
+) -> None:
     """Copy the weights in `folder` into the model, one tensor at a time. A shorter context takes the first positions.
 
     `rows`: tokens of the stored embedding, if not the model's. Rows that are too many are left out; those that lack
-    become the mean of the others, so that new tokens begin as likely as the average one (Hewitt 2021).
+    become the mean of the others, so that new tokens begin as likely as the average one (Hewitt 2021). `tensors`: of
+    a checkpoint of ours, read in another way; each need only be valid until the next.
 
     Raises:
         BadInput: pickled weights, or tensors that do not fit: which, expected, found.
@@ -106,9 +109,9 @@ def load_hub(model: GPT2, folder: Path, rows: int | None = None) -> None:
     faults = []
     seen = set()
     ends: dict[str, Tensor] = {}  # the embedding and the output layer, mapped and not copied
-    for key, tensor in stored_tensors(folder):
+    for key, tensor in tensors or stored_tensors(folder):
         name = key.removeprefix(PREFIX)
-        if name in ("wte.weight", OUTPUT):
+        if tensors is None and name in ("wte.weight", OUTPUT):
             ends[name] = tensor
         if name == OUTPUT:
             continue

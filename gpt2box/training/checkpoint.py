@@ -30,7 +30,7 @@ from gpt2box.progress import size
 from gpt2box.training.kept import folder_name, point_to_last_and_best, recover
 from gpt2box.training.lean import LeanAdamW, reset
 from gpt2box.training.state import TrainState, read_state, write_state
-from gpt2box.training.tensor_file import Tensors, write_tensors
+from gpt2box.training.tensor_file import Tensors, read_tensors, write_tensors
 
 ADAPTERS = "adapters.safetensors"
 AVERAGE = "exp_avg"  # what every optimizer keeps of every parameter
@@ -197,7 +197,7 @@ def load_weights(folder: Path, model: GPT2) -> None:
     """
     trained = adapters(model)
     if not trained:
-        return load_hub(model, folder)
+        return load_hub(model, folder, tensors=read_tensors(folder / "model.safetensors"))
     own = dict(model.named_parameters())
     for key, stored in stored_tensors(folder):
         name = key.removeprefix(PREFIX)
@@ -216,17 +216,17 @@ def load_weights(folder: Path, model: GPT2) -> None:
 def restore(folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
     """Read weights and averages of a whole checkpoint into the existing tensors."""
     load_weights(folder, model)
-    with safe_open(folder / "optimizer.safetensors", framework="pt") as tensors:
-        stored = set(tensors.keys())
-        for name, parameter in trained_parameters(model).items():
-            entry = optimizer.state[parameter]
-            if f"{AVERAGE}.{name}" not in stored:  # of step 0
-                reset(entry)
-                continue
-            steps = tensors.get_tensor(f"step.{name}") if f"step.{name}" in stored else state.optimizer_steps
-            entry["step"].fill_(float(steps))
-            for key in entry.keys() - {"step"}:
-                if entry[key].shape == parameter.shape:
-                    copy_from_hub(name, entry[key], tensors.get_tensor(f"{key}.{name}"))
-                else:
-                    entry[key].copy_(tensors.get_tensor(f"{key}.{name}"))
+    parameters = trained_parameters(model)
+    read: set[str] = set()
+    for full_name, tensor in read_tensors(folder / "optimizer.safetensors"):
+        key, _, name = full_name.partition(".")
+        entry = optimizer.state[parameters[name]]
+        if name not in read and key != "step":  # where each has its own, that is read, too
+            entry["step"].fill_(float(state.optimizer_steps))
+        if entry[key].shape == parameters[name].shape:
+            copy_from_hub(name, entry[key], tensor)
+        else:
+            entry[key].copy_(tensor)
+        read.add(name)
+    for name in parameters.keys() - read:  # of step 0
+        reset(optimizer.state[parameters[name]])

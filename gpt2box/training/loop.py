@@ -278,7 +278,7 @@ def check_finite(job: Job, update: Update) -> None:
     state = job.state
     state.optimizer_steps = optimizer_steps(job.optimizer)
     state.bad_steps = int(update.bad_steps.in_a_row)
-    if since := int(update.bad_steps.since):
+    if since := update.bad_steps.since:
         raise NotFinite(state.step - since + 1, update.left_out)
 
 
