@@ -173,7 +173,8 @@ def measure_beside(watch: Stopwatch, way: Way, beside: dict[str, Any], alone: bo
     beside["loader_s"] = watch.loader_s()
     beside["evaluation_s"], beside["evaluation_windows"] = watch.evaluation_s()
     try:
-        beside["checkpoint_s"], beside["checkpoint_bytes"] = watch.checkpoint_s(make_writable(runs_dir()))
+        found = watch.checkpoint_s(make_writable(runs_dir()))
+        beside["checkpoint_s"], beside["checkpoint_durable_s"], beside["checkpoint_bytes"] = found
     except VolumeUnwritable as fault:
         beside["checkpoint_fault"] = fault.found
 

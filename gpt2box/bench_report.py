@@ -65,6 +65,7 @@ def figures(
         "evaluation_windows": beside.get("evaluation_windows"),
         "evaluation_share": share(beside.get("evaluation_s"), plan.eval_interval * step_s),
         "checkpoint_s": beside.get("checkpoint_s"),
+        "checkpoint_durable_s": beside.get("checkpoint_durable_s"),
         "checkpoint_bytes": beside.get("checkpoint_bytes"),
         "checkpoint_share": share(beside.get("checkpoint_s"), save_every_s),
         "checkpoint_fault": beside.get("checkpoint_fault"),
@@ -157,7 +158,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
             "checkpoint", NOTHING, size(estimated["checkpoint_bytes"]), f"not tried: {measured['checkpoint_fault']}"
         )
     elif measured["checkpoint_s"] is not None:
-        waits = f"{size(measured['checkpoint_bytes'])}; {measured['checkpoint_share']:.1%} of all time"
+        whole = f"{size(measured['checkpoint_bytes'])}, whole after {span(measured['checkpoint_durable_s'])}"
+        waits = f"{whole}; training waits for {measured['checkpoint_share']:.1%} of all time"
         yield entry("checkpoint", span(measured["checkpoint_s"]), size(estimated["checkpoint_bytes"]), waits)
     yield f"  {', '.join(f'{name} {version}' for name, version in found['versions'].items() if version)}"
 

@@ -7,7 +7,6 @@ meets all alike. The device is waited for around what is timed, and nowhere else
 from __future__ import annotations
 
 import gc
-import shutil
 import statistics
 import tempfile
 import time
@@ -32,12 +31,14 @@ from gpt2box.planning.measured import MANY, Measured
 from gpt2box.planning.memory import CUDA_CONTEXT
 from gpt2box.planning.plan import RunPlan, in_this_way
 from gpt2box.planning.shape import ModelShape
+from gpt2box.progress import say
 from gpt2box.ranks import ALONE
 from gpt2box.stop import StopRequest
-from gpt2box.training import checkpoint
 from gpt2box.training.distributed import Group
+from gpt2box.training.kept import folder_name
 from gpt2box.training.loop import Job, open_batches, take_step
 from gpt2box.training.optim import make_optimizer, make_update
+from gpt2box.training.saver import Saver
 from gpt2box.training.state import TrainState
 from gpt2box.training.validation import evaluate
 
@@ -212,26 +213,31 @@ class Stopwatch:
 
         return repeated(once) / few * windows, windows
 
-    def checkpoint_s(self, folder: Path) -> tuple[float, int]:
-        """Seconds for which training waits while a checkpoint is written to the disk of `folder`, and its bytes.
+    def checkpoint_s(self, folder: Path) -> tuple[float, float, int]:
+        """Of a checkpoint on the disk of `folder`: seconds for which training waits, until it is whole, and its bytes.
 
         Raises:
             VolumeUnwritable: no space.
         """
-        sizes = []
+        job, durable_s, sizes = self.job, [], []
         with tempfile.TemporaryDirectory(prefix=".bench-", dir=folder) as temporary:
+            saver = Saver(Path(temporary), self.model, self.optimizer, job.tokenizer, job.plan, say)
+            with closing(saver):
+                saver.save(job.state)  # which also makes room for the copy, once in a run
+                saver.finish()
 
-            def once() -> float:
-                self.job.state.step += 1
-                with self.timed() as seconds:
-                    where = checkpoint.save(
-                        Path(temporary), self.model, self.optimizer, self.job.state, self.job.tokenizer
-                    )
-                sizes.append(sum(path.stat().st_size for path in where.iterdir()))
-                shutil.rmtree(where)
-                return seconds[0]
+                def once() -> float:
+                    job.state.step += 1
+                    begun = time.perf_counter()
+                    with self.timed() as seconds:
+                        saver.save(job.state)
+                    saver.finish()
+                    durable_s.append(time.perf_counter() - begun)
+                    where = Path(temporary) / folder_name(job.state.step)
+                    sizes.append(sum(path.stat().st_size for path in where.iterdir()))
+                    return seconds[0]
 
-            return repeated(once), sizes[0]
+                return repeated(once), statistics.median(durable_s), sizes[0]
 
 
 def repeated(once: Callable[[], float]) -> float:

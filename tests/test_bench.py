@@ -51,6 +51,7 @@ def test_it_measures_what_a_run_would_do_and_leaves_nothing_behind(gpt2box: Comm
     assert all(measured[key] > 0 for key in ("loader_s", "evaluation_s", "checkpoint_s", "checkpoint_bytes"))
     assert measured["evaluation_windows"] == 8 and measured["mfu"] is None  # of a CPU no peak is known
     assert found["estimated"]["memory_bytes"] == way["memory_bytes_estimated"] > 0
+    assert measured["checkpoint_s"] < measured["checkpoint_durable_s"]
     assert found["estimated"]["checkpoint_bytes"] == pytest.approx(measured["checkpoint_bytes"], rel=0.5)
 
 
