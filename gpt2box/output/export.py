@@ -81,10 +81,8 @@ def publish(final: Path, write: Callable[[Path], None]) -> None:
         final.parent.mkdir(parents=True, exist_ok=True)
         remove(temporary)
         write(temporary)
-        for path in [temporary, *temporary.rglob("*")]:
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+        for path in [*temporary.rglob("*"), temporary]:  # a folder after its files
+            fsync_dir(path)
         os.rename(temporary, final)
         fsync_dir(final.parent)
     except OSError as error:

@@ -20,6 +20,7 @@ from tests.faults.conftest import DEATH, KILLED, NEVER, Ended, Server, digests, 
 
 KILLS = int(os.environ.get("FAULT_KILLS", "10"))
 SEED = int(os.environ.get("FAULT_SEED", "1"))
+DONE = "is there already"  # what export says where the kill came after it had given the whole its name
 MOST_IN_A_ROW = 3  # kills before a command may run to its end
 
 TRAIN = {"name": "run", "max_steps": 40, "eval_interval": 20, "save_interval": 10, "dropout": 0.1, "keep_last": 2}
@@ -107,10 +108,10 @@ def test_a_kill_at_any_moment_loses_nothing(server: Server, prepared: Path, tmp_
                 ended = task.run(**moment)
                 moments.append(moment)
                 tried[task.name] += ended.code == KILLED
-                if ended.code not in (0, KILLED):
+                if ended.code not in (0, KILLED) and DONE not in ended.said:
                     faults.append(f"{task.name}, {moments}: {ended.said[-2000:]}")
             ended = task.run()
-            if ended.code != 0 or task.result() != expected or half_made(task.changes):
+            if (ended.code != 0 and DONE not in ended.said) or task.result() != expected or half_made(task.changes):
                 lost[task.name] += 1
                 faults.append(f"{task.name}, {moments}: exit code {ended.code}\n{ended.said[-2000:]}")
         print(f"  {task.name:22} {tried[task.name]:4} kills, {lost[task.name]} lost", flush=True)
