@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from gpt2box.data import assets
 from gpt2box.data.corpora import own_text, tinyshakespeare
@@ -20,6 +21,9 @@ from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.shape import ModelShape
 
 ROOT = Path(__file__).parents[1]
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("gpt2box", deadline=None)
+settings.load_profile("gpt2box")
 TINYSHAKESPEARE = Path(__file__).parent / "data_files" / "tinyshakespeare.txt"
 
 # Seconds-long runs; settings that a test changes are given as further options.
