@@ -149,7 +149,7 @@ def run_in(
 def set_arithmetic(plan: RunPlan) -> None:
     """How products and sums are formed, for the rest of this process; before the first of them."""
     if plan.deterministic:
-        make_deterministic()
+        make_deterministic(plan.compile)
     if not plan.device.startswith("cpu"):
         torch.set_float32_matmul_precision("high")  # TF32 where a product is float32
 

@@ -19,17 +19,18 @@ import torch
 WORKSPACE = ":4096:8"  # eight buffers of 4 MiB, of those that cuBLAS's manual names the one that costs no time
 
 
-def make_deterministic() -> None:
+def make_deterministic(compiled: bool) -> None:
     """For the rest of this process. Before the first product on a GPU: cuBLAS reads its variable only then.
 
     A workspace that the user has set stays: PyTorch refuses one that is not deterministic, by name.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)
-    torch.use_deterministic_algorithms(True)
+    # The same switch as use_deterministic_algorithms, which in newer versions loads the compiler, seconds of it.
+    torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # nothing reads such
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    if torch.cuda.is_available():
+    if compiled:
         choose_no_kernel_by_time()
 
 
