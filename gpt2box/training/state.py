@@ -76,7 +76,7 @@ def parse_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
             name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
             for name, entry in content["files"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{folder}: {error!r}", "a checkpoint as it was written") from error
     return state, described
 

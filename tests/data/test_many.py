@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2box.data import encoder, shards
+from gpt2box.data import pieces, shards
 from gpt2box.data.collection import own_collection
 from gpt2box.data.corpora import own_files
 from gpt2box.data.encoder import BulkEncoder
@@ -339,7 +339,7 @@ def test_bulk_encoding_gives_tiktokens_ids_wherever_the_text_is_cut(
 ) -> None:
     text = "".join(parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder, "PIECE", 8)
+        patch.setattr(pieces, "PIECE", 8)
         bulk = cached(ranks_file)
         found = [int(i) for ids in bulk.encode((text[:cut], text[cut:])) for i in ids]
     assert found == bulk.tokenizer.encode(text).tolist()
