@@ -54,7 +54,7 @@ def test_openwebtext_trains_on_files_as_nanogpt_writes_them(project: Project) ->
 
 
 def test_two_ranks_train_together_in_one_container(project: Project) -> None:
-    project.config("shakespeare", dataset="shakespeare")
+    project.config("shakespeare", dataset="shakespeare", micro_batch_size=2)
     done = project.compose("run", "--rm", "-T", "shakespeare-prepare", "fetch", "shakespeare")
     assert done.returncode == 0, done.stderr
     done = project.compose("run", "--rm", "-T", "--no-deps", "multi-gpu", "train", "shakespeare")
