@@ -57,7 +57,7 @@ def test_two_ranks_train_together_in_one_container(project: Project) -> None:
     project.config("shakespeare", dataset="shakespeare", micro_batch_size=2)
     done = project.compose("run", "--rm", "-T", "shakespeare-prepare", "fetch", "shakespeare")
     assert done.returncode == 0, done.stderr
-    done = project.compose("run", "--rm", "-T", "--no-deps", "multi-gpu", "train", "shakespeare")
+    done = project.compose("run", "--rm", "-T", "--no-deps", "multi-gpu", JOB="shakespeare")
     assert done.returncode == 0 and "× 2 ranks" in done.stderr + done.stdout, done.stderr
     assert state(project, "shakespeare")["step"] == 30
 

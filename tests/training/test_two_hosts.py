@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import subprocess
@@ -11,12 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
 
 from tests.conftest import options
 from tests.training.test_distributed import SAME, assert_same
 from tests.training.test_train import train
 
 ADDRESSES = ["10.77.0.1", "10.77.0.2"]
+
+
+BY_ADDRESS = "local_addr" in inspect.signature(RendezvousStoreInfo.build).parameters
 
 
 def ip(*words: str) -> None:
@@ -47,6 +52,7 @@ def hosts() -> Iterator[list[str]]:
             ip("netns", "delete", name)
 
 
+@pytest.mark.skipif(not BY_ADDRESS, reason="this torchrun finds hosts by their names alone, which are equal here")
 def test_two_hosts_without_a_common_disk_learn_what_one_process_learns(
     volumes: Path, tmp_path: Path, hosts: list[str]
 ) -> None:
@@ -64,7 +70,11 @@ def test_two_hosts_without_a_common_disk_learn_what_one_process_learns(
         running.append(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | own)
         )
-    said = [one.communicate()[1] for one in running]
+    try:
+        said = [one.communicate(timeout=300)[1] for one in running]
+    finally:
+        for one in running:
+            one.kill()
     assert [one.returncode for one in running] == [0, 0], said
     assert "finished at step 20" in said[0] + said[1]
     written = [folder for folder in (volumes, tmp_path / "elsewhere") if (folder / "runs" / "run").exists()]
