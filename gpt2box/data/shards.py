@@ -152,7 +152,11 @@ def run(
             for number in range(first_file, len(sources)):
                 ahead = sources[number + len(coming) : number + 1 + FILES_AHEAD]
                 coming += [aside(source.bring) for source in ahead]
-                units = units_of(coming.popleft().result(), sources[number].name, column)
+                brought = coming.popleft()
+                # Another job may have the next file and wait for one of those before: they are finished first.
+                while writer.waiting and not brought.done():
+                    writer.take()
+                units = units_of(brought.result(), sources[number].name, column)
                 for index in range(first_unit if number == first_file else 0, len(units)):
                     if writer.full:
                         break

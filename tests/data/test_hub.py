@@ -199,6 +199,25 @@ def test_two_jobs_that_wait_for_each_others_next_file_both_end(server: Hub, volu
     assert other.returncode == 0
 
 
+def test_a_job_that_waits_for_another_finishes_what_that_one_waits_for(server: Hub, volumes: Path) -> None:
+    command = [sys.executable, "-c", OTHER_JOB]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin and other.stdout
+        assert other.stdout.readline() == "has the second\n"
+        options = Options(workers=1)
+        job = threading.Thread(target=prepare, args=[["hub:someone/speeches"], options], daemon=True)
+        job.start()
+        first = volumes / "data/raw/someone--speeches/passing/plain-train-00000.parquet"
+        while not first.exists():
+            time.sleep(0.01)
+        other.stdin.write("go on\n")
+        other.stdin.flush()
+        job.join(timeout=120)
+        assert not job.is_alive()
+        assert other.stdout.readline() == "done\n"
+    assert (volumes / "data/someone-speeches/train.bin").exists()
+
+
 def test_downloads_that_break_off_go_on(volumes: Path, pinned: Hub) -> None:
     pinned.cut_short = 5
     prepare(["openwebtext"], Options(split="nanogpt", workers=1))
