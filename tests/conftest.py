@@ -16,9 +16,11 @@ from hypothesis import settings
 from gpt2box.data import assets
 from gpt2box.data.corpora import own_text, tinyshakespeare
 from gpt2box.data.few import Request, prepare_few
-from gpt2box.data.tokenizer import Gpt2Tokenizer, from_ranks
+from gpt2box.data.tokenizer import Gpt2Tokenizer, Tokenizer, from_ranks
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.shape import ModelShape
+from gpt2box.training import checkpoint
+from gpt2box.training.state import TrainState
 
 ROOT = Path(__file__).parents[1]
 # How long an example takes says more of the machine than of the code.
@@ -127,3 +129,10 @@ def tiny_model(
             else:
                 parameter.mul_(5)
     return model.to(dtype)
+
+
+def write_checkpoint(folder: Path, model: GPT2, words: Tokenizer) -> None:
+    """A checkpoint of step 0 in a folder of any name."""
+    state = TrainState()
+    files = checkpoint.contents(model, torch.optim.AdamW(model.parameters()), state)
+    checkpoint.write_into(folder, files, checkpoint.config_of(model, words), state, words)

@@ -93,13 +93,6 @@ def make_folder(folder: Path) -> None:
             fsync_dir(parent)
 
 
-def write_files(
-    folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: TrainState, tokenizer: Tokenizer
-) -> None:
-    """All files of a checkpoint, from the tensors themselves."""
-    write_into(folder, contents(model, optimizer, state), config_of(model, tokenizer), state, tokenizer)
-
-
 def write_into(folder: Path, files: Files, config: dict[str, Any], state: TrainState, tokenizer: Tokenizer) -> None:
     """All files of a checkpoint, synced, state.json last; then the folder."""
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

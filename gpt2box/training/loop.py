@@ -170,9 +170,7 @@ def save_in_need(job: Job, saver: Saver) -> None:
     All ranks have the same weights, and the first waits for this one in the midst of a step.
     """
     if not job.group.first and (job.run / "plan.json").exists():
-        files = checkpoint.contents(job.model, job.optimizer, job.state)
-        config = checkpoint.config_of(job.model, job.tokenizer)
-        checkpoint.publish(job.run / "checkpoints", files, config, job.state, job.tokenizer)
+        checkpoint.save(job.run / "checkpoints", job.model, job.optimizer, job.state, job.tokenizer)
     saver.save(job.state)
 
 

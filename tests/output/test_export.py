@@ -18,9 +18,7 @@ from gpt2box.model.gpt2 import GPT2
 from gpt2box.output import export as module
 from gpt2box.output.export import export
 from gpt2box.planning.shape import ModelShape
-from gpt2box.training import checkpoint
-from gpt2box.training.state import TrainState
-from tests.conftest import Command, options
+from tests.conftest import Command, options, write_checkpoint
 
 TEXTS = [
     "To be, or not to be: that is the question.",
@@ -39,7 +37,7 @@ def saved(folder: Path, words: Tokenizer, bias: bool = True) -> tuple[GPT2, Path
             parameter.mul_(8) if parameter.dim() > 1 else parameter.add_(torch.randn_like(parameter) * 0.1)
         model.wte.weight[words.vocab_size :] = 0
     folder.mkdir()
-    checkpoint.write_files(folder, model, torch.optim.AdamW(model.parameters()), TrainState(step=0), words)
+    write_checkpoint(folder, model, words)
     return model.eval(), folder
 
 
@@ -167,7 +165,7 @@ def test_gguf_of_an_odd_width_is_refused_in_8_bits(tmp_path: Path, gpt2_tokenize
     model.initialise(1)
     folder = tmp_path / "odd"
     folder.mkdir()
-    checkpoint.write_files(folder, model, torch.optim.AdamW(model.parameters()), TrainState(), gpt2_tokenizer)
+    write_checkpoint(folder, model, gpt2_tokenizer)
     with pytest.raises(BadInput, match="q8_0 with n_embd 40"):
         export(folder, "gguf", "q8_0", tmp_path / "odd.gguf", "")
     assert not (tmp_path / "odd.gguf").exists()

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load
 
 from gpt2box.data.tokenizer import from_texts
@@ -21,9 +20,7 @@ from gpt2box.job import run_job
 from gpt2box.output.export import export
 from gpt2box.output.push import check_name, push
 from gpt2box.stop import StopRequest
-from gpt2box.training import checkpoint
-from gpt2box.training.checkpoint import TrainState
-from tests.conftest import TINY, Command, tiny_model
+from tests.conftest import TINY, Command, tiny_model, write_checkpoint
 
 TOKEN = "hf_secret0123456789"
 
@@ -149,7 +146,7 @@ def model(volumes: Path) -> Path:
     folder = volumes / "models" / "small"
     folder.mkdir(parents=True)
     network, words = tiny_model(), from_texts([string.printable], end_of_text=True)
-    checkpoint.write_files(folder, network, torch.optim.AdamW(network.parameters()), TrainState(), words)
+    write_checkpoint(folder, network, words)
     return folder
 
 
