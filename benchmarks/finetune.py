@@ -58,7 +58,7 @@ def plot(least: dict[str, dict[float, float]], path: Path) -> None:
 
 def learning_rates(volumes: Path, arguments: argparse.Namespace) -> None:
     """All weights and adapters, by learning rate."""
-    ways = {"all weights": ("all weights", {})} | {
+    ways: dict[str, tuple[str, dict[str, int]]] = {"all weights": ("all weights", {})} | {
         f"adapters of rank {rank}": ("adapters", {"lora_rank": rank}) for rank in RANKS
     }
     least: dict[str, dict[float, float]] = {}

@@ -33,6 +33,8 @@ from gpt2box.paths import dataset_dir
 from gpt2box.planning.choose import Place, options
 from gpt2box.planning.plan import RunPlan, make_plan
 from gpt2box.planning.shape import ModelShape
+from gpt2box.ranks import ALONE
+from gpt2box.training.distributed import Group
 from gpt2box.training.optim import learning_rate, make_optimizer, make_update
 from gpt2box.training.validation import evaluate
 
@@ -49,7 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 STEPS = {"small": 666, "medium": 266}  # of AdamW
 SHARES = (0.37, 0.6)  # of them, for Muon; its sweep is at the last
-SWEEP = {"adamw": (5e-3, 1e-2, 2e-2), "muon": (1e-2, 2e-2)}
+SWEEP = {"adamw": (5e-3, 1e-2, 2e-2), "muon": (1e-2, 2e-2, 4e-2)}
 
 
 @dataclass
@@ -104,7 +106,7 @@ def trained(dataset: Dataset, plan: RunPlan, evaluations: int = 4) -> tuple[list
     update = make_update(make_optimizer(model, plan), plan)
     windows = TrainWindows(dataset.tokens("train"), plan.shape.block_size, plan.seed)
     path, curve, seconds = dataset.folder / "train.bin", [], 0.0
-    with closing(micro_batches(path, windows, plan.shape.vocab_size, 0, plan.micro_batch_size, False)) as batches:
+    with closing(micro_batches(path, windows, plan.shape.vocab_size, 0, plan.micro_batch_size, False, 1)) as batches:
         for step in range(plan.max_steps):
             begun = time.thread_time()
             total = torch.zeros(())
@@ -117,7 +119,7 @@ def trained(dataset: Dataset, plan: RunPlan, evaluations: int = 4) -> tuple[list
             update(total)
             seconds += time.thread_time() - begun
             if (step + 1) % (plan.max_steps // evaluations) == 0 or step + 1 == plan.max_steps:
-                curve.append(((step + 1) * plan.tokens_per_step, evaluate(model, dataset, plan)[0]))
+                curve.append(((step + 1) * plan.tokens_per_step, evaluate(model, dataset, plan, Group(ALONE))[0]))
     return curve, seconds
 
 
