@@ -180,6 +180,12 @@ class Config(BaseModel):
     loss_chunk_tokens: Whole = setting(
         512, "tokens whose logits exist at a time", group="Machine", may_change=True, ge=1
     )
+    shard: bool = setting(
+        False,
+        "with several GPUs: each keeps a share of weights, gradients and averages (FSDP2). Less memory, more is sent",
+        group="Machine",
+        may_change=True,
+    )
     deterministic: AutoBool = setting(
         "auto",
         "the same bits each time. auto: on a CPU, where it is free; on a GPU slower, by how much is not measured yet",

@@ -28,6 +28,8 @@ def contradictions(config: Config) -> list[str]:
         faults.append("compile: found true; expected auto or false with optimizer_in_backward")
     if config.optimizer == "muon" and config.optimizer_in_backward:
         faults.append("optimizer: found muon with optimizer_in_backward; expected adamw: muon needs whole gradients")
+    if config.shard and config.weights_dtype != "float32":
+        faults.append(f"shard: found with weights_dtype {config.weights_dtype}; expected float32")
     if config.lora_rank:
         faults += contradictions_of_adapters(config)
     elif config.lora_alpha is not None:
@@ -46,7 +48,7 @@ def contradictions_of_adapters(config: Config) -> list[str]:
         faults.append(f"lora_rank: found {config.lora_rank}; expected at most n_embd, {config.shape()['n_embd']}")
     if config.optimizer == "muon":
         faults.append("optimizer: found muon with lora_rank; expected adamw, as adapters are published with")
-    for key in ("optimizer_states", "optimizer_in_backward"):
+    for key in ("optimizer_states", "optimizer_in_backward", "shard"):
         if getattr(config, key) != Config.model_fields[key].default:
             faults.append(f"{key}: found with lora_rank, whose gradients and averages are small; expected the default")
     if config.activation_checkpointing == "selective":

@@ -16,14 +16,13 @@ from gpt2box.data.published import pretrained_folder, shape_in, shape_on
 from gpt2box.data.tokenizer import prompt_ids
 from gpt2box.data.tokens import Dataset
 from gpt2box.errors import MachineCannot
-from gpt2box.fitting import choose_way, device_of, place_for, shared, ways_down
+from gpt2box.fitting import check_split, choose_way, device_of, place_for, shared, ways_down
 from gpt2box.machine.determinism import make_deterministic
 from gpt2box.machine.device import choose_compile, choose_device, choose_dtype
 from gpt2box.machine.provenance import provenance
 from gpt2box.model.decode import Decoder
 from gpt2box.model.generate import Choice, generate
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.lora import add_adapters
 from gpt2box.model.weights import load_hub
 from gpt2box.output.learned import by_heart, read_by_heart, side_by_side
 from gpt2box.output.page import report_page
@@ -43,7 +42,8 @@ from gpt2box.training import checkpoint, kept, weights_and_biases
 from gpt2box.training.display import Display
 from gpt2box.training.distributed import Group, Silence, joined
 from gpt2box.training.loop import Job, train
-from gpt2box.training.optim import make_optimizer
+from gpt2box.training.network import empty_model, fill
+from gpt2box.training.optim import Optimizer, make_optimizer
 from gpt2box.training.recovery import HalfDoneStep, NotFinite, back_to_last, go_back, machine_fault
 from gpt2box.training.state import TrainState
 from gpt2box.training.validation import evaluate
@@ -90,6 +90,7 @@ def run_in(
         say(f"note: {line}")
     weights, shape = group.from_first(lambda: model_shape(config, dataset))
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
+    group.from_first(lambda: check_split(config, shape, group.ranks.count))
     place = shared(group.gathered(place_for(config, shape, device, dtype, compile_model)))
     option = group.from_first(lambda: choose_way(config, shape, place))
     peak = place.kind.bf16_tflops if place.kind and place.on_gpu and place.dtype == "bfloat16" else 0.0
@@ -112,17 +113,20 @@ def run_in(
             with saying_out_of_memory(plan):
                 model = empty_model(plan)
                 optimizer = make_optimizer(model, plan)
-                if group.first and (not found or plan.lora_rank):
-                    initialise(model, config, weights)
-                if group.first and found:
-                    checkpoint.restore(found[0], model, optimizer, state)
-                group.send(model, optimizer)
+
+                def values(model: GPT2, optimizer: Optimizer) -> None:
+                    if not found or plan.lora_rank:
+                        initialise(model, config, weights)
+                    if found:
+                        checkpoint.restore(found[0], model, optimizer, state)
+
+                fill(model, optimizer, plan, group, values)
             if group.first:
                 session = session_of(provenance(device), plan, state.step, changed)
                 if found:
                     say_what_may_change_bits(run, session)
                 write_records(run, config, plan, dataset, session, weights)
-            sampler: Any = Sampler(config, model, dataset, run) if group.first else Silence()
+            sampler: Any = Sampler(config, model, dataset, run) if group.first and not plan.shard else Silence()
             pretrained = config.init_from != "scratch"
             ways = ways_down(config, shape, place)
             job = Job(
@@ -138,7 +142,7 @@ def run_in(
                     raise fault from error
                 raise
             state = job.state
-            if config.sample_tokens and not stop and group.first:
+            if config.sample_tokens and not stop and group.first and not plan.shard:
                 look_back(config, job)
     if not group.first:
         return
@@ -193,21 +197,6 @@ def initialise(model: GPT2, config: Config, weights: Path | None) -> None:
         model.initialise(config.seed)
 
 
-def empty_model(plan: RunPlan) -> GPT2:
-    """The network without values, as the plan has it."""
-    model = GPT2.empty(plan.shape, plan.dropout, plan.device, getattr(torch, plan.weights_dtype))
-    configure(model, plan)
-    if plan.lora_rank:
-        add_adapters(model, plan.lora_rank, plan.lora_alpha, plan.seed)
-    return model
-
-
-def configure(model: GPT2, plan: RunPlan) -> None:
-    """What trades memory for time."""
-    model.activation_checkpointing = plan.activation_checkpointing
-    model.loss_chunk_tokens = plan.loss_chunk_tokens
-
-
 def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
     """What is about to happen, in a few lines."""
     shape = plan.shape
@@ -230,6 +219,8 @@ def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
     pace = plan.expected_tokens_per_sec
     seconds = plan.max_steps * plan.tokens_per_step / pace if pace else 0
     speed = f"{pace:,.0f} tokens/s, {duration(seconds)} to the end" if pace else ""
+    if plan.shard:
+        say("  each rank keeps a share of weights, gradients and averages; samples are left to gpt2box sample")
     if plan.device != "cpu":
         estimated = "" if plan.speed_measured or not speed else f"; {speed}"
         say(f"  estimated: {size(sum(plan.memory.values()))} of the card's memory{estimated}")
@@ -248,6 +239,14 @@ def saying_out_of_memory(plan: RunPlan) -> Iterator[None]:
 
 def out_of_memory(plan: RunPlan) -> MachineCannot:
     """What to do where even the way that takes least does not fit, or another rank is in the midst of the step."""
+    if plan.shard:
+        return MachineCannot(
+            f"rank {ranks().rank}: out of memory with micro_batch_size {plan.micro_batch_size}, "
+            f"activation_checkpointing {plan.activation_checkpointing}, in a step of all ranks, that share the weights",
+            "as much free memory on each GPU as at the beginning, and a plan that holds (it is estimated)",
+            f"--micro-batch-size {max(plan.micro_batch_size // 2, 1)} --activation-checkpointing full goes on from the "
+            "last checkpoint with less",
+        )
     if plan.ranks > 1:
         return MachineCannot(
             f"rank {ranks().rank}: out of memory with micro_batch_size {plan.micro_batch_size}, in a step of all ranks",
@@ -270,6 +269,7 @@ def evaluate_only(config: Config, plan: RunPlan, dataset: Dataset, weights: Path
     of_run = best.exists() and began == config.init_from
     if plan.lora_rank:  # its checkpoints have the adapters added in
         plan = replace(plan, lora_rank=0, weights_dtype="float32")
+    plan = replace(plan, shard=False)  # the first rank evaluates by itself
     with saying_out_of_memory(plan):
         model = empty_model(plan)
         if of_run:

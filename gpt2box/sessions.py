@@ -12,7 +12,7 @@ from gpt2box.planning.plan import RunPlan
 # How the steps are done: other numbers of these add in another order.
 WAY = (
     "micro_batch_size", "grad_accum_steps", "activation_checkpointing", "loss_chunk_tokens", "compile", "dtype",
-    "deterministic", "ranks",
+    "deterministic", "ranks", "shard",
 )  # fmt: skip
 OF_BITS = ("way.", "gpu.", "packages.torch", "packages.triton", "environment.", "device_type")
 OF_BITS_ON_CPU = ("cpu.model", "cpu.instructions", "cpu.threads")

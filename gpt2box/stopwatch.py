@@ -23,7 +23,6 @@ from gpt2box import __version__
 from gpt2box.data.batches import PREFETCH, val_window_starts
 from gpt2box.data.tokenizer import CharTokenizer
 from gpt2box.data.tokens import Dataset
-from gpt2box.job import configure, empty_model
 from gpt2box.machine.device import peak_memory_bytes
 from gpt2box.planning import measured
 from gpt2box.planning.choose import MOST_TOKENS, Option
@@ -37,6 +36,7 @@ from gpt2box.stop import StopRequest
 from gpt2box.training.distributed import Group
 from gpt2box.training.kept import folder_name
 from gpt2box.training.loop import Job, open_batches, take_step
+from gpt2box.training.network import configure, empty_model
 from gpt2box.training.optim import make_optimizer, make_update
 from gpt2box.training.saver import Saver
 from gpt2box.training.state import TrainState

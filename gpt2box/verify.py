@@ -23,7 +23,7 @@ from gpt2box.data.published import pretrained_folder, shape_on
 from gpt2box.data.tokens import Dataset, open_dataset
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.fitting import place_of
-from gpt2box.job import empty_model, initialise, model_shape, set_arithmetic
+from gpt2box.job import initialise, model_shape, set_arithmetic
 from gpt2box.machine.device import choose_compile, choose_device
 from gpt2box.machine.provenance import provenance
 from gpt2box.model.lora import adapters
@@ -43,6 +43,7 @@ from gpt2box.training.digest import checksum
 from gpt2box.training.distributed import Group, Silence
 from gpt2box.training.kept import folder_name
 from gpt2box.training.loop import Job, open_batches, take_step
+from gpt2box.training.network import empty_model
 from gpt2box.training.optim import make_optimizer, make_update
 from gpt2box.training.state import TrainState, parse_state, read_state
 
@@ -288,7 +289,7 @@ def first_difference(job: Job, folder: Path) -> tuple[str, str]:
     if trained := adapters(job.model):
         files.append((checkpoint.ADAPTERS, {name: parameter.detach() for name, parameter in trained.items()}))
     if state.optimizer_steps:
-        files.append(("optimizer.safetensors", checkpoint.optimizer_state(job.model, job.optimizer)))
+        files.append(("optimizer.safetensors", dict(checkpoint.optimizer_state(job.model, job.optimizer))))
     for name, tensors in files:
         with safe_open(folder / name, framework="pt") as stored:
             present = set(stored.keys())

@@ -100,10 +100,15 @@ class GPT2(nn.Module):
         cls, shape: ModelShape, dropout: float, device: torch.device | str, matrices: torch.dtype = torch.float32
     ) -> GPT2:
         """On a device, without values: for weights that are read or drawn right after. Vectors stay in float32."""
+        return cls.outline(shape, dropout, matrices).to_empty(device=device)
+
+    @classmethod
+    def outline(cls, shape: ModelShape, dropout: float, matrices: torch.dtype = torch.float32) -> GPT2:
+        """The same on no device at all."""
         with torch.device("meta"):
             model = cls(shape, dropout)
             model.matrices_to(matrices)
-        return model.to_empty(device=device)
+        return model
 
     def matrices_to(self, dtype: torch.dtype) -> None:
         """Biases and norms stay as they are."""

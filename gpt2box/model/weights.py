@@ -9,7 +9,7 @@ biases, which are the same function; config.json then says so for our own readin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +82,13 @@ def hub_state(model: GPT2) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in hub_views(model)}
 
 
-def hub_views(model: GPT2) -> Iterator[tuple[str, Tensor]]:
-    """The same one after the other, not copied, numbers of more bytes first; with adapters, each sum is made here."""
+def hub_views(model: GPT2, get: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same one after the other, not copied, numbers of more bytes first; with adapters, each sum is made here.
+
+    `get`: what is taken of a parameter, where it is split over several ranks.
+    """
     for name, parameter in sorted(own_parameters(model).items(), key=lambda item: -item[1].element_size()):
-        tensor = hub_view(name, merged(model, name, parameter), model.shape.vocab_size)
+        tensor = hub_view(name, get(merged(model, name, parameter)), model.shape.vocab_size)
         yield PREFIX + name, tensor
         if not model.shape.bias and name.endswith("weight") and not name.endswith(("wte.weight", "wpe.weight")):
             yield PREFIX + name.removesuffix("weight") + "bias", torch.zeros(tensor.size(-1))

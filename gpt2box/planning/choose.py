@@ -14,7 +14,7 @@ from gpt2box.planning.cards import CARDS, CardKind
 from gpt2box.planning.measured import Measured, compiled_or_not, job_of, read
 from gpt2box.planning.memory import Memory, Step, training_memory
 from gpt2box.planning.shape import ModelShape
-from gpt2box.planning.throughput import together, tokens_per_sec
+from gpt2box.planning.throughput import between_gathers, together, tokens_per_sec
 from gpt2box.progress import size
 
 RECOMPUTE = ("none", "selective", "full")
@@ -67,7 +67,9 @@ class Place:
 RUNGS: list[dict[str, Any]] = [
     {"micro_batch_size": "auto", "activation_checkpointing": "auto"},
     {"compile": False},
+    {"shard": True},
     {"optimizer_states": "int8"},
+    {"optimizer_states": "int8", "shard": True},
     {"optimizer_states": "int8", "compile": False},
     {"optimizer_states": "int8", "optimizer_in_backward": True},
     {"optimizer_states": "int8", "optimizer_in_backward": True, "weights_dtype": "bfloat16"},
@@ -160,6 +162,7 @@ def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:
             optimizer_states=config.optimizer_states,
             optimizer_in_backward=config.optimizer_in_backward,
             lora_rank=config.lora_rank,
+            split=place.ranks if config.shard else 1,
         )
         memory = training_memory(shape, step)
         if place.ranks > 1 and place.on_gpu:
@@ -190,6 +193,9 @@ def rate(config: Config, shape: ModelShape, kind: CardKind, option: Option, comp
     lean = config.optimizer_states != "float32" or config.weights_dtype != "float32"
     updates = option.grad_accum_steps if config.optimizer_in_backward else int(lean)
     alone = tokens_per_sec(shape, kind, *way, compiled, updates, muon=config.optimizer == "muon")
+    if config.shard:
+        alone = between_gathers(alone, option.micro_batch_size * shape.block_size, option.ranks, shape)
+        return together(alone, config.tokens_per_step, option.ranks, 0)
     return together(alone, config.tokens_per_step, option.ranks, option.memory.weights)
 
 
@@ -223,6 +229,8 @@ def rungs(config: Config, shape: ModelShape, place: Place) -> Iterator[tuple[str
             changed.pop("optimizer_in_backward", None)
         if not compiles:
             changed.pop("compile", None)
+        if place.ranks == 1 or config.lora_rank or config.weights_dtype != "float32":
+            changed.pop("shard", None)
         if changed in tried:
             continue
         tried.append(changed)

@@ -128,6 +128,7 @@ class Step:
     optimizer_states: str
     optimizer_in_backward: bool
     lora_rank: int = 0
+    split: int = 1  # ranks that share weights, gradients and averages
 
 
 def update_scratch(shape: ModelShape, step: Step, lean: bool) -> int:
@@ -166,7 +167,8 @@ def training_memory(shape: ModelShape, step: Step) -> Memory:
     block_grads = 0 if step.optimizer_in_backward else weights - weight * (P + T) * C
 
     tiny = 0 if mode == "full" else 16 + 4 * shape.n_head  # norms' and attention's sums, a token
-    layer, copies = COMPILED[step.dtype][mode] if step.compiled else (kept.layer, 0)
+    blocks_alone = step.split > 1 and mode == "full"  # compiled one by one, and what one keeps is given up after it
+    layer, copies = COMPILED[step.dtype][mode] if step.compiled and not blocks_alone else (kept.layer, 0)
     per_layer = M * (C * (layer + (kept.dropout if dropout else 0)) + tiny) + copies * C * C
     ends = M * (4 * C + 8 + (C if dropout else 0))  # the last residual and its norm, the embedding's mask
     saved = L * per_layer + ends
@@ -194,27 +196,34 @@ def training_memory(shape: ModelShape, step: Step) -> Memory:
         # An adapter's output and its sum with the product's; the figure is the simulation's.
         forming = chunk + 10 * M * C
         work += (5 if mode == "full" else 10) * M * C
+    # Split over ranks: each keeps its rows of what rests. What is worked on is there as a whole, the embedding for all
+    # of a pass; of blocks the one at work, the next and the gradients that are on their way. Counted in a simulation.
+    R = step.split
+    root, block = (4 * (P + T) * C, 48 * C * C) if R > 1 else (0, 0)
+    always, block_grads, averages = always // R, block_grads // R, averages // R
+    gathered, backward, averaging = root + block, root + 11 * block // 4, root + 4 * block + block // R
     held = always if step.accumulates else 0
     embedding_grads = VOCABULARY_COPIES + (1 if step.accumulates and not step.optimizer_in_backward else 0)
     moments = {
-        "a block's forward pass": (held, saved + M * C * kept.forward + 4 * copy * C * C, 0),
-        "the loss": (held, saved, 4 * M * C + hidden_grad + forming),
-        "the last block's backward pass": (held, saved + work, hidden_grad + kept_grad),
+        "a block's forward pass": (held, saved + M * C * kept.forward + 4 * copy * C * C + gathered + block, 0),
+        "the loss": (held, saved + gathered, 4 * M * C + hidden_grad + forming),
+        "the last block's backward pass": (held, saved + work + backward, hidden_grad + kept_grad),
+        "a block's gradients among ranks": (held, saved - per_layer + averaging, hidden_grad + kept_grad),
         "the first block's backward pass": (
             always if step.accumulates else block_grads * (L - 1) // L,
-            per_layer + ends + work,
+            per_layer + ends + work + backward,
             hidden_grad + kept_grad,
         ),
-        "the embedding's gradient": (always, M * (8 * C + 48), embedding_grads * kept_grad),
+        "the embedding's gradient": (always, M * (8 * C + 48) + gathered, embedding_grads * kept_grad),
         "the largest update": (always, scratch, kept_grad if step.optimizer_in_backward else 0),
     }
     moment = max(moments, key=lambda name: sum(moments[name]))
     gradients, activations, loss = moments[moment]
     workspace = CUBLAS_WORKSPACE + SMALL
     # Gaps in PyTorch's segments: the simulated allocator showed 1 to 5% for the published sizes.
-    margin = (32 << 20) + (gradients + activations + loss) // 40 + output_grad
+    margin = (32 << 20) + (gradients + activations + loss) // 40 + output_grad + block
     context = CUDA_CONTEXT if step.on_gpu else 0
-    return Memory(weights, gradients, averages, activations, loss, workspace, margin, context, moment)
+    return Memory(weights // R, gradients, averages, activations, loss, workspace, margin, context, moment)
 
 
 def evaluation_sequences(shape: ModelShape, dtype: str, loss_chunk_tokens: int, step: dict[str, int]) -> int:

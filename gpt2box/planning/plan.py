@@ -31,6 +31,7 @@ class RunPlan:
     micro_batch_size: int
     grad_accum_steps: int  # on each rank
     ranks: int  # processes that share a step's sequences
+    shard: bool  # and its weights, gradients and averages
     sequences_per_step: int
     tokens_per_step: int
     epochs: float
@@ -133,6 +134,7 @@ def make_plan(
         micro_batch_size=option.micro_batch_size,
         grad_accum_steps=option.grad_accum_steps,
         ranks=option.ranks,
+        shard=config.shard and option.ranks > 1,
         sequences_per_step=sequences,
         tokens_per_step=config.tokens_per_step,
         epochs=config.max_steps * config.tokens_per_step / max(train_tokens, 1),

@@ -61,6 +61,18 @@ def tokens_per_sec(
     return grad_accum_steps * M / (grad_accum_steps * (arithmetic + weights) + update)
 
 
+def between_gathers(alone: float, micro_batch_tokens: int, ranks: int, shape: ModelShape) -> float:
+    """Tokens a second of one card whose weights are split over several, of what it does with all of them there.
+
+    In each micro-step the weights are put together twice and their gradients averaged once, in float32, around the same
+    ring, while the card computes; the slower of the two is what counts. That nothing else is waited for is assumed.
+    """
+    if ranks == 1 or not alone:
+        return alone
+    sent = 3 * (ranks - 1) / ranks * 4 * padded_parameters(shape) / (BETWEEN_CARDS_GB_S * 1e9)
+    return micro_batch_tokens / max(micro_batch_tokens / alone, sent)
+
+
 def together(alone: float, tokens_per_step: int, ranks: int, gradient_bytes: int) -> float:
     """Tokens a second of several cards in one machine, of what one does `alone`; 0 where that is not known.
 

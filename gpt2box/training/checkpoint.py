@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from gpt2box.paths import fix_hint, fsync_dir
 from gpt2box.progress import size
 from gpt2box.training.kept import folder_name, point_to_last_and_best, recover
 from gpt2box.training.lean import LeanAdamW, reset
+from gpt2box.training.shards import outline, whole
 from gpt2box.training.state import TrainState, read_state, write_state
 from gpt2box.training.tensor_file import Tensors, read_tensors, write_tensors
 
@@ -118,18 +120,17 @@ def forget_pages(path: Path) -> None:
 
 def contents(model: GPT2, optimizer: torch.optim.Optimizer, state: TrainState) -> Files:
     """What a checkpoint's files hold, in the layout on disk but where it lies, not copied."""
-    files: Files = {"model.safetensors": lambda: hub_views(model)}
+    files: Files = {"model.safetensors": lambda get: hub_views(model, get)}
     if trained := adapters(model):
-        files[ADAPTERS] = lambda: ((name, parameter.detach()) for name, parameter in trained.items())
+        files[ADAPTERS] = lambda get: ((name, get(parameter.detach())) for name, parameter in trained.items())
     # Before the first step all averages are zero.
-    averages = optimizer_state(model, optimizer) if state.optimizer_steps else {}
-    files["optimizer.safetensors"] = lambda: sorted(averages.items(), key=lambda item: -item[1].element_size())
+    files["optimizer.safetensors"] = lambda get: optimizer_state(model, optimizer, get) if state.optimizer_steps else ()
     return files
 
 
 def bytes_of(files: Files) -> int:
     """Size on disk, but for small files."""
-    return sum(tensor.numel() * tensor.element_size() for tensors in files.values() for _, tensor in tensors())
+    return sum(tensor.numel() * tensor.element_size() for tensors in files.values() for _, tensor in tensors(outline))
 
 
 def config_of(model: GPT2, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -138,19 +139,18 @@ def config_of(model: GPT2, tokenizer: Tokenizer) -> dict[str, Any]:
     return hub_config(model.shape, model.dropout, tokenizer.end_of_text, dtype)
 
 
-def optimizer_state(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_state(
+    model: GPT2, optimizer: torch.optim.Optimizer, get: Callable[[Tensor], Tensor] = whole
+) -> Iterator[tuple[str, Tensor]]:
     """All it keeps: averages in the layout of the weights, and else (8 bits, a number a row) as it lies in memory."""
-    tensors = {}
-    for name, parameter in trained_parameters(model).items():
-        for key, tensor in optimizer.state[parameter].items():
-            if key == "step":
-                if isinstance(optimizer, LeanAdamW):  # whose tensors may have left out different steps
-                    tensors[f"step.{name}"] = tensor
-            elif tensor.shape == parameter.shape:
-                tensors[f"{key}.{name}"] = hub_view(name, tensor, model.shape.vocab_size)
-            else:
-                tensors[f"{key}.{name}"] = tensor
-    return tensors
+    parameters = trained_parameters(model)
+    kept = [(name, *item) for name, parameter in parameters.items() for item in optimizer.state[parameter].items()]
+    for name, key, tensor in sorted(kept, key=lambda item: -item[2].element_size()):
+        if key == "step" and not isinstance(optimizer, LeanAdamW):  # whose tensors may have left out different steps
+            continue
+        alike = key != "step" and tensor.shape == parameters[name].shape
+        tensor = get(tensor)
+        yield f"{key}.{name}", hub_view(name, tensor, model.shape.vocab_size) if alike else tensor
 
 
 def trained_parameters(model: GPT2) -> dict[str, torch.nn.Parameter]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt2box.model.gpt2 import GPT2
+from gpt2box.training.shards import local, sum_over_ranks
 
 TENSORS = ".safetensors"
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd, its bits well mixed: 2⁶⁴ over the golden ratio (Knuth, volume 3, 6.4)
@@ -20,12 +21,13 @@ def checksum(model: GPT2, optimizer: torch.optim.Optimizer) -> str:
     """Of the bits of weights and averages, 16 hexadecimal digits; waits for the device.
 
     The bits are added up as whole numbers of 64 bits, whose sum no order changes, each tensor's sum is multiplied by
-    a number of its own. One bit of difference always shows; not shown is what only trades places within a tensor.
+    a number of its own. One bit of difference always shows; not shown is what only trades places within a tensor. Of
+    tensors that are split over ranks each adds up its rows; all come to the same.
     """
-    sums = torch.stack([sum_of_bits(tensor) for tensor in learned(model, optimizer)])
+    sums = torch.stack([sum_of_bits(local(tensor)) for tensor in learned(model, optimizer)])
     factors = [signed((2 * index + 1) * MULTIPLIER) for index in range(len(sums))]
-    total = int((sums * torch.tensor(factors, device=sums.device)).sum())
-    return f"{total % 2**64:016x}"
+    total = sum_over_ranks((sums * torch.tensor(factors, device=sums.device)).sum(), model)
+    return f"{int(total) % 2**64:016x}"
 
 
 def learned(model: GPT2, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

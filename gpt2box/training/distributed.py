@@ -1,8 +1,9 @@
 """Several processes as one training run: PyTorch's DistributedDataParallel, started by torchrun.
 
-Each rank takes its share of a step's sequences and holds all weights; gradients are averaged between them before a
-step, so all take the same one. The first rank alone reads and writes the run's folder; what it decides the others are
-sent. Words between ranks go over gloo, from one CPU to the other, so that no GPU is waited for.
+Each rank takes its share of a step's sequences and holds all weights, or with `shard` some rows of each (shards.py);
+gradients are averaged between them before a step, so all take the same one. The first rank alone reads and writes the
+run's folder; what it decides the others are sent. Words between ranks go over gloo, from one CPU to the other, so that
+no GPU is waited for.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from gpt2box.errors import Gpt2boxError, TryAgain
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.ranks import ALONE, Ranks, ranks
 from gpt2box.stop import StopRequest
+from gpt2box.training.shards import is_split
 
 T = TypeVar("T")
 
@@ -117,7 +119,7 @@ class Group:
         micro-step's backward pass is done. Gradients exist from now on, as parts of the buckets that are sent: made
         later, they would be there twice.
         """
-        if self.alone:
+        if self.alone or is_split(model):
             return forward
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -127,8 +129,8 @@ class Group:
         return DistributedDataParallel(forward, ids, gradient_as_bucket_view=True)
 
     def micro_step(self, forward: Any, last: bool) -> AbstractContextManager[None]:
-        """Around a forward and backward pass: gradients are averaged in a step's last alone."""
-        if self.alone or last:
+        """Around a forward and backward pass: gradients are averaged in a step's last alone; split ones, in each."""
+        if self.alone or last or is_split(forward):
             return nullcontext()
         unsent: AbstractContextManager[None] = forward.no_sync()
         return unsent

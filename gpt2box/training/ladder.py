@@ -60,12 +60,12 @@ def rehearse(job: Job, forward: Any, display: Display) -> None:
 
     In a step there is no way back: where one rank breaks off, the others wait for its gradients. So each does a
     micro-step by itself, on nothing but zeros, and says how it went. Where memory runs out later, since another program
-    took it, the run ends.
+    took it, the run ends. Weights that are split over the ranks leave none a micro-step by itself: no rehearsal then.
 
     Raises:
         torch.cuda.OutOfMemoryError: even the least was too much for one of them.
     """
-    while not job.group.alone:
+    while not job.group.alone and not job.plan.shard:
         plan, done = job.plan, False
         nothing = torch.zeros(plan.micro_batch_size, plan.shape.block_size, dtype=torch.int32, device=plan.device)
         with suppress(torch.cuda.OutOfMemoryError), job.group.micro_step(forward, last=False):

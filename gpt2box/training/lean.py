@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from gpt2box.training.bad_steps import BadSteps
 from gpt2box.training.eight_bit import BLOCK, dequantise, quantise, round_to_bfloat16
+from gpt2box.training.shards import local, zeros
 
 CHUNK = 8192 * BLOCK  # numbers updated at a time: their float32 copies are all the scratch space there is
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
@@ -25,7 +27,9 @@ class LeanAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019) that works through a tensor in chunks, with no scratch space of its size.
 
     `states` int8 keeps the averages of matrices in 8 bits; of the squares, the roots. Vectors' stay in float32, they
-    are few. As PyTorch's fused AdamW, it divides gradients by `grad_scale` and leaves out a step with `found_inf`.
+    are few. As PyTorch's fused AdamW, it divides gradients by `grad_scale` and leaves out a step with `found_inf`;
+    and a group whose weights and averages are all in float32 it leaves to that one. Of tensors that are split over
+    ranks (shards.py) it updates this rank's rows.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], states: str, seed: int):
@@ -49,13 +53,45 @@ class LeanAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """A step with the gradients present."""
+        """A step with the gradients present; none of it where `found_inf`."""
+        self.half_done = True
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    good = 1.0 - self.found_inf if self.found_inf is not None else torch.ones_like(parameter.grad.sum())
-                    self.update(parameter, group, parameter.grad, good, self.grad_scale)
+            present = [p for p in group["params"] if p.grad is not None]
+            if "parts" not in group and all(self.is_plain(p) for p in present):
+                self.fused_step(present, group)
+                continue
+            for parameter in present:
+                grad = local(parameter.grad)
+                good = 1.0 - self.found_inf if self.found_inf is not None else torch.ones_like(grad.sum())
+                self.update(parameter, group, grad, good, self.grad_scale)
         self.half_done = False
+
+    def is_plain(self, parameter: Tensor) -> bool:
+        """Weights and averages in float32."""
+        return parameter.dtype == torch.float32 and self.state[parameter]["exp_avg"].dtype == torch.float32
+
+    def fused_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """AdamW by PyTorch."""
+        states = [local_state(self.state[p]) for p in parameters]
+        beta1, beta2 = group["betas"]
+        adamw(
+            [local(p) for p in parameters],
+            [local(p.grad) for p in parameters if p.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            grad_scale=self.grad_scale,
+            found_inf=self.found_inf,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
     @torch.no_grad()
     def update(
@@ -74,13 +110,13 @@ class LeanAdamW(torch.optim.Optimizer):
         """
         assert self.generator is not None, "begin() comes first"
         self.half_done = True
-        state, (beta1, beta2) = self.state[parameter], group["betas"]
+        state, (beta1, beta2) = local_state(self.state[parameter]), group["betas"]
         keep = (good == 0) if first and last else torch.zeros_like(good, dtype=torch.bool)
         if last:
             state["step"] += (~keep).float()
         # Of a step that is left out at the very beginning, 0: its quotient is not used.
         bias1, bias2 = (1 - beta ** state["step"].clamp(min=1) for beta in (beta1, beta2))
-        weights, gradients = parameter.view(-1), grad.reshape(-1)
+        weights, gradients = local(parameter).view(-1), grad.reshape(-1)
         for begin in range(0, weights.numel(), CHUNK):
             rows = slice(begin, begin + CHUNK)
             g = gradients[rows].float()
@@ -105,12 +141,17 @@ def empty_state(parameter: Tensor, states: str, keys: Iterable[str] = tuple(SIGN
     state = {"step": torch.empty((), dtype=torch.float32, device=parameter.device)}
     for key in keys:
         if states == "int8" and parameter.dim() >= 2:
-            state[key] = torch.empty(parameter.numel(), dtype=torch.uint8, device=parameter.device)
-            state[f"{key}_scale"] = torch.empty(-(-parameter.numel() // BLOCK), device=parameter.device)
+            state[key] = zeros(parameter.numel(), parameter, torch.uint8)
+            state[f"{key}_scale"] = zeros(-(-parameter.numel() // BLOCK), parameter)
         else:
-            state[key] = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+            state[key] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
     reset(state)
     return state
+
+
+def local_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of averages that are split over ranks, this one's rows."""
+    return {key: local(tensor) for key, tensor in state.items()}
 
 
 def reset(state: dict[str, Tensor]) -> None:

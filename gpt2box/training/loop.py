@@ -37,7 +37,7 @@ from gpt2box.training.lean import LeanAdamW, StepInBackward
 from gpt2box.training.metrics import Interval, Metrics, finite_or_none
 from gpt2box.training.optim import GuardedStep, Optimizer, learning_rate, make_update
 from gpt2box.training.recovery import HalfDoneStep, NotFinite
-from gpt2box.training.saver import Saver
+from gpt2box.training.saver import Companion, Saver
 from gpt2box.training.state import TrainState
 from gpt2box.training.validation import autocast, evaluate
 
@@ -79,7 +79,8 @@ def train(job: Job) -> None:
     """
     state, agreed = job.state, Agreed(job.stop, job.group)
     job.model.train()
-    forward = job.group.parallel(job.model, torch.compile(job.model) if job.plan.compile else job.model)
+    compiled = job.plan.compile and not job.plan.shard  # else its blocks are, each by itself
+    forward = job.group.parallel(job.model, torch.compile(job.model) if compiled else job.model)
     metrics, display = open_displays(job)
     saver = open_saver(job, display)
     # LeanAdamW's step may break off half-way; then there must be a checkpoint to go back to.
@@ -158,17 +159,20 @@ def train(job: Job) -> None:
 
 
 def open_saver(job: Job, display: Display) -> Saver:
-    """What writes checkpoints; of other ranks than the first, nothing."""
+    """What writes checkpoints; of other ranks than the first, nothing, or what hands it their rows."""
     if not job.group.first:
-        return cast(Saver, Silence())
+        return cast(Saver, Companion(job.model, job.optimizer) if job.plan.shard else Silence())
     return Saver(job.run / "checkpoints", job.model, job.optimizer, job.tokenizer, job.plan, display.line)
 
 
 def save_in_need(job: Job, saver: Saver) -> None:
     """Save where memory has run out: also another rank than the first, if it sees the run's folder.
 
-    All ranks have the same weights, and the first waits for this one in the midst of a step.
+    All ranks have the same weights, and the first waits for this one in the midst of a step. Where they are split,
+    nobody has all of them.
     """
+    if job.plan.shard:
+        return
     if not job.group.first and (job.run / "plan.json").exists():
         checkpoint.save(job.run / "checkpoints", job.model, job.optimizer, job.state, job.tokenizer)
     saver.save(job.state)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from gpt2box.training.eight_bit import round_to_bfloat16
-from gpt2box.training.lean import CHUNK, LeanAdamW, empty_state, load, store
+from gpt2box.training.lean import CHUNK, LeanAdamW, empty_state, load, local_state, store
+from gpt2box.training.shards import local, rows_of, split_as, whole, zeros
 
 MOMENTUM = 0.95  # Jordan's, as is Nesterov's look ahead
 ROW_BETA = 0.95  # of the rows' average of squares; NorMuon's
@@ -55,68 +55,41 @@ class Muon(LeanAdamW):
         for group in self.param_groups:
             for parameter in group["params"] if "parts" in group else []:
                 self.state[parameter] = empty_state(parameter, states, ("exp_avg",))
-                self.state[parameter]["row_sq"] = torch.zeros(parameter.size(0), device=parameter.device)
+                self.state[parameter]["row_sq"] = zeros(parameter.size(0), parameter)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """A step with the gradients present; none of it where `found_inf`."""
-        self.half_done = True
-        for group in self.param_groups:
-            present = [p for p in group["params"] if p.grad is not None]
-            if "parts" not in group and all(self.is_plain(p) for p in present):
-                self.fused_step(present, group)
-                continue
-            for parameter in present:
-                good = 1.0 - self.found_inf if self.found_inf is not None else torch.ones_like(parameter.grad.sum())
-                update = self.update_matrix if "parts" in group else self.update
-                update(parameter, group, parameter.grad, good, self.grad_scale)
-        self.half_done = False
-
-    def is_plain(self, parameter: Tensor) -> bool:
-        """Weights and averages in float32."""
-        return parameter.dtype == torch.float32 and self.state[parameter]["exp_avg"].dtype == torch.float32
-
-    def fused_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """AdamW by PyTorch."""
-        states = [self.state[p] for p in parameters]
-        beta1, beta2 = group["betas"]
-        adamw(
-            parameters,
-            [p.grad for p in parameters if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            grad_scale=self.grad_scale,
-            found_inf=self.found_inf,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-
-    def update_matrix(
-        self, parameter: Tensor, group: dict[str, Any], grad: Tensor, good: Tensor, scale: Tensor | None
+    def update(
+        self,
+        parameter: Tensor,
+        group: dict[str, Any],
+        grad: Tensor,
+        good: Tensor,
+        scale: Tensor | None = None,
+        first: bool = True,
+        last: bool = True,
     ) -> None:
-        """Where `good` (0 or 1, a device scalar) is 0, nothing changes."""
+        """Of a matrix in one piece. Where `good` (0 or 1, a device scalar) is 0, nothing changes.
+
+        Singular values are the whole matrix's: where it is split over ranks, each puts the momentum together, works out
+        the same update, and takes its rows of it.
+        """
+        if "parts" not in group:
+            return super().update(parameter, group, grad, good, scale, first, last)
         assert self.generator is not None, "begin() comes first"
-        state, keep = self.state[parameter], good == 0
+        state, keep, rows = local_state(self.state[parameter]), good == 0, rows_of(parameter)
         state["step"] += good
-        aim = self.take_in(state, grad, keep, scale).view(group["parts"], -1, parameter.size(1))
-        update = orthogonal(aim, self.products).float()  # (parts, rows, columns)
-        squares, seen = update.square().mean(-1), state["row_sq"].view(group["parts"], -1)
+        aim = whole(split_as(self.take_in(state, grad, keep, scale), parameter))
+        update = orthogonal(aim.view(group["parts"], -1, aim.size(1)), self.products).float()  # (parts, rows, columns)
+        squares, seen = update.square().mean(-1).view(-1)[rows], state["row_sq"]
         seen.copy_(torch.where(keep, seen, seen.lerp(squares, 1 - ROW_BETA)))
-        update /= seen.sqrt().unsqueeze(-1) + group["eps"]
+        update /= whole(self.state[parameter]["row_sq"]).sqrt().view(group["parts"], -1, 1) + group["eps"]
         size = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True).clamp(min=1e-30)
         update *= group["lr"] * UPDATE_RMS * update[0].numel() ** 0.5 / size
-        before = parameter.float()
-        after = before * (1 - group["lr"] * group["weight_decay"]) - update.view_as(parameter)
+        weights = local(parameter)
+        before = weights.float()
+        after = before * (1 - group["lr"] * group["weight_decay"]) - update.view_as(aim)[rows]
         after = torch.where(keep, before, after)
-        parameter.copy_(round_to_bfloat16(after, self.generator) if parameter.dtype == torch.bfloat16 else after)
+        weights.copy_(round_to_bfloat16(after, self.generator) if weights.dtype == torch.bfloat16 else after)
 
     def take_in(self, state: dict[str, Tensor], grad: Tensor, keep: Tensor, scale: Tensor | None) -> Tensor:
         """Take a gradient into the momentum, in chunks; returns where the momentum is heading (Nesterov), float32."""
@@ -131,7 +104,7 @@ class Muon(LeanAdamW):
             momentum = torch.where(keep, momentum, momentum.lerp(g, 1 - MOMENTUM))
             store(state, "exp_avg", rows, momentum, keep, self.generator)
             aim[rows] = g.lerp_(momentum, MOMENTUM)
-        return aim
+        return aim.view_as(grad)
 
 
 def orthogonal(matrices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ from gpt2box.planning.plan import RunPlan
 from gpt2box.training.bad_steps import BadSteps
 from gpt2box.training.lean import LeanAdamW, StepInBackward
 from gpt2box.training.muon import Muon
+from gpt2box.training.shards import local, norm_over_ranks
 
 Optimizer = torch.optim.AdamW | LeanAdamW
 
@@ -30,7 +31,8 @@ def make_optimizer(model: GPT2, plan: RunPlan) -> Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    if plan.optimizer_in_backward or plan.optimizer_states != "float32" or matrices[0].dtype != torch.float32:
+    plain = plan.optimizer_states == "float32" and matrices[0].dtype == torch.float32
+    if plan.optimizer_in_backward or plan.shard or not plain:
         return LeanAdamW(groups, plan.learning_rate, betas, plan.optimizer_states, plan.seed)
     optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=betas, fused=True)
     for parameter in [*matrices, *vectors]:
@@ -70,7 +72,8 @@ def make_update(
         assert isinstance(optimizer, LeanAdamW)
         update = StepInBackward(optimizer, plan.grad_clip, plan.grad_accum_steps, device)
     else:
-        update = GuardedStep(optimizer, plan.grad_clip, device, keep_gradients=plan.ranks > 1)
+        keep = plan.ranks > 1 and not plan.shard
+        update = GuardedStep(optimizer, plan.grad_clip, device, keep_gradients=keep, split=plan.shard)
     if before:
         update.bad_steps = before.bad_steps
     return update
@@ -102,10 +105,16 @@ class GuardedStep:
     left_out = "none reached the weights"
 
     def __init__(
-        self, optimizer: Optimizer, grad_clip: float, device: torch.device, keep_gradients: bool = False
+        self,
+        optimizer: Optimizer,
+        grad_clip: float,
+        device: torch.device,
+        keep_gradients: bool = False,
+        split: bool = False,
     ) -> None:
-        """`keep_gradients`: as zeros, where they belong to what is sent between ranks."""
-        self.optimizer, self.grad_clip, self.keep_gradients = optimizer, grad_clip, keep_gradients
+        """`keep_gradients`: as zeros, where they belong to what is sent between ranks. `split`: each has some rows."""
+        self.optimizer, self.grad_clip = optimizer, grad_clip
+        self.keep_gradients, self.split = keep_gradients, split
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.bad_steps = BadSteps(device)
 
@@ -118,8 +127,10 @@ class GuardedStep:
 
     def __call__(self, loss: Tensor) -> Tensor:
         """Step with the gradients present, then free them; returns their global norm (a device scalar)."""
-        grads = [p.grad for p in self.parameters if p.grad is not None]
+        grads = [local(p.grad) for p in self.parameters if p.grad is not None]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
+        if self.split:
+            norm = norm_over_ranks(norm)
         bad = 1.0 - (norm.isfinite() & loss.isfinite()).float()
         self.optimizer.grad_scale = (  # type: ignore[union-attr]  # gradients are divided by it
             (norm / self.grad_clip).clamp(min=1.0) if self.grad_clip else torch.ones_like(norm)

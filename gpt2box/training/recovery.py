@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2box.errors import BadInput, Damaged, Gpt2boxError, MachineCannot, TryAgain, VolumeUnwritable
+from gpt2box.model.gpt2 import GPT2
 from gpt2box.paths import shown
 from gpt2box.progress import say
 from gpt2box.training import checkpoint, kept
 from gpt2box.training.bad_steps import MOST_BAD_STEPS
+from gpt2box.training.network import fill
+from gpt2box.training.optim import Optimizer
 from gpt2box.training.state import Rollback, TrainState, parse_state, read_state, write_state
 
 if TYPE_CHECKING:
@@ -50,8 +53,8 @@ def back_to_last(job: Job) -> None:
     say(f"  some weights had taken that step already: going on from {shown(found[0])}")
 
 
-def back_to_good(job: Job, trouble: NotFinite) -> None:
-    """Go on from the newest good checkpoint, with the data that come after those that led to the bad steps.
+def back_to_good(job: Job, trouble: NotFinite) -> tuple[Path, TrainState]:
+    """The newest good checkpoint, from which to go on with the data that come after those that led to the bad steps.
 
     The same weights with the same data would end in the same; and where the data are not at fault, others shake a run
     out of a bad spot (Chowdhery et al. 2022, 5.1, who passed over 200 to 500 batches). What is passed over is noted in
@@ -75,23 +78,23 @@ def back_to_good(job: Job, trouble: NotFinite) -> None:
             kept.remove(path)
     write_state(folder, state, parse_state(folder)[1])
     kept.point_to_last_and_best(folder.parent, state)
-    checkpoint.restore(folder, job.model, job.optimizer, state)
-    job.state = state
     say(
         f"step {trouble.step:,}: loss or gradient not finite, {MOST_BAD_STEPS} steps in a row ({trouble.left_out}): "
         f"back to {shown(folder)}, passing over the data of {left_out:,} steps"
     )
+    return folder, state
 
 
 def go_back(job: Job, trouble: NotFinite) -> None:
     """To a good checkpoint, which the first rank reads and sends."""
 
-    def on_first() -> TrainState:
-        back_to_good(job, trouble)
-        return job.state
+    folder, state = job.group.from_first(lambda: back_to_good(job, trouble))
+    job.state = state
 
-    job.state = job.group.from_first(on_first)
-    job.group.send(job.model, job.optimizer)
+    def read(model: GPT2, optimizer: Optimizer) -> None:
+        checkpoint.restore(folder, model, optimizer, state)
+
+    fill(job.model, job.optimizer, job.plan, job.group, read)
 
 
 def newest_good(job: Job, before: int) -> tuple[Path, TrainState] | None:

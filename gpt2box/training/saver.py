@@ -24,6 +24,7 @@ from gpt2box.planning.plan import RunPlan
 from gpt2box.progress import size
 from gpt2box.training import checkpoint, kept
 from gpt2box.training.checkpoint import Files
+from gpt2box.training.shards import outline, whole
 from gpt2box.training.state import TrainState
 from gpt2box.training.tensor_file import Tensors
 
@@ -42,7 +43,7 @@ class Snapshot:
         self._pin = pin
         self._room: dict[tuple[str, str], Tensor] = {}
         self._fault: Exception | None = None
-        wanted = [((file, name), tensor.to("meta")) for file, tensors in files.items() for name, tensor in tensors()]
+        wanted = [((file, name), like) for file, tensors in files.items() for name, like in tensors(outline)]
         self._maker = Thread(target=self._make_room, args=(wanted,), name="snapshot", daemon=True)
         self._maker.start()
 
@@ -59,7 +60,7 @@ class Snapshot:
         on_gpu = False
         for file, tensors in files.items():
             copies = []
-            for name, tensor in tensors():
+            for name, tensor in tensors(whole):
                 copies.append((name, self._room[file, name].copy_(tensor, non_blocking=True)))
                 on_gpu |= tensor.is_cuda
             taken[file] = as_tensors(copies)
@@ -90,7 +91,25 @@ def rounded(tensor: Tensor) -> int:
 
 def as_tensors(copies: Iterable[tuple[str, Tensor]]) -> Tensors:
     """The same each time."""
-    return lambda: copies
+    return lambda _: copies
+
+
+class Companion:
+    """Stands for the saver of the first rank on the others, whose rows it puts together with its own."""
+
+    def __init__(self, model: GPT2, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
+
+    def save(self, state: TrainState) -> None:
+        """In the same order."""
+        for tensors in checkpoint.contents(self.model, self.optimizer, state).values():
+            for _ in tensors(whole):
+                pass
+
+    def check(self) -> None:
+        """The first rank does."""
+
+    finish = close = check
 
 
 class Saver:

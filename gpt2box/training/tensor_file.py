@@ -21,7 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-Tensors = Callable[[], Iterable[tuple[str, Tensor]]]  # by name, the same each time; those of more bytes a number first
+from gpt2box.training.shards import outline, whole
+
+# A file's tensors by name, the same each time, those of more bytes a number first; each is what is given to this end
+# makes of it where it lies: `whole` or `outline` (shards.py).
+Tensors = Callable[[Callable[[Tensor], Tensor]], Iterable[tuple[str, Tensor]]]
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int64: "I64"}
 
@@ -32,11 +36,11 @@ def write_tensors(path: Path, tensors: Tensors) -> str:
     Raises:
         OSError: as the system says.
     """
-    header = header_of(tensors())
+    header = header_of(tensors(outline))
     digest = hashlib.sha256(header)
     with open(path, "wb", buffering=0) as file:
         write_all(file.fileno(), memoryview(header))
-        for _, tensor in tensors():
+        for _, tensor in tensors(whole):
             data = memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)  # (bytes,)
             digest.update(data)
             write_all(file.fileno(), data)

@@ -11,6 +11,7 @@ from gpt2box.data.tokens import Dataset, TokenFile
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.plan import RunPlan
 from gpt2box.training.distributed import Group
+from gpt2box.training.shards import end_pass, is_split
 
 
 def autocast(plan: RunPlan) -> AbstractContextManager[object]:
@@ -24,26 +25,29 @@ def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan, group: Group) -> tupl
     """Mean loss over the fixed validation windows, and that set's name. Each rank of the group takes its share."""
     windows = val_window_starts(dataset.tokens("val"), plan.shape.block_size, plan.eval_windows)
     starts = windows[group.ranks.rank :: group.ranks.count]
+    # Where weights are split, all ranks put them together as often: one that has a window less looks at another's.
+    share = -(-len(windows) // group.ranks.count) if is_split(model) else len(starts)
     total, weights = torch.zeros((), device=plan.device), 0.0
     was_training = model.training
     model.eval()
     begin, count, device = 0, plan.eval_batch_size, torch.device(plan.device)
     with closing(TokenFile(dataset.folder / "val.bin")) as file, autocast(plan):
-        while begin < len(starts):
+        while begin < share:
             chosen = [int(start) for start in starts[begin : begin + count]]
-            batch = read_windows(file, chosen, plan.shape.block_size, plan.shape.vocab_size)
+            batch = read_windows(file, chosen or [int(windows[0])], plan.shape.block_size, plan.shape.vocab_size)
             # The device works on the windows before while these are read: nothing here waits for it.
             inputs, targets = inputs_and_targets(upload(batch.pin_memory() if device.type == "cuda" else batch, device))
             loss = None
-            with suppress(*([torch.cuda.OutOfMemoryError] if count > 1 else [])):
+            with suppress(*([torch.cuda.OutOfMemoryError] if count > 1 and not is_split(model) else [])):
                 loss = model(inputs, targets)
             if loss is None:
                 torch.cuda.empty_cache()
                 count = max(count // 2, 1)
                 continue
-            weight = counted_targets(batch) / plan.shape.block_size
+            weight = counted_targets(batch) / plan.shape.block_size if chosen else 0.0
             total, weights = total + loss * weight, weights + weight
-            begin += len(chosen)
+            begin += count
     model.train(was_training)
+    end_pass(model)
     loss, weights = group.sums(float(total), weights)
     return loss / max(weights, 1e-9), f"{dataset.digest}/{len(windows)}x{plan.shape.block_size}"

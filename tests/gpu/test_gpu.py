@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from gpt2box.errors import MachineCannot
-from gpt2box.job import configure, run_job
+from gpt2box.job import run_job
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.memory import GIB
 from gpt2box.stop import StopRequest
+from gpt2box.training.network import configure
 from gpt2box.training.optim import make_optimizer, make_update
 from gpt2box.training.validation import autocast
 from tests.conftest import TINY

@@ -23,12 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gpt2box.job import configure
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.lora import adapters, add_adapters
+from gpt2box.model.lora import add_adapters
 from gpt2box.planning.plan import RunPlan
 from gpt2box.training import eight_bit
+from gpt2box.training.network import configure, empty_model
 from gpt2box.training.optim import make_optimizer, make_update
+from gpt2box.training.shards import local
 from gpt2box.training.validation import autocast
 
 MIB = 1 << 20
@@ -82,9 +83,9 @@ class Recorder(TorchDispatchMode):
 
     def see(self, tensor: object, kind: str) -> None:
         """Note a tensor's storage, if it is new."""
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or tensor.device.type == "meta":
             return
-        storage = tensor.untyped_storage()
+        storage = local(tensor).untyped_storage()
         key = storage._cdata
         if key in self._numbers or storage.nbytes() == 0:
             return
@@ -94,7 +95,16 @@ class Recorder(TorchDispatchMode):
 
     def name(self, tensor: Tensor, kind: str) -> None:
         """What a storage is, known afterwards."""
-        self.kind[self._numbers[tensor.untyped_storage()._cdata]] = kind
+        self.kind[self._numbers[local(tensor).untyped_storage()._cdata]] = kind
+
+    def resized(self, tensor: Tensor, change: int) -> None:
+        """A storage that is emptied, or filled again."""
+        key = tensor.untyped_storage()._cdata
+        if change and key not in self._numbers:
+            self.see(tensor, "gathered")
+        elif change:
+            number = self._numbers[key]
+            self.log.append((number, self._size[number] if change > 0 else -self._size[number], self.phase))
 
     def _born(self, count: int, kind: str) -> int:
         number, self._next = self._next, self._next + 1
@@ -227,24 +237,54 @@ def cuda_rules() -> Iterator[None]:
         F.layer_norm, F.scaled_dot_product_attention, F.dropout, torch.compiler.is_compiling = kept
 
 
+@contextmanager
+def split_over(ranks: int, recorder: Recorder) -> Iterator[None]:
+    """As the first of so many ranks, whose words to the others go nowhere; what FSDP2 frees and takes is noted."""
+    from torch.distributed import device_mesh, init_process_group
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    # Once in a process: what PyTorch has cached of one group it looks for in the next.
+    init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    mesh = device_mesh.init_device_mesh("cpu", (ranks,))  # now: it has numbers, which fake tensors have not
+    kept = _fsdp_param.alloc_storage, _fsdp_param.free_storage, device_mesh.init_device_mesh
+
+    def noting(resize: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        def resized(tensor: Tensor) -> None:
+            before = tensor.untyped_storage().size()
+            resize(tensor)
+            recorder.resized(tensor, tensor.untyped_storage().size() - before)
+
+        return resized
+
+    _fsdp_param.alloc_storage, _fsdp_param.free_storage = noting(kept[0]), noting(kept[1])
+    device_mesh.init_device_mesh = lambda *_, **__: mesh  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _fsdp_param.alloc_storage, _fsdp_param.free_storage, device_mesh.init_device_mesh = kept
+
+
 def simulate(plan: RunPlan, real: bool = False) -> Simulated:
     """Two steps of training, the second with the optimizer's state in place.
 
     `real`: with data, as the CPU does it, to hold the fake tensors against.
     """
+    recorder = Recorder()
+    ranks = split_over(plan.ranks, recorder) if plan.shard else nullcontext()
     tensors = nullcontext() if real else FakeTensorMode()
-    with tensors, nullcontext() if real else cuda_rules(), Recorder() as recorder:
-        model = GPT2(plan.shape, plan.dropout)
-        model.matrices_to(getattr(torch, plan.weights_dtype))
+    with ranks, tensors, nullcontext() if real else cuda_rules(), recorder:
+        if plan.shard:
+            model = empty_model(plan)
+        else:  # the same on fake tensors, to which nothing can be given that was on no device
+            model = GPT2(plan.shape, plan.dropout)
+            model.matrices_to(getattr(torch, plan.weights_dtype))
+            configure(model, plan)
+        if plan.lora_rank:
+            add_adapters(model, plan.lora_rank, plan.lora_alpha, plan.seed)
         for parameter in model.parameters():
             recorder.see(parameter, "weights")
             recorder.name(parameter, "weights")
-        configure(model, plan)
-        if plan.lora_rank:
-            add_adapters(model, plan.lora_rank, plan.lora_alpha, plan.seed)
-            for parameter in adapters(model).values():
-                recorder.see(parameter, "weights")
-                recorder.name(parameter, "weights")
         model.train()
         optimizer = make_optimizer(model, plan)
         update = make_update(optimizer, plan)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from gpt2box.config import MODEL_SHAPES
 from gpt2box.errors import MachineCannot
 from gpt2box.model.recompute import linear
 from gpt2box.planning.cards import CARDS, card_found, card_named
-from gpt2box.planning.choose import Option, Place, choose, options
+from gpt2box.planning.choose import NCCL_BYTES, Option, Place, choose, options
 from gpt2box.planning.memory import GIB
 from gpt2box.planning.plan import RunPlan, make_plan
 from gpt2box.planning.shape import ModelShape
@@ -34,17 +37,19 @@ def planned(
     shape: ModelShape, micro_batch_size: int, mode: str, dtype: str, **settings: object
 ) -> tuple[RunPlan, Option]:
     """A plan with everything fixed."""
-    accumulation = int(str(settings.pop("accumulation", 2)))
+    accumulation, ranks = int(str(settings.pop("accumulation", 2))), int(str(settings.pop("ranks", 1)))
     flags = {
         "dataset": "x",
         "block_size": shape.block_size,
         "micro_batch_size": micro_batch_size,
-        "tokens_per_step": micro_batch_size * shape.block_size * accumulation,
+        "tokens_per_step": micro_batch_size * shape.block_size * accumulation * ranks,
         "activation_checkpointing": mode,
         **settings,
     }
     loaded = config_file.load(None, {key: str(value) for key, value in flags.items()})[0]
-    (way,) = options(loaded, shape, Place("a card", 0, None, dtype, on_gpu=True, compiled=False))
+    place = Place("a card", 0, None, dtype, on_gpu=True, compiled=False, ranks=ranks)
+    (way,) = options(loaded, shape, place)
+    way = replace(way, memory=replace(way.memory, workspace=way.memory.workspace - (NCCL_BYTES if ranks > 1 else 0)))
     return make_plan(loaded, shape, 10**6, "cpu", dtype, False, way), way
 
 
@@ -91,6 +96,34 @@ def test_planned_bytes_are_the_simulated_ones(
     assert 1.0 <= way.memory.allocated / simulated.allocated <= 1.05
     # Where gradients are not kept, little is taken and given back again and the margin is not used.
     assert 0.94 <= way.memory.reserved / simulated.reserved <= (1.3 if "optimizer_in_backward" in settings else 1.12)
+
+
+SPLIT = {"shard": True}
+
+
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 is not public before PyTorch 2.6")
+@pytest.mark.parametrize(
+    ("ranks", "shape", "micro_batch_size", "mode", "dtype", "settings"),
+    [
+        (2, ModelShape(8, 16, 1024, 1024, 50_257), 8, "full", "bfloat16", SPLIT),
+        (4, ModelShape(8, 25, 1600, 1024, 50_257), 1, "full", "bfloat16", SPLIT),
+        (4, ModelShape(8, 25, 1600, 1024, 50_257), 2, "none", "bfloat16", {**SPLIT, **MUON}),
+        (4, ModelShape(8, 25, 1600, 1024, 65), 1, "full", "bfloat16", {**SPLIT, "optimizer_states": "int8"}),
+        (8, ModelShape(6, 10, 640, 256, 50_257, bias=False), 3, "selective", "float32", {**SPLIT, "dropout": 0.1}),
+        (8, ModelShape(9, 12, 768, 384, 65), 16, "full", "float32", SPLIT),
+    ],
+)
+def test_planned_bytes_of_a_share_are_the_simulated_ones(
+    ranks: int, shape: ModelShape, micro_batch_size: int, mode: str, dtype: str, settings: dict[str, object]
+) -> None:
+    plan, way = planned(shape, micro_batch_size, mode, dtype, ranks=ranks, **settings)
+    with ProcessPoolExecutor(1, get_context("spawn")) as apart:
+        simulated = apart.submit(simulate, plan).result()
+    assert 1.0 <= way.memory.allocated / simulated.allocated <= 1.13  # most where there are few layers
+    assert 0.97 <= way.memory.reserved / simulated.reserved <= 1.15
+    alone = planned(shape, micro_batch_size, mode, dtype, **{**settings, "shard": False})[1].memory
+    share = sum(simulated.at_peak[kind] for kind in ("weights", "gradients", "optimizer"))
+    assert share == pytest.approx((2 * alone.weights + alone.optimizer) / ranks, rel=0.01)
 
 
 def test_fake_tensors_allocate_what_real_ones_do() -> None:

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2box.job import configure
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import add_adapters
 from gpt2box.planning.memory import evaluation_sequences
@@ -26,6 +25,7 @@ from gpt2box.ranks import ALONE
 from gpt2box.stop import StopRequest
 from gpt2box.training.distributed import Group
 from gpt2box.training.loop import Job, take_step
+from gpt2box.training.network import configure
 from gpt2box.training.optim import make_optimizer, make_update
 from gpt2box.training.state import TrainState
 from gpt2box.training.validation import autocast

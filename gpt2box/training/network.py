@@ -1,0 +1,57 @@
+"""The network and its optimizer on the device, whole or split over the ranks, and the values that they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.model.lora import add_adapters
+from gpt2box.planning.plan import RunPlan
+from gpt2box.training import shards
+from gpt2box.training.distributed import Group
+from gpt2box.training.optim import Optimizer, make_optimizer
+
+
+def empty_model(plan: RunPlan) -> GPT2:
+    """The network without values, as the plan has it."""
+    weights_dtype = getattr(torch, plan.weights_dtype)
+    if plan.shard:
+        model = GPT2.outline(plan.shape, plan.dropout, weights_dtype)
+        shards.split(model, torch.device(plan.device), plan.ranks, plan.compile)
+    else:
+        model = GPT2.empty(plan.shape, plan.dropout, plan.device, weights_dtype)
+    configure(model, plan)
+    if plan.lora_rank:
+        add_adapters(model, plan.lora_rank, plan.lora_alpha, plan.seed)
+    return model
+
+
+def configure(model: GPT2, plan: RunPlan) -> None:
+    """What trades memory for time."""
+    model.activation_checkpointing = plan.activation_checkpointing
+    model.loss_chunk_tokens = plan.loss_chunk_tokens
+
+
+def fill(
+    model: GPT2, optimizer: Optimizer, plan: RunPlan, group: Group, values: Callable[[GPT2, Optimizer], None]
+) -> None:
+    """Have the first rank put values into them, and all others the same.
+
+    Where they are split, `values` has them whole, in the memory of the first rank's host: weights and averages once.
+
+    Raises:
+        Gpt2boxError: as `values` does.
+    """
+    if not plan.shard:
+        group.from_first(lambda: values(model, optimizer))
+        return group.send(model, optimizer)
+    whole_ones = None
+    if group.first:
+        on_host = replace(plan, device="cpu", shard=False)
+        whole_model = empty_model(on_host)
+        whole_ones = whole_model, make_optimizer(whole_model, on_host)
+    group.from_first(lambda: values(*whole_ones) if whole_ones else None)
+    shards.deal(model, optimizer, whole_ones)

@@ -1,0 +1,138 @@
+"""Weights, gradients and averages split over two ranks by FSDP2: real processes that meet over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2box.config import validate
+from gpt2box.data.prepare import Options, prepare
+from gpt2box.errors import BadInput, MachineCannot
+from gpt2box.fitting import check_split
+from gpt2box.planning.choose import Place, choose
+from gpt2box.planning.choose import options as ways
+from gpt2box.planning.shape import ModelShape
+from gpt2box.training import kept
+from tests.conftest import ROOT, TINY, options
+from tests.training.test_distributed import LONG, SAME, assert_same, rank_of, rows, train_on_two, two_ranks
+from tests.training.test_train import train, wait_for
+
+needs_fsdp2 = pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 is not public before PyTorch 2.6")
+
+
+@needs_fsdp2
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weight_decay": 0.3, "grad_clip": 0.5, "activation_checkpointing": "full"},
+        {"optimizer": "muon", "activation_checkpointing": "selective"},
+        {"compile": True, "dataset": "text"},
+    ],
+)
+def test_ranks_that_share_the_weights_learn_what_one_learns_and_go_on_from_its_checkpoints(
+    volumes: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    records = [{"prompt": f"{i}" + " and what" * (i % 7), "response": " so it is" * (i % 5)} for i in range(1, 400)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    prepare([str(tmp_path / "chat.jsonl")], Options(), folder=volumes / "data" / "chat")
+    # A validation window fewer for one of them than for the other.
+    settings = {**SAME, "dataset": "chat", "eval_windows": 9, "micro_batch_size": 2, **settings}
+    train("straight", **{**settings, "compile": False})
+    train("run", **{**settings, "compile": False, "max_steps": 6})
+    said = (running := train_on_two("run", **{**settings, "max_steps": 14, "shard": True})).communicate()[1]
+    assert running.returncode == 0 and "each rank keeps a share" in said, said
+    train("run", **{**settings, "compile": False})
+    assert len(rows(volumes, "run", "loss")) == 20
+    # A CPU adds up the squares of a large tensor in float32 one by one, so half of it rounds less.
+    assert_same(volumes, "run", "straight", besides=(6, 14), norm=2e-4)
+
+
+@needs_fsdp2
+def test_interrupted_or_killed_they_end_in_the_same_bits(volumes: Path) -> None:
+    settings = {**LONG, "max_steps": 120, "eval_interval": 40, "save_interval": 20, "shard": True}
+    straight = train_on_two("straight", **settings)
+    said = straight.communicate()[1]
+    assert straight.returncode == 0, said
+    checkpoints = volumes / "runs" / "run" / "checkpoints"
+    running = train_on_two("run", restarts=1, **settings)
+    wait_for(checkpoints / kept.folder_name(20), running)
+    os.kill(rank_of(running, 1), signal.SIGKILL)
+    wait_for(checkpoints / kept.folder_name(60), running)
+    os.kill(rank_of(running, 0), signal.SIGTERM)
+    said = running.communicate()[1]
+    assert running.returncode == 0 and said.count("resuming from") == 1 and "to go on" in said, said
+    assert (again := train_on_two("run", **settings)).communicate() and again.returncode == 0
+    ends = [volumes / "runs" / name / "checkpoints" / kept.folder_name(120) for name in ("straight", "run")]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
+    digests = [rows(volumes, name, "digest") for name in ("straight", "run")]
+    assert len(digests[0]) == 120 and digests[0] == digests[1]
+
+
+TROUBLE = """
+import os, sys
+from torch.utils._python_dispatch import TorchDispatchMode
+from gpt2box.cli import main
+from tests.training.test_out_of_memory import Refuse
+
+class Spoil(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += (here := str(func).startswith("aten.gelu_backward."))
+        out = func(*args, **(kwargs or {}))
+        return out * float("nan") if here and 41 <= self.calls <= 60 else out
+
+if os.environ["RANK"] == "0":
+    main()
+else:  # gradients that are not finite in steps 11 to 15, then, gone back, no memory
+    with Spoil(), Refuse("gelu_backward", 90):
+        main()
+"""
+
+
+@needs_fsdp2
+def test_a_bad_gradient_of_one_is_left_out_by_all_they_go_back_together_and_memory_that_runs_out_is_named(
+    volumes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "program.py").write_text(TROUBLE)
+    settings = {**SAME, "n_layer": 2, "micro_batch_size": 2, "save_interval": 4, "eval_interval": 100, "shard": True}
+    settings |= {"tokens_per_step": 2 * 2 * 32 * 2}
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    running = two_ranks(str(tmp_path / "program.py"), "train", *options(name="run", **settings))
+    said = running.communicate()[1]
+    assert "back to" in said and "step-00000008, passing over the data of 7 steps" in said, said
+    assert "error: rank 1: out of memory" in said and "--micro-batch-size 1" in said and "exitcode  : 3" in said, said
+    found = kept.newest(volumes / "runs" / "run" / "checkpoints")
+    assert found and 8 < found[1].step < 20 and found[1].rollbacks
+
+
+def test_what_cannot_be_split_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for change in ({"weights_dtype": "bfloat16"}, {"lora_rank": 4, "init_from": "x"}):
+        with pytest.raises(BadInput, match="shard: found"):
+            validate({**TINY, "shard": True, **change}, "test")
+    config = validate({**TINY, "shard": True, "optimizer_states": "int8"}, "test")
+    shape = ModelShape(2, 2, 64, 32, 65)
+    with pytest.raises(MachineCannot, match=r"shard true with PyTorch 2\.4\.1"), monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.4.1")
+        check_split(config, shape, 2)
+    if torch.__version__ >= "2.6":
+        check_split(config, shape, 2)
+        with pytest.raises(BadInput, match="optimizer_states int8 with 3 ranks"):
+            check_split(config, shape, 3)
+
+
+def test_xl_fits_four_small_cards_when_they_share_its_weights() -> None:
+    config = validate({"dataset": "any", "model": "gpt2-xl", "tokens_per_step": 262_144}, "test")
+    shape = ModelShape(n_layer=48, n_head=25, n_embd=1600, block_size=1024, vocab_size=50_257, bias=True)
+    place = Place("4 × RTX 4070", round(11.3 * 2**30), None, "bfloat16", on_gpu=True, compiled=False, ranks=4)
+    with pytest.raises(MachineCannot) as refused:
+        choose(ways(config, shape, place), config, shape, place)
+    assert "--shard true fits" in refused.value.next_step
+    shared = config.model_copy(update={"shard": True})
+    assert choose(ways(shared, shape, place), shared, shape, place).memory.total < 11.3 * 2**30
