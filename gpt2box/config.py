@@ -137,6 +137,12 @@ class Config(BaseModel):
     grad_clip: Number = setting(
         1.0, "highest global norm of a step's gradient; 0: no clipping", group="Optimizer", ge=0
     )
+    spike_sigma: Number = setting(
+        6.0,
+        "leave out a step whose loss is so many standard deviations above the last 128 steps' mean; 0: none",
+        group="Optimizer",
+        ge=0,
+    )
     optimizer_states: Literal["float32", "int8"] = setting(
         "float32", "AdamW's averages. int8: a quarter of their memory; changes the numbers", group="Optimizer"
     )
@@ -321,7 +327,7 @@ def validate(values: dict[str, Any], source: str) -> Config:
 # checkpoint, the position in the text and what val_loss means as they are.
 CHANGEABLE = (
     "learning_rate", "min_lr", "warmup_steps", "lr_schedule", "decay_steps", "decay_fraction",
-    "weight_decay", "beta1", "beta2", "grad_clip", "dropout", "dtype",
+    "weight_decay", "beta1", "beta2", "grad_clip", "spike_sigma", "dropout", "dtype",
 )  # fmt: skip
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gpt2box.config import Config
+from gpt2box.config import CHANGEABLE, Config
 from gpt2box.data.batches import check_long_enough
 from gpt2box.data.tokenizer import prompt_ids
 from gpt2box.data.tokens import SPLITS, Dataset, open_dataset
@@ -18,7 +19,7 @@ from gpt2box.progress import kept_log, say
 from gpt2box.run_records import check_unchanged
 from gpt2box.training import kept
 from gpt2box.training.distributed import Group
-from gpt2box.training.state import TrainState
+from gpt2box.training.state import TrainState, parse_state, write_state
 
 
 def bring_dataset(config: Config, text: Path | None, group: Group) -> Dataset:
@@ -58,9 +59,23 @@ def begin(config: Config, dataset: Dataset, run: Path, allow: Sequence[str]) -> 
     found, changed = kept.newest(run / "checkpoints"), {}
     if found:
         changed = check_unchanged(config, dataset, run, allow)
+        if changed.keys() & set(CHANGEABLE):
+            forget_losses(run / "checkpoints")
+            found[1].recent_losses = []
         kept.point_to_last_and_best(run / "checkpoints", found[1])
         announce_resume(config, *found)
     return found, changed
+
+
+def forget_losses(checkpoints: Path) -> None:
+    """With another dropout, say, a loss far above those before is none that must not be.
+
+    On the disk, and before config.yaml has the change: a run that is killed now goes on as one that is not.
+    """
+    for path in checkpoints.glob("step-*"):
+        with suppress(Damaged):
+            state, files = parse_state(path)
+            write_state(path, replace(state, recent_losses=[]), files)
 
 
 def announce_resume(config: Config, folder: Path, state: TrainState, passed_over: list[Any]) -> None:

@@ -39,6 +39,7 @@ from gpt2box.run_records import about_dataset, read_manifest, weights_source
 from gpt2box.sessions import OF_COURSE, began_at, differences, session_of, sessions_in
 from gpt2box.stop import StopRequest
 from gpt2box.training import checkpoint, metrics
+from gpt2box.training.bad_steps import BadSteps
 from gpt2box.training.digest import checksum
 from gpt2box.training.distributed import Group, Silence
 from gpt2box.training.kept import folder_name
@@ -266,7 +267,7 @@ def plan_of(config: Config, shape: ModelShape, dataset: Dataset) -> tuple[RunPla
 def again(job: Job, stretch: Stretch) -> Iterator[int]:
     """Do the steps; yields the number of each when it is done."""
     forward = torch.compile(job.model) if job.plan.compile else job.model
-    update = make_update(job.optimizer, job.plan)
+    update = make_update(job.optimizer, job.plan, BadSteps.of(job.plan, job.state))
     job.model.train()
     ahead = sorted({rollback.step for rollback in job.state.rollbacks if rollback.step > job.state.step})
     with closing(update):

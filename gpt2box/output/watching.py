@@ -22,7 +22,7 @@ from gpt2box.output.page import charts_of, excerpt, path_title
 from gpt2box.output.runs import Run, amount, cells, folders, look_at, whole
 from gpt2box.paths import is_locked, read_object, run_dir
 from gpt2box.progress import duration, size
-from gpt2box.training.metrics import parse
+from gpt2box.training.metrics import parse, reason
 
 CARD_SECONDS = 2.0  # between questions to the driver
 FOLLOWED = 4  # runs whose curves are kept in memory: 56 MB for a million points
@@ -175,7 +175,7 @@ def figures(run: Run, folder: Path, plan: dict[str, Any]) -> list[tuple[str, str
     if (memory := number(train, "peak_memory_bytes")) is not None:
         found.append(("most memory", size(memory)))
     if skipped := whole(train.get("skipped_steps")):
-        found.append(("steps left out", f"{skipped:,}: not finite"))
+        found.append(("steps left out", f"{skipped:,}: {reason(skipped, whole(train.get('loss_spikes')))}"))
     found.append(("tokens seen", amount(run.tokens)))
     silent = time.time() - max((number(line, "time") or 0.0 for line in last.values()), default=time.time())
     if run.state == "training" and silent > SILENT_SECONDS:

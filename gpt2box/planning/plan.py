@@ -48,6 +48,7 @@ class RunPlan:
     beta1: float
     beta2: float
     grad_clip: float
+    spike_sigma: float  # 0: spikes of the loss are not looked for
 
     eval_interval: int
     eval_windows: int
@@ -150,6 +151,7 @@ def make_plan(
         beta1=config.beta1,
         beta2=config.beta2,
         grad_clip=config.grad_clip,
+        spike_sigma=config.spike_sigma,
         eval_interval=config.eval_interval,
         eval_windows=config.eval_windows,
         eval_batch_size=evaluated_together(shape, option, device, dtype, config.loss_chunk_tokens),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 from gpt2box.machine.gpu import Card, card_of
 from gpt2box.planning.plan import RunPlan
 from gpt2box.progress import LINE_SECONDS, Aside, duration, note, say, size
+from gpt2box.training.metrics import left_out
 
 TREND = 48  # logged losses that the panel draws
 BARS = "▁▂▃▄▅▆▇█"
@@ -32,6 +33,7 @@ class Display:
         self.sampled: list[str] = []
         self.card: Card | None = None
         self._asked = self._printed = 0.0
+        self._said_left_out = 0
         self._live: Any = None
         if plan.log_format == "auto" and sys.stderr.isatty():
             from rich.console import Console
@@ -58,10 +60,12 @@ class Display:
             return
         self._printed = now
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+        news = f"  {left_out(row)} so far" if row["skipped_steps"] > self._said_left_out else ""
+        self._said_left_out = row["skipped_steps"]
         shown_otherwise = self._live is not None or self.plan.log_format == "json"
         (note if shown_otherwise else say)(
             f"step {step:,}/{self.plan.max_steps:,}  loss {loss}  {row['tokens_per_sec']:,.0f} tokens/s  "
-            f"{size(row['peak_memory_bytes'])}  {duration(seconds_left)} left"
+            f"{size(row['peak_memory_bytes'])}  {duration(seconds_left)} left{news}"
         )
 
     def evaluated(self, step: int, val_loss: float, improved: bool, best: float | None, best_step: int) -> None:
@@ -136,7 +140,7 @@ class Display:
             norm = "not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.3g}"
             found["optimizer"] = f"learning rate {row['learning_rate']:.3g}, gradient norm {norm}"
             if row["skipped_steps"]:
-                found["optimizer"] += f", {row['skipped_steps']} steps left out: not finite"
+                found["optimizer"] += f", {left_out(row)}"
             found["speed"] = f"{row['tokens_per_sec']:,.0f} tokens/s"
             if row["mfu"] is not None:
                 found["speed"] += f", MFU {row['mfu']:.0%} of {self.plan.peak_tflops:g} TFLOPS"

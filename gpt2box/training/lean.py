@@ -190,7 +190,7 @@ class StepInBackward:
     Where the step's gradient is mostly noise that is the same in the mean; where it is mostly signal, updates are up to
     √k larger. The global norm is known only when all weights have moved, so each tensor's gradient is held to
     grad_clip / √k in each micro-step. A step of one micro-step whose global norm is below grad_clip is plain AdamW's. A
-    gradient that is not finite counts as none.
+    gradient that is not finite counts as none, and so do all of a micro-step whose loss is a spike.
     """
 
     def __init__(self, optimizer: LeanAdamW, grad_clip: float, grad_accum_steps: int, device: torch.device) -> None:
@@ -210,12 +210,17 @@ class StepInBackward:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self._squares, self._bad = torch.zeros_like(self.bad_steps.all), torch.zeros_like(self.bad_steps.all)
-        self._micro_step, self._loss_is_finite = micro_step, micro_loss.detach().isfinite()
+            self._spike = torch.zeros_like(self._bad, dtype=torch.bool)
+            self._limit = self.bad_steps.limit(self.grad_accum_steps) / self.grad_accum_steps
+        loss = micro_loss.detach()
+        finite, above = loss.isfinite(), loss > self._limit
+        self._micro_step, self._loss_is_good = micro_step, finite & ~above
+        self._spike = self._spike | (finite & above)
 
     def __call__(self, loss: Tensor) -> Tensor:
         """End the step; returns the root of the sum of squared gradients (a device scalar)."""
         self.optimizer.half_done = False
-        self.bad_steps.count(self._bad)
+        self.bad_steps.count(loss, self.bad_steps.limit(), self._bad, (self._bad == 0) | self._spike)
         return self._squares.sqrt()
 
     def close(self) -> None:
@@ -228,7 +233,7 @@ class StepInBackward:
             grad = parameter.grad
             assert grad is not None
             norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
-            good = (norm.isfinite() & self._loss_is_finite).float()
+            good = (norm.isfinite() & self._loss_is_good).float()
             scale = (norm / self.limit).clamp(min=1.0) if self.limit else None
             last = self._micro_step == self.grad_accum_steps - 1
             self.optimizer.update(parameter, group, grad, good, scale, self._micro_step == 0, last)

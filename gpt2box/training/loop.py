@@ -71,7 +71,7 @@ def train(job: Job) -> None:
     Where memory runs out, the step is done again in a way that takes less, with the same tokens.
 
     Raises:
-        NotFinite: losses or gradients were not finite several steps in a row.
+        NotFinite: losses or gradients were not finite, or losses far above those before, several steps in a row.
         torch.cuda.OutOfMemoryError: no way is left that takes less; the steps so far are saved.
         HalfDoneStep: see there; the plan has stepped down.
         TryAgain: another rank is lost, see distributed.joined.
@@ -90,8 +90,7 @@ def train(job: Job) -> None:
         rehearse(job, forward, display)
         plan = job.plan
         batches = open_batches(job)
-        update = make_update(job.optimizer, plan)
-        update.bad_steps = BadSteps(torch.device(plan.device), state.bad_steps)
+        update = make_update(job.optimizer, plan, BadSteps.of(plan, state))
         interval = Interval()
         stack.callback(lambda: batches.close())
         stack.callback(lambda: update.close())
@@ -148,7 +147,7 @@ def train(job: Job) -> None:
             if plan is not job.plan:
                 plan = job.plan
                 update.close()
-                update = make_update(job.optimizer, plan, update)
+                update = make_update(job.optimizer, plan, update.bad_steps)
                 batches.close()
                 batches = open_batches(job)
             if done is None:
@@ -261,6 +260,7 @@ def log(
         "tokens_per_sec": round(tokens_per_sec, 1),
         "peak_memory_bytes": peak_memory_bytes(torch.device(plan.device)),
         "skipped_steps": int(update.bad_steps.all),
+        "loss_spikes": int(update.bad_steps.spikes),
         "mfu": plan.mfu(tokens_per_sec),
         "digest": checksum(job.model, job.optimizer),
     }
@@ -270,22 +270,23 @@ def log(
 
 
 def check_finite(job: Job, update: Update) -> None:
-    """Count the steps that reached the weights; stop where losses are no longer finite.
+    """Count the steps that reached the weights; stop where too many did not.
 
     Looked at before each save and evaluation, so what is found does not depend on when one looks.
 
     Raises:
-        NotFinite: too many in a row were not (bad_steps.py).
+        NotFinite: too many in a row were bad (bad_steps.py).
     """
     state = job.state
     state.optimizer_steps = optimizer_steps(job.optimizer)
-    state.bad_steps = int(update.bad_steps.in_a_row)
-    if since := update.bad_steps.since:
-        raise NotFinite(state.step - since + 1, update.left_out)
+    bad_steps = update.bad_steps
+    state.bad_steps, state.recent_losses = int(bad_steps.in_a_row), bad_steps.recent_losses
+    if since := bad_steps.since:
+        raise NotFinite(state.step - since + 1, update.left_out, int(bad_steps.all), int(bad_steps.spikes))
 
 
 def optimizer_steps(optimizer: Optimizer) -> int:
-    """Steps that AdamW has counted, which leaves out non-finite ones."""
+    """Steps that AdamW has counted, which leaves out bad ones."""
     return max((int(entry["step"]) for entry in list(optimizer.state.values())[:1]), default=0)
 
 

@@ -2,7 +2,8 @@
 
 metrics.jsonl, one object a line. Every line has `step`, `kind` and `time` (Unix seconds).
     train   loss (mean since the last line), learning_rate, grad_norm (of the last step), tokens_per_sec,
-            peak_memory_bytes, skipped_steps (non-finite, so far in this session), mfu (of the card, or null),
+            peak_memory_bytes, skipped_steps (left out so far in this session), loss_spikes (those of them whose loss
+            was finite and far above the steps before), mfu (of the card, or null),
             digest (16 hex digits: a sum over the bits of weights and averages at that step, training/digest.py)
     eval    val_loss, val_set (its name: runs compare where it is equal), best
 """
@@ -125,3 +126,16 @@ class Interval:
 def finite_or_none(value: float) -> float | None:
     """NaN and infinity are not JSON."""
     return value if math.isfinite(value) else None
+
+
+def reason(skipped: int, spikes: int) -> str:
+    """Why steps were left out, so many of them for a loss that was finite."""
+    if not spikes:
+        return "loss or gradient not finite"
+    return f"loss {'not finite or ' if spikes < skipped else ''}far above the steps before"
+
+
+def left_out(row: dict[str, Any]) -> str:
+    """A train line's steps that were left out, in words."""
+    skipped = int(row["skipped_steps"])
+    return f"{skipped:,} step{'s' * (skipped > 1)} left out: {reason(skipped, int(row.get('loss_spikes', 0)))}"

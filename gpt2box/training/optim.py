@@ -14,6 +14,7 @@ from gpt2box.training.bad_steps import BadSteps
 from gpt2box.training.lean import LeanAdamW, StepInBackward
 from gpt2box.training.muon import Muon
 from gpt2box.training.shards import local, norm_over_ranks
+from gpt2box.training.state import TrainState
 
 Optimizer = torch.optim.AdamW | LeanAdamW
 
@@ -62,10 +63,8 @@ def muon_groups(model: GPT2, plan: RunPlan) -> list[dict[str, Any]]:
     ]
 
 
-def make_update(
-    optimizer: Optimizer, plan: RunPlan, before: GuardedStep | StepInBackward | None = None
-) -> GuardedStep | StepInBackward:
-    """What turns gradients into a step; it counts on from the one before."""
+def make_update(optimizer: Optimizer, plan: RunPlan, bad_steps: BadSteps | None = None) -> GuardedStep | StepInBackward:
+    """What turns gradients into a step; `bad_steps`: what to count on from."""
     device = torch.device(plan.device)
     update: GuardedStep | StepInBackward
     if plan.optimizer_in_backward:
@@ -74,8 +73,7 @@ def make_update(
     else:
         keep = plan.ranks > 1 and not plan.shard
         update = GuardedStep(optimizer, plan.grad_clip, device, keep_gradients=keep, split=plan.shard)
-    if before:
-        update.bad_steps = before.bad_steps
+    update.bad_steps = bad_steps or BadSteps.of(plan, TrainState())
     return update
 
 
@@ -95,7 +93,7 @@ def learning_rate(step: int, plan: RunPlan) -> float:
 
 
 class GuardedStep:
-    """An optimizer step that clips, and that a non-finite gradient never gets through.
+    """An optimizer step that clips, and that neither a non-finite gradient nor a spike of the loss gets through.
 
     Both happen inside the fused kernel, through the two tensors by which PyTorch's own GradScaler
     speaks to it (`grad_scale`, `found_inf`): no pass over the gradients to scale them, and no waiting
@@ -131,14 +129,15 @@ class GuardedStep:
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
         if self.split:
             norm = norm_over_ranks(norm)
-        bad = 1.0 - (norm.isfinite() & loss.isfinite()).float()
+        finite, limit = norm.isfinite() & loss.isfinite(), self.bad_steps.limit()
+        bad = (~finite | (loss > limit)).float()
         self.optimizer.grad_scale = (  # type: ignore[union-attr]  # gradients are divided by it
             (norm / self.grad_clip).clamp(min=1.0) if self.grad_clip else torch.ones_like(norm)
         )
         self.optimizer.found_inf = bad  # type: ignore[union-attr]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
-        self.bad_steps.count(bad)
+        self.bad_steps.count(loss, limit, bad, finite)
         return norm
 
     def close(self) -> None:

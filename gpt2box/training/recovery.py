@@ -1,4 +1,4 @@
-"""Back to a checkpoint: where numbers are no longer finite, where memory ran out half-way; and what a dead GPU says."""
+"""Back to a checkpoint: after too many bad steps, where memory ran out half-way; and what a dead GPU says."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gpt2box.paths import shown
 from gpt2box.progress import say
 from gpt2box.training import checkpoint, kept
 from gpt2box.training.bad_steps import MOST_BAD_STEPS
+from gpt2box.training.metrics import reason
 from gpt2box.training.network import fill
 from gpt2box.training.optim import Optimizer
 from gpt2box.training.state import Rollback, TrainState, parse_state, read_state, write_state
@@ -37,11 +38,11 @@ class HalfDoneStep(Exception):
 
 
 class NotFinite(Exception):
-    """MOST_BAD_STEPS in a row were not finite, up to `step`: back to a good checkpoint."""
+    """MOST_BAD_STEPS in a row were bad, up to `step`: back to a good checkpoint."""
 
-    def __init__(self, step: int, left_out: str) -> None:
+    def __init__(self, step: int, left_out: str, skipped: int, spikes: int) -> None:
         super().__init__(step)
-        self.step, self.left_out = step, left_out
+        self.step, self.left_out, self.spikes, self.reason = step, left_out, spikes, reason(skipped, spikes)
 
 
 def back_to_last(job: Job) -> None:
@@ -79,7 +80,7 @@ def back_to_good(job: Job, trouble: NotFinite) -> tuple[Path, TrainState]:
     write_state(folder, state, parse_state(folder)[1])
     kept.point_to_last_and_best(folder.parent, state)
     say(
-        f"step {trouble.step:,}: loss or gradient not finite, {MOST_BAD_STEPS} steps in a row ({trouble.left_out}): "
+        f"step {trouble.step:,}: {trouble.reason}, {MOST_BAD_STEPS} steps in a row ({trouble.left_out}): "
         f"back to {shown(folder)}, passing over the data of {left_out:,} steps"
     )
     return folder, state
@@ -112,12 +113,14 @@ def not_finite(job: Job, trouble: NotFinite, tried: Path | None) -> BadInput:
     """What to say where going back does not help."""
     again = f", also after {MOST_ROLLBACKS} returns to {tried} with other data" if tried else ""
     last = job.run / "checkpoints" / "last"
+    usual = "a too high learning rate or damaged weights are the usual cause"
+    meant = "; if such a rise is right, --spike-sigma 0 --allow-change spike-sigma" if trouble.spikes else ""
     return BadInput(
-        f"step {trouble.step}: loss or gradient not finite, {MOST_BAD_STEPS} steps in a row "
-        f"({trouble.left_out}){again}",
-        "finite numbers; a too high learning rate or damaged weights are the usual cause",
+        f"step {trouble.step}: {trouble.reason}, {MOST_BAD_STEPS} steps in a row ({trouble.left_out}){again}",
+        f"finite numbers{' near those before' if trouble.spikes else ''}; {usual}",
         f"try --learning-rate {job.plan.learning_rate / 2:g} or --dtype float32 under another --name"
-        + (f"; the last good checkpoint is {last.resolve()}" if last.exists() else ""),
+        + (f"; the last good checkpoint is {last.resolve()}" if last.exists() else "")
+        + meant,
     )
 
 

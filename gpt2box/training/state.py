@@ -13,7 +13,7 @@ from gpt2box.errors import BadInput, Damaged
 from gpt2box.paths import write_atomically
 from gpt2box.training.digest import digest_of
 
-FORMAT = 2  # 1 had no bad_steps and no rollbacks
+FORMAT = 3  # 1 had no bad_steps and no rollbacks, 2 no recent_losses
 
 
 @dataclass
@@ -29,7 +29,7 @@ class TrainState:
     """What a run knows besides tensors. All else follows from the step."""
 
     step: int = 0
-    optimizer_steps: int = 0  # less than step where non-finite steps were left out
+    optimizer_steps: int = 0  # less than step where bad steps were left out
     evaluated_step: int = -1
     val_loss: float | None = None
     best_val_loss: float | None = None
@@ -37,7 +37,8 @@ class TrainState:
     evaluations_without_best: int = 0
     stopped_early: bool = False
     seconds: float = 0.0  # of training, over all sessions
-    bad_steps: int = 0  # non-finite ones in a row, up to this step
+    bad_steps: int = 0  # in a row, up to this step
+    recent_losses: list[float] = field(default_factory=list)  # that the next step's is compared with (bad_steps.py)
     rollbacks: list[Rollback] = field(default_factory=list)
 
     @property
@@ -68,10 +69,10 @@ def parse_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
                 f"format {FORMAT} or earlier",
                 f"go on with the version that manifest.json in {folder.parent.parent} names",
             )
-        if found == 1:
-            content |= {"bad_steps": 0, "rollbacks": []}
+        content = {"bad_steps": 0, "rollbacks": [], "recent_losses": [], **content} if found < FORMAT else content
         state = TrainState(**{field.name: content[field.name] for field in fields(TrainState)})
         state.rollbacks = [Rollback(int(entry["step"]), int(entry["left_out"])) for entry in content["rollbacks"]]
+        state.recent_losses = [float(loss) for loss in content["recent_losses"]]
         described = {
             name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
             for name, entry in content["files"].items()

@@ -149,4 +149,6 @@ def test_the_panel_says_what_is_known_and_nothing_else(capsys: pytest.CaptureFix
     assert found["sample"] == "To be�[2J" and "\x1b" not in capsys.readouterr().err
     display.train(30, {**ROW, "loss": None, "grad_norm": None, "skipped_steps": 2, "mfu": None}, 80)
     found = display.lines()
-    assert "not finite, 2 steps left out" in found["optimizer"] and "MFU" not in found["speed"]
+    assert "2 steps left out: loss or gradient not finite" in found["optimizer"] and "MFU" not in found["speed"]
+    display.train(30, {**ROW, "skipped_steps": 3, "loss_spikes": 1}, 80)
+    assert "3 steps left out: loss not finite or far above the steps before" in display.lines()["optimizer"]

@@ -151,12 +151,14 @@ def test_a_checkpoint_of_a_later_version_is_refused_by_name_and_one_of_an_earlie
     path.write_text(json.dumps(content | {"format": FORMAT + 1}))
     with pytest.raises(BadInput, match=rf"later version of gpt2box: format {FORMAT + 1}"):
         train(max_steps=20, eval_interval=10)
-    early = {key: value for key, value in content.items() if key not in ("bad_steps", "rollbacks")}
-    path.write_text(json.dumps(early | {"format": 1}))
-    capsys.readouterr()
-    train(max_steps=20, eval_interval=10)
-    said = capsys.readouterr().err
-    assert "finished at step 20" in said and "passed over" not in said
+    assert len(content["recent_losses"]) == 20
+    for early, lacks in ((1, ("bad_steps", "rollbacks", "recent_losses")), (2, ("recent_losses",))):
+        lacking = {key: value for key, value in content.items() if key not in lacks}
+        path.write_text(json.dumps(lacking | {"format": early}))
+        capsys.readouterr()
+        train(max_steps=20, eval_interval=10)
+        said = capsys.readouterr().err
+        assert "finished at step 20" in said and "passed over" not in said
 
 
 def test_without_memory_for_a_copy_training_waits_for_the_same_files(

@@ -1,0 +1,234 @@
+"""A loss that is finite and far above those before: windows of noise in a text that a small network soon foresees."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2box.data import batches
+from gpt2box.data.assets import sha256_of
+from gpt2box.data.batches import TrainWindows
+from gpt2box.data.corpora import own_text
+from gpt2box.data.few import Request, prepare_few
+from gpt2box.errors import BadInput
+from gpt2box.job import run_job
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.output.runs import find_run
+from gpt2box.stop import StopRequest
+from gpt2box.training import bad_steps, metrics
+from gpt2box.training.bad_steps import HISTORY, MOST_BAD_STEPS, BadSteps
+from gpt2box.training.state import parse_state
+from gpt2box.verify import verify
+from tests.conftest import TINY, TINYSHAKESPEARE
+from tests.faults.poison import poison_data
+from tests.training.test_distributed import train_on_two
+
+STEADY = {
+    **TINY, "dataset": "letters", "learning_rate": 1e-2, "lr_schedule": "constant", "warmup_steps": 0,
+    "max_steps": 170, "save_interval": 40, "eval_interval": 80, "log_interval": 1,
+}  # fmt: skip
+AT = 160  # steps done before the first that has noise
+IN_BACKWARD = {"optimizer_in_backward": True}
+
+
+def train(name: str = "run", allow: tuple[str, ...] = (), **changes: object) -> None:
+    torch.set_num_threads(1)
+    settings = {key: str(value) for key, value in {**STEADY, "name": name, **changes}.items()}
+    run_job(None, settings, StopRequest(), allow)
+
+
+def letters(volumes: Path, noisy: range) -> None:
+    """The alphabet again and again, as dataset `letters`; steps `noisy` of a run on it get letters at random."""
+    folder = volumes / "data" / "letters"
+    (volumes / "letters.txt").write_text("abcdefghijklmnopqrstuvwxyz\n" * 4000)
+    prepare_few(own_text([str(volumes / "letters.txt")]), Request("char", 0.1), folder)
+    ids = np.fromfile(folder / "train.bin", dtype="<u2")
+    windows, chance = TrainWindows(len(ids), 32, 1337), np.random.default_rng(0)
+    for sequence in range(noisy.start * 8, noisy.stop * 8):
+        begin = windows.start(sequence)
+        ids[begin : begin + 33] = chance.integers(0, 27, 33)
+    ids.tofile(folder / "train.bin")
+
+
+def end(volumes: Path, name: str, step: int | None = None) -> list[str]:
+    folder = volumes / "runs" / name / "checkpoints" / (f"step-{step:08d}" if step else "last")
+    return [sha256_of(folder / file) for file in ("model.safetensors", "optimizer.safetensors")]
+
+
+def last_row(volumes: Path, name: str = "run") -> dict[str, float]:
+    return [row for row in metrics.read(volumes / "runs" / name / "metrics.jsonl") if row["kind"] == "train"][-1]
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "muon"}, {**IN_BACKWARD, "micro_batch_size": 8}])
+def test_a_spike_reaches_neither_weights_nor_averages_also_just_after_a_resume(
+    volumes: Path, settings: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    letters(volumes, range(AT, AT + 1))
+    train(**settings, max_steps=AT)
+    before = last_row(volumes)
+    train(**settings, max_steps=AT + 1)  # which knows the losses before from the checkpoint alone
+    row = last_row(volumes)
+    assert row["loss"] > before["loss"] + 2 and (row["skipped_steps"], row["loss_spikes"]) == (1, 1)
+    assert end(volumes, "run", AT + 1) == end(volumes, "run", AT) and row["digest"] == before["digest"]
+    assert "1 step left out: loss far above the steps before so far" in capsys.readouterr().err
+    train(**settings, max_steps=AT + 2)
+    assert last_row(volumes)["digest"] != before["digest"] and last_row(volumes)["skipped_steps"] == 0
+    train("off", **settings, max_steps=AT + 1, spike_sigma=0)
+    assert end(volumes, "off", AT) == end(volumes, "run", AT) and end(volumes, "off") != end(volumes, "run", AT)
+    assert last_row(volumes, "off")["skipped_steps"] == 0
+    assert not parse_state(volumes / "runs/off/checkpoints/last")[0].recent_losses
+
+
+def test_where_the_step_is_inside_the_backward_pass_a_micro_steps_gradients_are_left_out(volumes: Path) -> None:
+    letters(volumes, range(AT, AT + 1))
+    train(**IN_BACKWARD, max_steps=AT + 1)  # of 2 micro-steps
+    assert (last_row(volumes)["skipped_steps"], last_row(volumes)["loss_spikes"]) == (1, 1)
+    train("off", **IN_BACKWARD, max_steps=AT + 1, spike_sigma=0)
+    moved = [movement(volumes, name) for name in ("run", "off")]
+    assert 0 < moved[0] < moved[1] / 3  # by what the averages held alone
+
+
+def movement(volumes: Path, name: str) -> float:
+    """How far the last step moved the weights."""
+    from safetensors.torch import load_file
+
+    before, after = (
+        load_file(volumes / "runs" / name / f"checkpoints/step-{step:08d}/model.safetensors") for step in (AT, AT + 1)
+    )
+    return sum(float((after[key] - before[key]).square().sum()) for key in before) ** 0.5
+
+
+def test_five_in_a_row_lead_back_and_an_interrupted_run_ends_in_the_same_bits(
+    volumes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    letters(volumes, range(AT + 4, AT + 12))
+    train("straight")
+    said = capsys.readouterr().err
+    assert f"step {AT + 9}: loss far above the steps before, 5 steps in a row (none reached the weights)" in said
+    assert f"step-{AT:08d}, passing over the data of 9 steps" in said
+    state = parse_state(volumes / "runs/straight/checkpoints/last")[0]
+    assert [(back.step, back.left_out) for back in state.rollbacks] == [(AT, 9)] and state.step == 170
+    assert len(state.recent_losses) == HISTORY and state.bad_steps == 0
+    for stop in (100, AT + 3, AT + 7, 165):  # too few to compare with; just before the first; between; after the return
+        train("halted", max_steps=stop)
+    train("halted")
+    assert end(volumes, "halted") == end(volumes, "straight")
+    halted = parse_state(volumes / "runs/halted/checkpoints/last")[0]
+    assert (halted.recent_losses, halted.rollbacks) == (state.recent_losses, state.rollbacks)
+
+
+def test_verify_does_a_step_with_a_spike_again(volumes: Path) -> None:
+    letters(volumes, range(AT + 4, AT + 5))
+    train()
+    verdict = verify(find_run("run"), f"step-{AT:08d}", 10)
+    assert verdict.same and verdict.same_up_to == 170 and last_row(volumes)["loss_spikes"] == 1
+
+
+def test_spikes_and_what_is_not_finite_count_together(
+    volumes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    letters(volumes, range(AT, AT + 8))
+    for where, name in ((batches.TrainWindows, "start"), (batches, "read_windows"), (GPT2, "forward")):
+        monkeypatch.setattr(where, name, getattr(where, name))  # which are put back afterwards
+    poison_data(AT + 2, AT + 7)
+    train()
+    said = capsys.readouterr().err
+    assert f"step {AT + 5}: loss not finite or far above the steps before, 5 steps in a row" in said
+    assert f"step-{AT:08d}, passing over the data of 5 steps" in said
+
+
+def test_a_run_whose_loss_stays_high_ends_and_says_how_to_let_it(volumes: Path) -> None:
+    letters(volumes, range(AT, AT + 100))
+    with pytest.raises(BadInput, match=r"far above the steps before, 5 steps in a row.*also after 3 returns") as raised:
+        train(max_steps=220)
+    assert "near those before" in str(raised.value) and "--spike-sigma 0 --allow-change spike-sigma" in str(
+        raised.value
+    )
+    train(max_steps=220, spike_sigma=0, allow=("spike_sigma",))
+    assert last_row(volumes)["step"] == 220
+
+
+def test_two_ranks_leave_out_the_same_steps(volumes: Path) -> None:
+    letters(volumes, range(AT + 4, AT + 5))
+    train("straight")
+    train("run", max_steps=AT)
+    said = (running := train_on_two("run", **STEADY)).communicate()[1]
+    assert running.returncode == 0 and "2 ranks" in said, said
+    assert last_row(volumes)["loss_spikes"] == 1
+    assert last_row(volumes)["loss"] == pytest.approx(last_row(volumes, "straight")["loss"], abs=1e-4)
+
+
+def test_a_changed_setting_begins_with_nothing_to_compare_with(volumes: Path) -> None:
+    letters(volumes, range(0))
+    train(max_steps=AT)
+    state = volumes / "runs/run/checkpoints" / f"step-{AT:08d}"
+    assert len(parse_state(state)[0].recent_losses) == HISTORY
+    train(dropout=0.5, allow=("dropout",))
+    assert not parse_state(state)[0].recent_losses and (state.parent / "last").resolve().name == "step-00000170"
+    assert len(parse_state(state.parent / "last")[0].recent_losses) == 10
+
+
+def odd(chance: random.Random) -> str:
+    """Digits, of which there are none else."""
+    return "".join(chance.choices("0123456789", k=300))
+
+
+def test_odd_passages_in_a_healthy_run_are_none(volumes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance, text = random.Random(0), TINYSHAKESPEARE.read_text()[:300_000]
+    parts = [text[i : i + 1500] + odd(chance) * (i % 45_000 == 0) for i in range(0, len(text), 1500)]
+    (volumes / "odd.txt").write_text("".join(parts))
+    prepare_few(own_text([str(volumes / "odd.txt")]), Request("char", 0.1), volumes / "data" / "odd")
+    settings = {"dataset": "odd", "micro_batch_size": 4, "tokens_per_step": 128, "max_steps": 600, "eval_interval": 600}
+    train("kept", **settings)
+    assert last_row(volumes, "kept")["skipped_steps"] == 0
+    for least in ("LEAST_DEVIATION", "ODD_ONE"):  # what holds them back
+        monkeypatch.setattr(bad_steps, least, 0.0)
+    train("left", **settings)
+    assert last_row(volumes, "left")["loss_spikes"] > 0
+
+
+def steps(losses: list[float], found: BadSteps) -> list[bool]:
+    """Which of them are left out."""
+    said = []
+    for loss in losses:
+        value = torch.tensor(loss)
+        limit, finite = found.limit(), value.isfinite()
+        bad = (~finite | (value > limit)).float()
+        found.count(value, limit, bad, finite)
+        said.append(bool(bad))
+    return said
+
+
+def test_what_is_a_spike() -> None:
+    chance = random.Random(0)
+    usual = [chance.gauss(3, 0.1) for _ in range(HISTORY)]
+    cpu = torch.device("cpu")
+
+    def after(losses: list[float], then: list[float], sequences: int = 10_000) -> list[bool]:
+        found = BadSteps(cpu, 6.0, sequences, losses=losses)
+        again = BadSteps(cpu, 6.0, sequences, losses=found.recent_losses)  # as state.json has them
+        said = steps(then, found)
+        assert steps(then, again) == said and again.recent_losses == found.recent_losses
+        return said
+
+    assert after(usual, [3.9, 3.5, torch.nan, 3.9, 0.0]) == [True, False, True, True, False]
+    assert after(usual[1:], [50.0]) == [False]  # too few before
+    assert after(usual, [3.9], sequences=16) == [False] and after(usual, [4.6], sequences=16) == [True]
+    assert after([0.01] * HISTORY, [0.06, 0.08]) == [False, True]
+    assert after(usual, [5.0] * MOST_BAD_STEPS) == [True] * MOST_BAD_STEPS  # it rose for good
+    hard = [chance.random() < 0.06 for _ in range(4000)]
+    said = after([3.0] * HISTORY, [4.0 if each else 3.0 for each in hard])
+    assert 0 < sum(said) < sum(hard) / 5  # room was made for them
+
+
+@pytest.mark.parametrize(("sequences", "least"), [(1, 12), (2, 6), (4, 3), (64, 0.75)])
+def test_no_single_odd_sequence_is_a_spike_where_all_is_known_by_heart(sequences: int, least: float) -> None:
+    found = BadSteps(torch.device("cpu"), 6.0, sequences, losses=[0.1] * HISTORY)
+    assert float(found.limit()) == pytest.approx(0.1 + least) and least * sequences >= 12
+    micro_steps = max(sequences // 2, 1)
+    small = BadSteps(torch.device("cpu"), 6.0, sequences // micro_steps, losses=[0.1] * HISTORY)
+    assert float(found.limit(micro_steps)) == pytest.approx(float(small.limit()))
