@@ -44,7 +44,7 @@ from gpt2box.training.distributed import Group, Silence, joined
 from gpt2box.training.loop import Job, train
 from gpt2box.training.network import empty_model, fill
 from gpt2box.training.optim import Optimizer, make_optimizer
-from gpt2box.training.recovery import HalfDoneStep, NotFinite, back_to_last, go_back, machine_fault
+from gpt2box.training.recovery import HalfDoneStep, TooManyBad, back_to_last, go_back, machine_fault
 from gpt2box.training.state import TrainState
 from gpt2box.training.validation import evaluate
 
@@ -159,14 +159,14 @@ def set_arithmetic(plan: RunPlan) -> None:
 
 
 def train_and_go_back(job: Job) -> None:
-    """Train; where a step was half taken, or too many were not finite, go on from a checkpoint."""
+    """Train; where a step was half taken, or too many were bad in a row, go on from a checkpoint."""
     while True:
         try:
             return train(job)
         except HalfDoneStep:
             back_to_last(job)
             continue
-        except NotFinite as trouble:
+        except TooManyBad as trouble:
             found = trouble.with_traceback(None)  # which would hold on to the frame, and with it to what a step needs
         go_back(job, found)
 

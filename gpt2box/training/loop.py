@@ -36,7 +36,7 @@ from gpt2box.training.ladder import rehearse, step_down, step_up
 from gpt2box.training.lean import LeanAdamW, StepInBackward
 from gpt2box.training.metrics import Interval, Metrics, finite_or_none
 from gpt2box.training.optim import GuardedStep, Optimizer, learning_rate, make_update
-from gpt2box.training.recovery import HalfDoneStep, NotFinite
+from gpt2box.training.recovery import HalfDoneStep, TooManyBad
 from gpt2box.training.saver import Companion, Saver
 from gpt2box.training.state import TrainState
 from gpt2box.training.validation import autocast, evaluate
@@ -71,7 +71,7 @@ def train(job: Job) -> None:
     Where memory runs out, the step is done again in a way that takes less, with the same tokens.
 
     Raises:
-        NotFinite: losses or gradients were not finite, or losses far above those before, several steps in a row.
+        TooManyBad: losses or gradients were not finite, or losses far above those before, several steps in a row.
         torch.cuda.OutOfMemoryError: no way is left that takes less; the steps so far are saved.
         HalfDoneStep: see there; the plan has stepped down.
         TryAgain: another rank is lost, see distributed.joined.
@@ -100,7 +100,7 @@ def train(job: Job) -> None:
             improved = False
             agreed.look(late=0 < job.plan.save_minutes * 60 <= begun - saved_at)
             if evaluation_due(job) and not agreed.stop:
-                check_finite(job, update)
+                check_bad_steps(job, update)
                 try:
                     improved = evaluate_and_note(job, metrics, display)
                 except torch.cuda.OutOfMemoryError:
@@ -110,7 +110,7 @@ def train(job: Job) -> None:
             over = agreed.stop or state.step >= plan.max_steps or state.stopped_early
             new = state.step != saved_step and (over or agreed.late or state.step % plan.save_interval == 0)
             if new or (improved and (state.step > 0 or job.pretrained)):
-                check_finite(job, update)
+                check_bad_steps(job, update)
                 saver.save(state)
                 saved_step, saved_at = state.step, time.monotonic()
             if over:
@@ -125,8 +125,8 @@ def train(job: Job) -> None:
             if done is None:
                 half_done = getattr(job.optimizer, "half_done", False)
                 if state.step != saved_step and not half_done:
-                    with suppress(*([] if job.group.alone else [NotFinite])):  # of which the others do not hear
-                        check_finite(job, update)
+                    with suppress(*([] if job.group.alone else [TooManyBad])):  # of which the others do not hear
+                        check_bad_steps(job, update)
                     save_in_need(job, saver)
                     saved_step = state.step
                 step_down(job, display)
@@ -140,7 +140,7 @@ def train(job: Job) -> None:
                 if (
                     isinstance(job.optimizer, LeanAdamW) and state.step != saved_step
                 ):  # if it fails half-way, back to here
-                    check_finite(job, update)
+                    check_bad_steps(job, update)
                     saver.save(state)
                     saved_step = state.step
                 step_up(job, display)
@@ -250,7 +250,7 @@ def log(
     """Note the interval's figures; here, and only here, the loop waits for the device."""
     plan, state = job.plan, job.state
     loss, steps, seconds = interval.take()
-    check_finite(job, update)
+    check_bad_steps(job, update)
     state.seconds += seconds
     tokens_per_sec = steps * plan.tokens_per_step / max(seconds, 1e-9)
     row = {
@@ -269,20 +269,20 @@ def log(
     display.train(state.step, row, left)
 
 
-def check_finite(job: Job, update: Update) -> None:
+def check_bad_steps(job: Job, update: Update) -> None:
     """Count the steps that reached the weights; stop where too many did not.
 
     Looked at before each save and evaluation, so what is found does not depend on when one looks.
 
     Raises:
-        NotFinite: too many in a row were bad (bad_steps.py).
+        TooManyBad: too many in a row were bad (bad_steps.py).
     """
     state = job.state
     state.optimizer_steps = optimizer_steps(job.optimizer)
     bad_steps = update.bad_steps
     state.bad_steps, state.recent_losses = int(bad_steps.in_a_row), bad_steps.recent_losses
     if since := bad_steps.since:
-        raise NotFinite(state.step - since + 1, update.left_out, int(bad_steps.all), int(bad_steps.spikes))
+        raise TooManyBad(state.step - since + 1, update.left_out, int(bad_steps.all), int(bad_steps.spikes))
 
 
 def optimizer_steps(optimizer: Optimizer) -> int:

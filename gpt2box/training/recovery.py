@@ -37,7 +37,7 @@ class HalfDoneStep(Exception):
     """Memory ran out when some weights had taken the step and others had not: back to the last checkpoint."""
 
 
-class NotFinite(Exception):
+class TooManyBad(Exception):
     """MOST_BAD_STEPS in a row were bad, up to `step`: back to a good checkpoint."""
 
     def __init__(self, step: int, left_out: str, skipped: int, spikes: int) -> None:
@@ -54,7 +54,7 @@ def back_to_last(job: Job) -> None:
     say(f"  some weights had taken that step already: going on from {shown(found[0])}")
 
 
-def back_to_good(job: Job, trouble: NotFinite) -> tuple[Path, TrainState]:
+def back_to_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState]:
     """The newest good checkpoint, from which to go on with the data that come after those that led to the bad steps.
 
     The same weights with the same data would end in the same; and where the data are not at fault, others shake a run
@@ -67,10 +67,10 @@ def back_to_good(job: Job, trouble: NotFinite) -> tuple[Path, TrainState]:
     """
     found = newest_good(job, trouble.step)
     if found is None:
-        raise not_finite(job, trouble, None)
+        raise no_way_on(job, trouble, None)
     folder, state = found
     if sum(rollback.step == state.step for rollback in state.rollbacks) >= MOST_ROLLBACKS:
-        raise not_finite(job, trouble, folder)
+        raise no_way_on(job, trouble, folder)
     left_out = trouble.step + job.state.data_step - job.state.step - state.data_step
     state.rollbacks.append(Rollback(state.step, left_out))
     state.seconds = max(state.seconds, job.state.seconds)  # of training that is not undone
@@ -86,7 +86,7 @@ def back_to_good(job: Job, trouble: NotFinite) -> tuple[Path, TrainState]:
     return folder, state
 
 
-def go_back(job: Job, trouble: NotFinite) -> None:
+def go_back(job: Job, trouble: TooManyBad) -> None:
     """To a good checkpoint, which the first rank reads and sends."""
 
     folder, state = job.group.from_first(lambda: back_to_good(job, trouble))
@@ -109,7 +109,7 @@ def newest_good(job: Job, before: int) -> tuple[Path, TrainState] | None:
     return None
 
 
-def not_finite(job: Job, trouble: NotFinite, tried: Path | None) -> BadInput:
+def no_way_on(job: Job, trouble: TooManyBad, tried: Path | None) -> BadInput:
     """What to say where going back does not help."""
     again = f", also after {MOST_ROLLBACKS} returns to {tried} with other data" if tried else ""
     last = job.run / "checkpoints" / "last"
