@@ -60,7 +60,7 @@ class Display:
             return
         self._printed = now
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-        news = f"  {left_out(row)} so far" if row["skipped_steps"] > self._said_left_out else ""
+        news = f"  {left_out(row)}" if row["skipped_steps"] > self._said_left_out else ""
         self._said_left_out = row["skipped_steps"]
         shown_otherwise = self._live is not None or self.plan.log_format == "json"
         (note if shown_otherwise else say)(

@@ -74,7 +74,7 @@ def test_a_spike_reaches_neither_weights_nor_averages_also_just_after_a_resume(
     row = last_row(volumes)
     assert row["loss"] > before["loss"] + 2 and (row["skipped_steps"], row["loss_spikes"]) == (1, 1)
     assert end(volumes, "run", AT + 1) == end(volumes, "run", AT) and row["digest"] == before["digest"]
-    assert "1 step left out: loss far above the steps before so far" in capsys.readouterr().err
+    assert "left  1 step left out: loss far above the steps before\n" in capsys.readouterr().err
     train(**settings, max_steps=AT + 2)
     assert last_row(volumes)["digest"] != before["digest"] and last_row(volumes)["skipped_steps"] == 0
     train("off", **settings, max_steps=AT + 1, spike_sigma=0)
