@@ -51,7 +51,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 STEPS = {"small": 666, "medium": 266}  # of AdamW
 SHARES = (0.37, 0.6)  # of them, for Muon; its sweep is at the last
-SWEEP = {"adamw": (5e-3, 1e-2, 2e-2), "muon": (1e-2, 2e-2, 4e-2)}
+OF_PUBLISHED = (0.22, 0.37)  # of the tokens of nanoGPT's recipe
+SWEEP = {"adamw": (2.5e-3, 5e-3, 1e-2, 2e-2), "muon": (1e-2, 2e-2, 4e-2)}
 
 
 @dataclass
@@ -150,12 +151,14 @@ def compare(runs: Runs, size: str, seeds: list[int]) -> dict[str, list[dict[str,
 
 def compare_with_published(runs: Runs, size: str, seeds: list[int], found: dict[str, list[dict[str, Any]]]) -> None:
     """The same for nanoGPT's recipe, added to what was found."""
-    muon = [rows for name, rows in found.items() if name.startswith("muon")]
-    for number, seed in enumerate(seeds):
+    rate = next(row for name, (row, *_) in found.items() if name.startswith("muon"))["key"]["settings"]["learning_rate"]
+    for seed in seeds:
         nanogpt = runs.run(size, "nanogpt", seed)
         found.setdefault("nanogpt", []).append(nanogpt)
-        ours = [rows[number] for rows in muon]
-        print(f"| {size}, seed {seed} | {nanogpt['val_loss']:.4f} | {ratios(ours, nanogpt)} |", flush=True)
+        lengths = [round(nanogpt["tokens"] * share / OURS["tokens_per_step"]) for share in OF_PUBLISHED]
+        ours = [runs.run(size, "muon", seed, learning_rate=rate, max_steps=steps) for steps in lengths]
+        losses = " | ".join(f"{row['val_loss']:.4f}" for row in (*ours, nanogpt))
+        print(f"| {size}, seed {seed} | {losses} | {ratios(ours, nanogpt)} |", flush=True)
 
 
 def ratios(muon: list[dict[str, Any]], other: dict[str, Any]) -> str:
