@@ -20,7 +20,7 @@ from gpt2box.machine.provenance import provenance
 from gpt2box.paths import checked_name, dataset_dir, run_dir, shown
 from gpt2box.progress import say
 from gpt2box.run_records import about_dataset, weights_source
-from gpt2box.sessions import OF_COURSE, differences, sessions_in
+from gpt2box.sessions import OF_COURSE, as_of, differences, sessions_in, taken, ways_after
 from gpt2box.stop import StopRequest
 
 LARGEST = 100_000_000  # bytes of a manifest.json
@@ -74,16 +74,19 @@ def settings_in(manifest: dict[str, Any], path: Path, name: str | None, device: 
         BadInput: what is wrong with them.
     """
     values = {**manifest["settings"], "wandb": "off"}  # who runs it again did not ask to send anything
-    way = sessions_in(manifest)[0].get("way")
-    if isinstance(way, dict):
-        values |= {key: way[key] for key in ("micro_batch_size", "activation_checkpointing") if key in way}
+    sessions = sessions_in(manifest)
+    way = as_of(sessions, 0)["way"]
+    values |= {key: way[key] for key in ("micro_batch_size", "activation_checkpointing") if key in way}
     if device:
         values["device"] = device
     config = validate(values, str(path))
     name = checked_name(name or f"{config.name}{SUFFIX}", "run")
-    for session in sessions_in(manifest)[1:]:
+    for session in sessions[1:]:
         for key in sorted(OF_COURSE & session["changed"].keys()):
             say(f"note: the run changed {key} at step {session['step']:,}; this one has the last value all along")
+    for step, later in ways_after(sessions, 0).items():
+        words = ", ".join(f"{key} {value}" for key, value in taken(later).items())
+        say(f"note: the run went on from step {step:,} with {words}; this one does not: from there on the bits differ")
     return config.model_copy(update={"name": name})
 
 

@@ -18,7 +18,7 @@ from gpt2box.errors import BadInput
 from gpt2box.paths import read_object, write_atomically
 from gpt2box.planning.plan import RunPlan
 from gpt2box.progress import say
-from gpt2box.sessions import differences, sessions_in
+from gpt2box.sessions import as_of, differences, sessions_in
 
 FORMAT = 2  # of manifest.json; 1 had neither settings nor weights
 MOST_FILES = 1000  # of a dataset, that are listed one by one
@@ -89,7 +89,8 @@ def read_manifest(run: Path) -> dict[str, Any]:
 def say_what_may_change_bits(run: Path, session: dict[str, Any]) -> None:
     """Where a session goes on in another way than the one before, or on another machine."""
     before = sessions_in(read_manifest(run))
-    for line in differences(before[-1], session, of_bits=True) if before else []:
+    last = as_of(before, max(session["step"] - 1, 0)) if before else session
+    for line in differences(last, session, of_bits=True):
         say(f"note: {line}: from here on not in the bits of an uninterrupted run")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,20 +29,31 @@ from gpt2box.machine.provenance import provenance
 from gpt2box.model.lora import adapters
 from gpt2box.model.weights import hub_state
 from gpt2box.paths import dataset_dir
-from gpt2box.planning.choose import options
+from gpt2box.planning.choose import Option, options
 from gpt2box.planning.plan import RunPlan, make_plan
 from gpt2box.planning.shape import ModelShape
 from gpt2box.preflight import check_gpu
 from gpt2box.progress import say
 from gpt2box.ranks import ALONE
 from gpt2box.run_records import about_dataset, read_manifest, weights_source
-from gpt2box.sessions import OF_COURSE, began_at, differences, session_of, sessions_in
+from gpt2box.sessions import (
+    OF_COURSE,
+    as_of,
+    began_at,
+    differences,
+    session_of,
+    sessions_in,
+    taken,
+    ways_after,
+    ways_in,
+)
 from gpt2box.stop import StopRequest
 from gpt2box.training import checkpoint, metrics
 from gpt2box.training.bad_steps import BadSteps
 from gpt2box.training.digest import checksum
 from gpt2box.training.distributed import Group, Silence
 from gpt2box.training.kept import folder_name
+from gpt2box.training.ladder import take_way
 from gpt2box.training.loop import Job, open_batches, take_step
 from gpt2box.training.network import empty_model
 from gpt2box.training.optim import make_optimizer, make_update
@@ -58,6 +69,7 @@ class Stretch:
     run: Path
     config: Config  # as it was then
     session: dict[str, Any]  # that did them
+    ways: dict[int, dict[str, Any]]  # in which it, or a later one, went on, by the step from which on
     start: int
     end: int
     digests: dict[int, str]  # by step
@@ -114,10 +126,10 @@ def verify(run: Path, start_at: str | None, steps: int | None) -> Verdict:
         Damaged: the dataset, the first weights or the checkpoint are not what they were.
     """
     stretch = stretch_of(run, start_at, steps)
-    job, now = job_of(stretch)
+    job, ways, now = job_of(stretch)
     verdict = Verdict(run.name, stretch.start, stretch.start, same_up_to=stretch.start)
     verdict.environment = differences(stretch.session, now)
-    for step in again(job, stretch):
+    for step in again(job, ways, stretch.end):
         if step not in stretch.steps:
             continue
         differing = stretch.digests.get(step) not in (None, checksum(job.model, job.optimizer))
@@ -148,7 +160,7 @@ def stretch_of(run: Path, start_at: str | None, steps: int | None) -> Stretch:
         start = int(matched[1]) if matched else -1
         if start not in folders:
             raise BadInput(f"no checkpoint {start_at} in {run}", f"one of: {listed(folders)}")
-    config, session, limit = then(run, start)
+    config, session, ways, limit = then(run, start)
     later = sorted(step for step in folders if start < step <= limit)
     if steps is not None:
         end = min(start + steps, limit)
@@ -164,7 +176,7 @@ def stretch_of(run: Path, start_at: str | None, steps: int | None) -> Stretch:
             f"a digest, each log_interval of {config.log_interval} steps, or a checkpoint; kept: {listed(folders)}",
             "gpt2box verify RUN --from step-… --steps N",
         )
-    return Stretch(run, config, session, start, end, digests, checkpoints)
+    return Stretch(run, config, session, ways, start, end, digests, checkpoints)
 
 
 def listed(folders: dict[int, Path]) -> str:
@@ -172,8 +184,9 @@ def listed(folders: dict[int, Path]) -> str:
     return ", ".join(folders[step].name for step in sorted(folders)) or "none"
 
 
-def then(run: Path, start: int) -> tuple[Config, dict[str, Any], int]:
-    """Settings and session of the step after `start`, and the last step before another session did otherwise.
+def then(run: Path, start: int) -> tuple[Config, dict[str, Any], dict[int, dict[str, Any]], int]:
+    """Settings and session of the step after `start`, the ways that steps after it were done in, and the last step
+    before another session did otherwise than in another of these ways.
 
     Raises:
         BadInput: the run keeps no account of its sessions.
@@ -183,26 +196,27 @@ def then(run: Path, start: int) -> tuple[Config, dict[str, Any], int]:
         raise BadInput(
             f"{run} does not say what its steps were done with", "config.yaml and manifest.json of this version"
         )
-    began = began_at(sessions)
-    session = next(each for each, step in reversed(list(zip(sessions, began, strict=True))) if step <= start)
+    began, session = began_at(sessions), as_of(sessions, start)
     values = config_file.read_yaml(run / "config.yaml")
     limit = int(validate(values, str(run / "config.yaml")).max_steps)
     for each, step in reversed(list(zip(sessions, began, strict=True))):
         if step > start:
             values |= each["changed"]
-            if differences(session, each, of_bits=True) or OF_COURSE & each["changed"].keys():
+            same_way = {**each, "way": ways_in(each)[0][1] | taken(session["way"])}
+            if differences(session, same_way, of_bits=True) or OF_COURSE & each["changed"].keys():
                 limit = step
-    return validate(values, str(run / "manifest.json")), session, limit
+    return validate(values, str(run / "manifest.json")), session, ways_after(sessions, start), limit
 
 
-def job_of(stretch: Stretch) -> tuple[Job, dict[str, Any]]:
-    """What the loop works on, as it was at the beginning of the stretch, and the session that this is now.
+def job_of(stretch: Stretch) -> tuple[Job, dict[int, Option], dict[str, Any]]:
+    """What the loop works on, as it was at the beginning of the stretch; the ways in which it goes on, by the step from
+    which on; and the session that this is now.
 
     Raises:
         BadInput, MachineCannot: the device is not here, or the weights.
         Damaged: dataset, weights or checkpoint are not what they were.
     """
-    config, run, start = with_way(stretch), stretch.run, stretch.start
+    config, run, start = with_way(stretch, stretch.session["way"]), stretch.run, stretch.start
     check_gpu(config.device)
     manifest = read_manifest(run)
     dataset = open_dataset(dataset_dir(config.dataset))
@@ -217,6 +231,8 @@ def job_of(stretch: Stretch) -> tuple[Job, dict[str, Any]]:
     if weights:
         shape = shape_on(config, weights, dataset.tokenizer)
     plan, device = plan_of(config, shape, dataset)
+    place = place_of(device, config.dtype, plan.compile)
+    ways = {step: options(with_way(stretch, way), shape, place)[0] for step, way in stretch.ways.items()}
     folder = run / "checkpoints" / folder_name(start)
     state = read_state(folder) if start else TrainState()
     last = run / "checkpoints" / "last"
@@ -230,13 +246,12 @@ def job_of(stretch: Stretch) -> tuple[Job, dict[str, Any]]:
         checkpoint.restore(folder, model, optimizer, state)
     alone, quiet = Group(ALONE), Silence()
     job = Job(run, plan, model, optimizer, dataset, dataset.tokenizer, state, StopRequest(), quiet, False, alone, [])
-    return job, session_of(provenance(device), plan, start, {})
+    return job, ways, session_of(provenance(device), plan, start, {})
 
 
-def with_way(stretch: Stretch) -> Config:
+def with_way(stretch: Stretch, way: dict[str, Any]) -> Config:
     """The settings, with what was chosen then."""
-    way = stretch.session.get("way")
-    known = {key: way[key] for key in way if key in Config.model_fields} if isinstance(way, dict) else {}
+    known = {key: way[key] for key in way if key in Config.model_fields}
     return validate(stretch.config.model_dump() | known, f"the way in {stretch.run / 'manifest.json'}")
 
 
@@ -264,19 +279,25 @@ def plan_of(config: Config, shape: ModelShape, dataset: Dataset) -> tuple[RunPla
     return make_plan(config, shape, dataset.tokens("train"), str(device), config.dtype, compiled, way), device
 
 
-def again(job: Job, stretch: Stretch) -> Iterator[int]:
-    """Do the steps; yields the number of each when it is done."""
+def again(job: Job, ways: dict[int, Option], last: int) -> Iterator[int]:
+    """Do the steps up to `last`, each in the way that it was done in; yields the number of each when it is done."""
     forward = torch.compile(job.model) if job.plan.compile else job.model
     update = make_update(job.optimizer, job.plan, BadSteps.of(job.plan, job.state))
     job.model.train()
-    ahead = sorted({rollback.step for rollback in job.state.rollbacks if rollback.step > job.state.step})
-    with closing(update):
-        for end in [*(step for step in ahead if step < stretch.end), stretch.end]:  # where data were passed over
+    turns = {rollback.step for rollback in job.state.rollbacks} | ways.keys()  # data were passed over, or another way
+    with ExitStack() as stack:
+        stack.callback(lambda: update.close())
+        for end in [*sorted(step for step in turns if job.state.step < step < last), last]:
             with closing(open_batches(job)) as batches:
                 while job.state.step < end:
                     take_step(job, forward, batches, update)
                     job.state.step += 1
                     yield job.state.step
+            if end in ways and end < last:
+                say(f"  after step {end:,} with {ways[end].words()}, as then")
+                take_way(job, ways[end])
+                update.close()
+                update = make_update(job.optimizer, job.plan, update.bad_steps)
 
 
 def first_difference(job: Job, folder: Path) -> tuple[str, str]:

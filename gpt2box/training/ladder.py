@@ -12,6 +12,7 @@ from gpt2box.machine.host import memory_bytes
 from gpt2box.planning.choose import Option, lower
 from gpt2box.planning.memory import Memory
 from gpt2box.planning.plan import RunPlan, in_this_way
+from gpt2box.sessions import keep_way
 from gpt2box.training.display import Display
 from gpt2box.training.validation import autocast
 
@@ -99,6 +100,22 @@ def take_way(job: Job, way: Option) -> None:
     """The same steps, done otherwise from now on."""
     job.plan = in_this_way(job.plan, way)
     job.model.activation_checkpointing = way.activation_checkpointing
+
+
+def note_way(job: Job, display: Display) -> None:
+    """Have manifest.json say in which way the steps are done from here on, so that they can be done again (verify.py).
+
+    A disk that refuses it is not worth the run: it is said, and the next save finds out whether the disk works.
+    """
+    if not job.group.first:
+        return
+    try:
+        keep_way(job.run, job.plan, job.state.step)
+    except OSError as error:
+        display.line(
+            f"note: manifest.json does not say that steps are done with {way_of(job.plan).words()} after step "
+            f"{job.state.step:,}, so `gpt2box verify` cannot do them in the same bits: {error.strerror}"
+        )
 
 
 def way_of(plan: RunPlan) -> Option:

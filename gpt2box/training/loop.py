@@ -32,7 +32,7 @@ from gpt2box.training.bad_steps import BadSteps
 from gpt2box.training.digest import checksum
 from gpt2box.training.display import Display
 from gpt2box.training.distributed import Agreed, Group, Silence
-from gpt2box.training.ladder import rehearse, step_down, step_up
+from gpt2box.training.ladder import note_way, rehearse, step_down, step_up
 from gpt2box.training.lean import LeanAdamW, StepInBackward
 from gpt2box.training.metrics import Interval, Metrics, finite_or_none
 from gpt2box.training.optim import GuardedStep, Optimizer, learning_rate, make_update
@@ -88,6 +88,7 @@ def train(job: Job) -> None:
     saved_at = time.monotonic()
     with ExitStack() as stack, closing(metrics), closing(display), closing(saver):
         rehearse(job, forward, display)
+        note_way(job, display)
         plan = job.plan
         batches = open_batches(job)
         update = make_update(job.optimizer, plan, BadSteps.of(plan, state))
@@ -146,6 +147,7 @@ def train(job: Job) -> None:
                 step_up(job, display)
             if plan is not job.plan:
                 plan = job.plan
+                note_way(job, display)
                 update.close()
                 update = make_update(job.optimizer, plan, update.bad_steps)
                 batches.close()

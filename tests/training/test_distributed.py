@@ -119,6 +119,9 @@ def test_what_befalls_one_rank_all_go_by_and_out_of_memory_in_a_step_ends_in_a_c
     said = running.communicate()[1]
     assert "out of memory: going on with micro_batch_size" in said and "on all ranks" in said, said
     assert "error: rank 1: out of memory" in said and "exitcode  : 3" in said, said
+    (session,) = json.loads((volumes / "runs/run/manifest.json").read_text())["sessions"]
+    (way,) = session["ways"]
+    assert way["step"] == 0 and way["micro_batch_size"] < session["way"]["micro_batch_size"]
     found = kept.newest(volumes / "runs" / "run" / "checkpoints")
     assert found and 2 < found[1].step < 20
     assert rows(volumes, "run", "loss")[1] is not None and rows(volumes, "run", "grad_norm")[2] is None
