@@ -38,7 +38,7 @@ def cli() -> None:
 
     Everything is kept in ./volumes ($GPT2BOX_VOLUMES moves it). Exit codes: 0 done, 2 bad input, 3 the
     machine cannot do it, 4 data or checkpoint damaged, 75 try again (network, a failed GPU), 78 volume not
-    writable.
+    writable, 130 and 143 ended by a signal without saving.
     """
 
 

@@ -31,6 +31,14 @@ def say(text: str = "") -> None:
     note(text)
 
 
+def say_at_once(text: str) -> None:
+    """A line from a signal's handler: past Python's buffers, which may be in use just then."""
+    if ranks().first:
+        with suppress(OSError):
+            os.write(_asides[-1].terminal if _asides else 2, f"{text}\n".encode())
+    note(text)
+
+
 def note(text: str) -> None:
     """A line for the kept log alone, where one is kept."""
     for descriptor in _logs.values():

@@ -21,7 +21,7 @@ from gpt2box.paths import checked_name, dataset_dir, run_dir, shown
 from gpt2box.progress import say
 from gpt2box.run_records import about_dataset, weights_source
 from gpt2box.sessions import OF_COURSE, as_of, differences, sessions_in, taken, ways_after
-from gpt2box.stop import StopRequest
+from gpt2box.stop import StopRequest, raised
 
 LARGEST = 100_000_000  # bytes of a manifest.json
 SUFFIX = "-reproduced"
@@ -100,7 +100,8 @@ def bring_dataset(config: Config, wanted: dict[str, Any]) -> None:
         corpus = corpus_of(config.dataset)
         given = [corpus] if corpus else own_files(config.dataset, wanted)
         asked = replace(options_in(wanted), tokenizer=tokenizer_in(config, wanted))
-        prepare(given, asked, folder=dataset_dir(config.dataset))
+        with raised():
+            prepare(given, asked, folder=dataset_dir(config.dataset))
     dataset = open_dataset(dataset_dir(config.dataset))
     found = about_dataset(dataset)
     if found["splits"] != wanted["splits"]:

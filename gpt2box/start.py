@@ -17,6 +17,7 @@ from gpt2box.inputs import bring, has_dataset
 from gpt2box.paths import dataset_dir, locked, make_writable
 from gpt2box.progress import kept_log, say
 from gpt2box.run_records import check_unchanged
+from gpt2box.stop import raised
 from gpt2box.training import kept
 from gpt2box.training.distributed import Group
 from gpt2box.training.state import TrainState, parse_state, write_state
@@ -31,7 +32,8 @@ def bring_dataset(config: Config, text: Path | None, group: Group) -> Dataset:
 
     def needed() -> None:
         if text or not has_dataset(config):
-            bring(config, text)
+            with raised():
+                bring(config, text)
 
     group.on_each_machine(needed)
     dataset = open_dataset(dataset_dir(config.dataset))

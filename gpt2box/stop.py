@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next safe point. Imported before torch, which takes seconds."""
+"""Ctrl-C and SIGTERM as a request to stop at the next safe point. Imported before torch, which takes seconds.
+
+Exit code 0 where that point was reached; else 128 and the signal's number, and a line that says what is kept.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from gpt2box.progress import say
+from gpt2box.progress import say, say_at_once
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+BEFORE = "ended before training began: nothing is lost, the same command goes on where it was"
+AFTER = "ended after training, which is saved; the same command says where"
+UNSAVED = "ended without saving: the same command goes on from the last checkpoint"
 
 
 class StopRequest:
@@ -17,13 +25,14 @@ class StopRequest:
     def __init__(self) -> None:
         self.name = ""
         self._awaited = False
+        self._at_another_time = BEFORE
 
     def __bool__(self) -> bool:
         return bool(self.name)
 
     def install(self) -> StopRequest:
         """Take over SIGINT and SIGTERM."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             signal.signal(number, self._handle)
         return self
 
@@ -34,11 +43,40 @@ class StopRequest:
         try:
             yield
         finally:
-            self._awaited = False
+            self._awaited, self._at_another_time = False, AFTER
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
         if self.name or not self._awaited:
+            say_at_once(f"{name}: {UNSAVED if self._awaited else self._at_another_time}")
             # Not an exception: raised inside an import, some library's `except` would swallow it.
             os._exit(128 + number)
-        self.name = signal.Signals(number).name
-        say(f"{self.name}: finishing this step, then saving. Once more to stop at once, without saving.")
+        self.name = name
+        say(f"{name}: finishing this step, then saving. Once more to stop at once, without saving.")
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """While data are prepared: a signal is raised here, so that what is under way ends its processes and tidies up,
+    which may take seconds; a second one does not wait for that.
+
+    Raises:
+        SystemExit: after a signal, whatever became of it on its way.
+    """
+    came: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if came:
+            os._exit(128 + number)
+        came.append(number)
+        say_at_once(f"{signal.Signals(number).name}: {BEFORE}")
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if came:
+            raise SystemExit(128 + came[0])

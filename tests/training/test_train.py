@@ -406,14 +406,6 @@ def test_a_text_without_line_ends_is_sampled(volumes: Path, tmp_path: Path) -> N
     assert not (volumes / "runs/letters").exists()
 
 
-def test_a_signal_while_nobody_waits_for_it_ends_the_process(volumes: Path) -> None:
-    running = process(volumes, **EXACT)
-    time.sleep(0.7)  # within the imports
-    running.terminate()
-    running.communicate()
-    assert running.returncode in (143, -15)  # the latter before the handler is there
-
-
 def test_bad_usage_of_train_is_a_few_lines(volumes: Path, gpt2box) -> None:  # type: ignore[no-untyped-def]
     for arguments, code, part in [
         ([], 2, "one of: demo"),

@@ -1,0 +1,118 @@
+"""Ctrl-C and SIGTERM to a real process that trains, in each of its phases but the training itself (test_train.py)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gpt2box.stop import BEFORE, UNSAVED
+from tests.conftest import TINYSHAKESPEARE
+from tests.training.test_train import process, wait_for
+
+BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+Running = subprocess.Popen[str]
+
+
+def ended(running: Running, number: signal.Signals) -> str:
+    """What it says of a signal before training, after what it had said until then."""
+    running.send_signal(number)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 128 + number, (running.returncode, errors)
+    said, _, last = errors.removesuffix("\n").rpartition("\n")
+    assert last == f"{number.name}: {BEFORE}", errors
+    return said
+
+
+def until(there: Callable[[], object], running: Running) -> None:
+    while not there():
+        assert running.poll() is None, running.stderr and running.stderr.read()
+        time.sleep(0.005)
+
+
+def maps_torch(running: Running) -> bool:
+    """Whether it has begun to load PyTorch."""
+    return "libtorch" in Path(f"/proc/{running.pid}/maps").read_text()
+
+
+def children(running: Running) -> list[str]:
+    return Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+
+
+@BOTH
+def test_while_the_program_is_loaded(volumes: Path, number: signal.Signals) -> None:
+    running = process(volumes, name="run")
+    until(lambda: maps_torch(running), running)
+    assert ended(running, number) == "" and not (volumes / "runs").exists()
+
+
+@BOTH
+def test_while_data_are_prepared_by_processes_of_their_own(
+    volumes: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    plain = TINYSHAKESPEARE.read_text()
+    for index in range(70):  # more than is read whole
+        (texts / f"{index:02d}.txt").write_text(f"{index}\n{plain}")
+    settings = {"name": "run", "dataset": texts, "max_steps": 2, "device": "cpu"}
+    running = process(volumes, **settings)
+    until(lambda: any(path.stat().st_size for path in (volumes / "data").glob(".texts.*.tmp/train.bin")), running)
+    workers = children(running)
+    assert workers
+    said = ended(running, number)
+    assert "takes about" in said and "leaked" not in said and "Traceback" not in said, said
+    until_gone(workers)
+    assert not (volumes / "data/texts").exists() and not (volumes / "runs").exists()
+    again = process(volumes, **settings)
+    _, errors = again.communicate(timeout=300)
+    assert again.returncode == 0 and "run: finished at step 2" in errors, errors
+
+
+def until_gone(workers: list[str]) -> None:
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@BOTH
+def test_when_the_network_is_made(volumes: Path, number: signal.Signals) -> None:
+    run = volumes / "runs/run"
+    run.mkdir(parents=True)
+    os.mkfifo(run / "manifest.json")  # at which it waits between the network and the first step
+    running = process(volumes, name="run", max_steps=2)
+    wait_for(run / "plan.json", running)
+    assert "parameters, from scratch" in ended(running, number)
+    assert BEFORE in (run / "log.txt").read_text()
+    (run / "manifest.json").unlink()
+    again = process(volumes, name="run", max_steps=2)
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == 0 and "finished at step 2" in errors, errors
+
+
+@BOTH
+def test_a_second_signal_ends_a_long_step_and_says_what_that_costs(volumes: Path, number: signal.Signals) -> None:
+    running = process(volumes, name="run", tokens_per_step=32 * 4 * 100_000, eval_interval=1000)
+    wait_for(volumes / "runs/run/tensorboard", running)
+    assert running.stderr
+    until_said(running, "val_loss")
+    running.send_signal(number)
+    until_said(running, "finishing this step")
+    running.send_signal(number)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 128 + number and errors == f"{number.name}: {UNSAVED}\n"
+
+
+def until_said(running: Running, words: str) -> None:
+    assert running.stderr
+    said = ""
+    while words not in said:
+        line = running.stderr.readline()
+        assert line, said
+        said += line
