@@ -163,6 +163,7 @@ def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:
             optimizer_in_backward=config.optimizer_in_backward,
             lora_rank=config.lora_rank,
             split=place.ranks if config.shard else 1,
+            deterministic=config.deterministic is True,
         )
         memory = training_memory(shape, step)
         if place.ranks > 1 and place.on_gpu:

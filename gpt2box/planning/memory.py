@@ -18,6 +18,8 @@ from gpt2box.planning.shape import EIGHT_BIT_BLOCK, ModelShape
 
 GIB = 2**30
 CUBLAS_WORKSPACE = 8_519_680  # its default below compute capability 9.0
+FIXED_WORKSPACE = 8 * (4 << 20)  # as machine/determinism.py has it,
+WORKSPACES = 2  # and PyTorch gives one to each thread with products: that of forward passes and that of backward passes
 SMALL = 24 << 20  # what is small, and rounding to blocks of 512 bytes
 CUDA_CONTEXT = round(0.45 * GIB)  # 0.3 to 0.5 were seen; outside PyTorch's own count
 LEAN_CHUNK = 2 << 20  # numbers that training/lean.py updates at a time,
@@ -129,6 +131,7 @@ class Step:
     optimizer_in_backward: bool
     lora_rank: int = 0
     split: int = 1  # ranks that share weights, gradients and averages
+    deterministic: bool = False
 
 
 def update_scratch(shape: ModelShape, step: Step, lean: bool) -> int:
@@ -219,7 +222,8 @@ def training_memory(shape: ModelShape, step: Step) -> Memory:
     }
     moment = max(moments, key=lambda name: sum(moments[name]))
     gradients, activations, loss = moments[moment]
-    workspace = CUBLAS_WORKSPACE + SMALL
+    fixed = step.deterministic and step.on_gpu
+    workspace = (WORKSPACES * FIXED_WORKSPACE if fixed else CUBLAS_WORKSPACE) + SMALL  # a second small one is in SMALL
     # Gaps in PyTorch's segments: the simulated allocator showed 1 to 5% for the published sizes.
     margin = (32 << 20) + (gradients + activations + loss) // 40 + output_grad + block
     context = CUDA_CONTEXT if step.on_gpu else 0

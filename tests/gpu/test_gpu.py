@@ -1,4 +1,4 @@
-"""On a GPU: planned memory against PyTorch's own count, and running out of it for real. `make test-gpu`.
+"""On a GPU: planned memory against PyTorch's own count, running out of it, the same bits twice. `make test-gpu`.
 
 A larger card is made one of 12 GB by a cap on this process. Not yet run on any card.
 """
@@ -6,6 +6,7 @@ A larger card is made one of 12 GB by a cap on this process. Not yet run on any 
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,11 @@ from gpt2box.job import run_job
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.memory import GIB
 from gpt2box.stop import StopRequest
+from gpt2box.training import metrics
 from gpt2box.training.network import configure
 from gpt2box.training.optim import make_optimizer, make_update
 from gpt2box.training.validation import autocast
-from tests.conftest import TINY
+from tests.conftest import TINY, Command, options
 from tests.planning.test_plan import planned, shape_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -99,3 +101,39 @@ def test_real_exhaustion_steps_down_and_ends_well(volumes: Path, capsys: pytest.
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "out of memory in step" in capsys.readouterr().err
+
+
+# GPT-2's vocabulary, of which many tokens come often, and rows long enough for attention's backward pass in several
+# blocks: there atomic additions would come in another order each time.
+BITS = {
+    "dataset": "bpe", "device": "cuda", "dtype": "bfloat16", "n_embd": 256, "n_head": 4, "block_size": 512,
+    "micro_batch_size": 8, "tokens_per_step": 2 * 8 * 512, "max_steps": 10, "log_interval": 1, "dropout": 0.1,
+    "deterministic": "true",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": "full"}, {"optimizer": "muon"}, LEAN])
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_deterministic_runs_come_to_the_same_bits(
+    volumes: Path, gpt2box: Command, compiled: str, settings: dict[str, object]
+) -> None:
+    if compiled == "true" and "optimizer_in_backward" in settings:
+        pytest.skip("is never compiled")
+    digests, files = [], []
+    for name in ("one", "two"):  # processes of their own: cuBLAS reads its variable before its first product alone
+        done = gpt2box("train", *options(name=name, compile=compiled, **{**BITS, **settings}))
+        assert done.returncode == 0, done.stderr
+        run = volumes / "runs" / name
+        plan = json.loads((run / "plan.json").read_text())
+        assert plan["deterministic"] is True and plan["compile"] is (compiled == "true")
+        assert json.loads((run / "manifest.json").read_text())["sessions"][0]["environment"][
+            "CUBLAS_WORKSPACE_CONFIG"
+        ].startswith(":4096")
+        rows = [row for row in metrics.read(run / "metrics.jsonl") if row["kind"] == "train"]
+        assert [row["step"] for row in rows] == list(range(1, 11)) and rows[-1]["skipped_steps"] == 0
+        digests.append([row["digest"] for row in rows])
+        files.append(json.loads((run / "checkpoints/last/state.json").read_text())["digest"])
+    assert digests[0] == digests[1] and len(set(digests[0])) == 10
+    assert files[0] == files[1]
+    verified = gpt2box("verify", "one")
+    assert verified.returncode == 0, verified.stdout + verified.stderr

@@ -15,10 +15,11 @@ from torch import nn
 from gpt2box import config_file
 from gpt2box.config import MODEL_SHAPES
 from gpt2box.errors import MachineCannot
+from gpt2box.machine.determinism import WORKSPACE
 from gpt2box.model.recompute import linear
 from gpt2box.planning.cards import CARDS, card_found, card_named
 from gpt2box.planning.choose import NCCL_BYTES, Option, Place, choose, options
-from gpt2box.planning.memory import GIB
+from gpt2box.planning.memory import CUBLAS_WORKSPACE, FIXED_WORKSPACE, GIB, WORKSPACES
 from gpt2box.planning.plan import RunPlan, make_plan
 from gpt2box.planning.shape import ModelShape
 from tests.conftest import Command
@@ -208,6 +209,15 @@ def test_compiled_plans_count_what_the_compiler_keeps_and_leave_selective_out() 
     plain = {(way.micro_batch_size, way.activation_checkpointing): way.memory.total for way in eager}
     assert {way.activation_checkpointing for way in compiled} == {"none", "full"}
     assert all(way.memory.total > plain[way.micro_batch_size, way.activation_checkpointing] for way in compiled)
+
+
+def test_a_deterministic_plan_counts_cublas_workspaces() -> None:
+    kibibytes, buffers = (int(number) for number in WORKSPACE.removeprefix(":").split(":"))  # as cuBLAS reads it
+    assert kibibytes * 1024 * buffers == FIXED_WORKSPACE
+    plain, fixed = (
+        planned(shape_of("gpt2"), 4, "none", "bfloat16", deterministic=value)[1].memory for value in ("auto", "true")
+    )
+    assert fixed == replace(plain, workspace=plain.workspace - CUBLAS_WORKSPACE + WORKSPACES * FIXED_WORKSPACE)
 
 
 def test_a_card_without_bfloat16_still_gets_a_large_micro_batch() -> None:
