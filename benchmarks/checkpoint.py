@@ -1,11 +1,16 @@
 """A checkpoint of GPT-2 Medium with AdamW: how long training waits for it, and how long reading it back takes.
 
     python benchmarks/checkpoint.py [--model gpt2-medium] [--rounds 3] [--folder /tmp]
+    python benchmarks/checkpoint.py --beside [--rounds 5]    what the thread that writes costs the steps beside it
 
 Contenders in turns, medians of all rounds. First torch.save (without fsync, as programs use it), against the wait for
 the copy and what the thread does then until all is durable, read back and named. Then torch.load of the same tensors,
 against reading back into the tensors that are there, and the checksums that are compared before. Medium needs 9 GB of
 memory and as much disk.
+
+With --beside a network of 6 layers × 512 is trained on the CPU: in each round some steps with nothing else, then steps
+for as long as checkpoints are being written; the ratio of the round's medians. On a CPU the writer wants the cores that
+the step wants, which on a GPU it does not.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +30,13 @@ from gpt2box.data.tokenizer import CharTokenizer
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.shape import ModelShape
 from gpt2box.training import checkpoint, kept
+from gpt2box.training.checkpoint import Files
+from gpt2box.training.optim import GuardedStep
 from gpt2box.training.saver import Snapshot
 from gpt2box.training.state import TrainState, read_state
+
+BESIDE = ModelShape(n_layer=6, n_head=8, n_embd=512, block_size=128, vocab_size=50_257)  # 45M parameters
+ALONE, SAVES = 12, 4  # of a round: steps with nothing beside them, and checkpoints that are written one after the other
 
 
 def main() -> None:
@@ -34,26 +45,24 @@ def main() -> None:
     parser.add_argument("--model", default="gpt2-medium", choices=MODEL_SHAPES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("/tmp"))
+    parser.add_argument("--beside", action="store_true")
     arguments = parser.parse_args()
     folder = arguments.folder / "gpt2box-benchmark-checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        measure(
-            ModelShape(**MODEL_SHAPES[arguments.model], block_size=1024, vocab_size=50_257), arguments.rounds, folder
-        )
+        if arguments.beside:
+            measure_beside(arguments.rounds, folder)
+        else:
+            shape = ModelShape(**MODEL_SHAPES[arguments.model], block_size=1024, vocab_size=50_257)
+            measure(shape, arguments.rounds, folder)
     finally:
         shutil.rmtree(folder)
 
 
 def measure(shape: ModelShape, rounds: int, folder: Path) -> None:
     """All contenders, `rounds` times in turns."""
-    model = GPT2.empty(shape, 0.0, "cpu")
-    model.initialise(1)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    for parameter in model.parameters():
-        averages = {key: torch.full_like(parameter, 0.01) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.ones(()), **averages}
+    model, optimizer = made(shape)
     state = TrainState(step=1, optimizer_steps=1)
     plain, checkpoints = folder / "plain.pt", folder / "checkpoints"
     whole = checkpoints / kept.folder_name(state.step)
@@ -73,6 +82,70 @@ def measure(shape: ModelShape, rounds: int, folder: Path) -> None:
     }.items():
         mine, its = watch.median(name), watch.median(base)
         print(f"{name:14} {mine:6.2f} s = {mine / its:.3f} of {base} ({its:.2f} s)")
+
+
+def made(shape: ModelShape) -> tuple[GPT2, torch.optim.AdamW]:
+    """A network and its averages."""
+    model = GPT2.empty(shape, 0.0, "cpu")
+    model.initialise(1)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        averages = {key: torch.full_like(parameter, 0.01) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.ones(()), **averages}
+    return model, optimizer
+
+
+def measure_beside(rounds: int, folder: Path) -> None:
+    """Steps with nothing else and beside checkpoints that are being written, in turns."""
+    model, optimizer = made(BESIDE)
+    words, state = CharTokenizer("ab", False), TrainState(step=1, optimizer_steps=1)
+    files, config = checkpoint.contents(model, optimizer, state), checkpoint.config_of(model, words)
+    snapshot, update = Snapshot(files, pin=False), GuardedStep(optimizer, 1.0, torch.device("cpu"))
+    batch = torch.randint(0, BESIDE.vocab_size, (1, BESIDE.block_size + 1))
+    whole = folder / "checkpoints"
+
+    def step() -> tuple[float, float]:
+        begun, worked = time.perf_counter(), time.thread_time()
+        loss = model(batch[:, :-1], batch[:, 1:], 1.0)
+        update.before_backward(1, 0, 1e-5, loss)
+        loss.backward()
+        update(loss.detach())
+        return time.perf_counter() - begun, time.thread_time() - worked
+
+    def save(copies: Files) -> None:
+        begun, worked = time.perf_counter(), time.thread_time()
+        for _ in range(SAVES):
+            shutil.rmtree(whole, ignore_errors=True)
+            checkpoint.publish(whole, copies, config, state, words)
+        writing.append(((time.perf_counter() - begun) / SAVES, (time.thread_time() - worked) / SAVES))
+
+    ratios: list[tuple[float, float]] = []
+    writing: list[tuple[float, float]] = []
+    for number in range(rounds + 1):
+        alone = [step() for _ in range(ALONE)]
+        writer, beside = threading.Thread(target=save, args=(snapshot.take(files),)), []
+        writer.start()
+        while writer.is_alive():
+            beside.append(step())
+        if number == 0:  # in which memory and the folder's pages are new
+            writing.clear()
+            continue
+        usual, slowed = middle(alone), middle(beside[:-1] or beside)  # the last ran on alone
+        ratios.append((slowed[0] / usual[0], slowed[1] / usual[1]))
+        print(f"  {usual[0]:.2f} s a step, {slowed[0]:.2f} s beside, {len(beside)} steps", flush=True)
+    gigabytes = checkpoint.checkpoint_bytes(model, optimizer, state) / 1e9
+    print(
+        f"{gigabytes:.2f} GB, {torch.get_num_threads()} threads, {rounds} rounds: time, and its thread's processor time"
+    )
+    for name, found in {"a step beside, of one alone": ratios, "seconds a checkpoint": writing}.items():
+        time_, work = ([each[column] for each in found] for column in (0, 1))
+        shown = (f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})" for each in (time_, work))
+        print(f"{name:28}", *shown, sep="  ")
+
+
+def middle(times: list[tuple[float, float]]) -> tuple[float, float]:
+    """The median of each column."""
+    return statistics.median(each[0] for each in times), statistics.median(each[1] for each in times)
 
 
 def save_rounds(
