@@ -26,7 +26,7 @@ $(VENV)/ready: requirements/install.sh $(wildcard requirements/$(or $(STACK),cpu
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: $(VENV)/ready ## train a small GPT on Shakespeare on this CPU (about 4 minutes) and read it
+demo: $(VENV)/ready ## train a small GPT on Shakespeare on this CPU (about 2 minutes) and read it
 	@$(BIN)/gpt2box train demo
 	@echo; $(BIN)/gpt2box sample demo --prompt "ROMEO" --max-new-tokens 400
 
