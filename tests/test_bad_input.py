@@ -208,6 +208,8 @@ def test_any_value_anywhere_in_what_is_read_is_used_or_refused(
         if name == "manifest.json":
             look_at(run)
             with contextlib.suppress(Gpt2boxError):
-                with_way(stretch_of(run, None, 1000))
+                stretch = stretch_of(run, None, 1000)
+                for way in (stretch.session["way"], *stretch.ways.values()):
+                    with_way(stretch, way)
     finally:
         file.write_bytes(whole)
