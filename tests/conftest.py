@@ -28,6 +28,13 @@ settings.register_profile("gpt2box", deadline=None)
 settings.load_profile("gpt2box")
 TINYSHAKESPEARE = Path(__file__).parent / "data_files" / "tinyshakespeare.txt"
 
+
+@pytest.fixture(autouse=True)
+def smallest_numbers_are_not_zero() -> None:
+    """What PyTorch 2.4 compiles for a CPU (-ffast-math) has its process take them for zero, also in later tests."""
+    torch.set_flush_denormal(False)
+
+
 # Seconds-long runs; settings that a test changes are given as further options.
 TINY = {
     "dataset": "text",
