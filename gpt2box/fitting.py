@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 
 from gpt2box.config import Config
-from gpt2box.errors import BadInput, MachineCannot
+from gpt2box.errors import MachineCannot
 from gpt2box.machine.device import choose_compile, describe
 from gpt2box.machine.gpu import card_of
 from gpt2box.machine.host import cpu_name, memory_bytes
 from gpt2box.paths import read_object, run_dir
 from gpt2box.planning.cards import card_found
-from gpt2box.planning.choose import Option, Place, choose, informed, options
+from gpt2box.planning.choose import Option, Place, check_cut, choose, informed, options
 from gpt2box.planning.memory import CUDA_CONTEXT
-from gpt2box.planning.shape import EIGHT_BIT_BLOCK, ModelShape
+from gpt2box.planning.shape import ModelShape
 from gpt2box.ranks import Ranks, ranks
 
 
@@ -61,7 +61,7 @@ def check_split(config: Config, shape: ModelShape, count: int) -> None:
 
     Raises:
         MachineCannot: FSDP2 was not public in this PyTorch yet.
-        BadInput: numbers in 8 bits that share a scale would come to lie on two ranks.
+        BadInput: see check_cut.
     """
     if not config.shard or count == 1:
         return
@@ -71,16 +71,7 @@ def check_split(config: Config, shape: ModelShape, count: int) -> None:
             "PyTorch 2.6 or later",
             "STACK=cu13x has it (docs/containers.md); or --shard false",
         )
-    C = shape.n_embd
-    matrices = ((C, C), (C, 4 * C), (shape.padded_vocab_size, C), (shape.block_size, C))
-    if config.optimizer_states == "int8" and any(
-        rows % count or rows // count * width % EIGHT_BIT_BLOCK for rows, width in matrices
-    ):
-        raise BadInput(
-            f"shard true and optimizer_states int8 with {count} ranks: {C} × {C} and other matrices cannot be cut",
-            f"for each rank as many rows, {EIGHT_BIT_BLOCK} numbers at a time",
-            "--optimizer-states float32, or another number of GPUs",
-        )
+    check_cut(config, shape, count)
 
 
 def device_of(wanted: str, own: Ranks) -> str:

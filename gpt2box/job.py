@@ -15,7 +15,6 @@ from gpt2box.config import Config
 from gpt2box.data.published import pretrained_folder, shape_in, shape_on
 from gpt2box.data.tokenizer import prompt_ids
 from gpt2box.data.tokens import Dataset
-from gpt2box.errors import MachineCannot
 from gpt2box.fitting import check_split, choose_way, device_of, place_for, shared, ways_down
 from gpt2box.machine.determinism import make_deterministic
 from gpt2box.machine.device import choose_compile, choose_device, choose_dtype
@@ -33,7 +32,7 @@ from gpt2box.planning.plan import RunPlan, make_plan
 from gpt2box.planning.shape import ModelShape
 from gpt2box.preflight import check_gpu
 from gpt2box.progress import duration, kept_log, say, size
-from gpt2box.ranks import ALONE, ranks
+from gpt2box.ranks import ALONE
 from gpt2box.run_records import checked_allowance, say_what_may_change_bits, write_records
 from gpt2box.sessions import session_of
 from gpt2box.start import begin, bring_dataset, take
@@ -44,7 +43,7 @@ from gpt2box.training.distributed import Group, Silence, joined
 from gpt2box.training.loop import Job, train
 from gpt2box.training.network import empty_model, fill
 from gpt2box.training.optim import Optimizer, make_optimizer
-from gpt2box.training.recovery import HalfDoneStep, TooManyBad, back_to_last, go_back, machine_fault
+from gpt2box.training.recovery import HalfDoneStep, TooManyBad, back_to_last, go_back, machine_fault, out_of_memory
 from gpt2box.training.state import TrainState
 from gpt2box.training.validation import evaluate
 
@@ -235,30 +234,6 @@ def saying_out_of_memory(plan: RunPlan) -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise out_of_memory(plan) from error
-
-
-def out_of_memory(plan: RunPlan) -> MachineCannot:
-    """What to do where even the way that takes least does not fit, or another rank is in the midst of the step."""
-    if plan.shard:
-        return MachineCannot(
-            f"rank {ranks().rank}: out of memory with micro_batch_size {plan.micro_batch_size}, "
-            f"activation_checkpointing {plan.activation_checkpointing}, in a step of all ranks, that share the weights",
-            "as much free memory on each GPU as at the beginning, and a plan that holds (it is estimated)",
-            f"--micro-batch-size {max(plan.micro_batch_size // 2, 1)} --activation-checkpointing full goes on from the "
-            "last checkpoint with less",
-        )
-    if plan.ranks > 1:
-        return MachineCannot(
-            f"rank {ranks().rank}: out of memory with micro_batch_size {plan.micro_batch_size}, in a step of all ranks",
-            "as much free memory on each GPU as at the beginning (other programs' share counts: gpt2box monitor)",
-            "the same command goes on from the last checkpoint, in a way that takes less if need be",
-        )
-    return MachineCannot(
-        f"out of memory with micro_batch_size {plan.micro_batch_size}, block_size {plan.shape.block_size}, "
-        f"activation_checkpointing {plan.activation_checkpointing}, and no way is left that takes less",
-        "memory for one sequence (other programs' share counts: gpt2box monitor)",
-        "close other programs; the same command then goes on from the last checkpoint",
-    )
 
 
 def evaluate_only(config: Config, plan: RunPlan, dataset: Dataset, weights: Path | None) -> None:

@@ -20,6 +20,7 @@ from gpt2box.planning.choose import (
     BF16_FROM,
     Option,
     Place,
+    check_cut,
     check_shared,
     choose,
     fitting,
@@ -143,6 +144,7 @@ def show(config: Config, target: Target, all_sizes: bool, explain: bool, as_json
     if all_sizes:
         return table(config, target, as_json)
     shape = shape_of(config)
+    check_cut(config, shape, target.place.ranks)
     place = informed(target.place, config, shape)
     compiled = place.compiled and config.may_compile
     found = options(config, shape, place)

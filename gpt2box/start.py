@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,22 +62,21 @@ def begin(config: Config, dataset: Dataset, run: Path, allow: Sequence[str]) -> 
     if found:
         changed = check_unchanged(config, dataset, run, allow)
         if changed.keys() & set(CHANGEABLE):
-            forget_losses(run / "checkpoints")
+            forget_losses(found[0])
             found[1].recent_losses = []
         kept.point_to_last_and_best(run / "checkpoints", found[1])
         announce_resume(config, *found)
     return found, changed
 
 
-def forget_losses(checkpoints: Path) -> None:
+def forget_losses(folder: Path) -> None:
     """With another dropout, say, a loss far above those before is none that must not be.
 
-    On the disk, and before config.yaml has the change: a run that is killed now goes on as one that is not.
+    On the disk, and before config.yaml has the change: a run that is killed now goes on as one that is not. Earlier
+    checkpoints keep theirs, with which the steps after them were done.
     """
-    for path in checkpoints.glob("step-*"):
-        with suppress(Damaged):
-            state, files = parse_state(path)
-            write_state(path, replace(state, recent_losses=[]), files)
+    state, files = parse_state(folder)
+    write_state(folder, replace(state, recent_losses=[]), files)
 
 
 def announce_resume(config: Config, folder: Path, state: TrainState, passed_over: list[Any]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from gpt2box.progress import say, say_at_once
+from gpt2box.progress import say_at_once
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 BEFORE = "ended before training began: nothing is lost, the same command goes on where it was"
@@ -23,8 +23,8 @@ class StopRequest:
     """Set by the first signal while it is awaited; a second one, or one at another time, ends the process at once."""
 
     def __init__(self) -> None:
-        self.name = ""
-        self._awaited = False
+        self.name = ""  # also where a signal came to another rank
+        self._came = self._awaited = False
         self._at_another_time = BEFORE
 
     def __bool__(self) -> bool:
@@ -39,20 +39,21 @@ class StopRequest:
     @contextmanager
     def awaited(self) -> Iterator[None]:
         """While this lasts, somebody looks at the request."""
-        self._awaited = True
+        self._awaited, later = True, UNSAVED
         try:
             yield
+            later = AFTER
         finally:
-            self._awaited, self._at_another_time = False, AFTER
+            self._awaited, self._at_another_time = False, later
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.name or not self._awaited:
+        if self._came or not self._awaited:
             say_at_once(f"{name}: {UNSAVED if self._awaited else self._at_another_time}")
             # Not an exception: raised inside an import, some library's `except` would swallow it.
             os._exit(128 + number)
-        self.name = name
-        say(f"{name}: finishing this step, then saving. Once more to stop at once, without saving.")
+        self._came, self.name = True, self.name or name
+        say_at_once(f"{name}: finishing this step, then saving. Once more to stop at once, without saving.")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from gpt2box.paths import bench_file
 from gpt2box.planning.cards import CARDS, CardKind
 from gpt2box.planning.measured import Measured, compiled_or_not, job_of, read
 from gpt2box.planning.memory import Memory, Step, training_memory
-from gpt2box.planning.shape import ModelShape
+from gpt2box.planning.shape import EIGHT_BIT_BLOCK, ModelShape
 from gpt2box.planning.throughput import between_gathers, together, tokens_per_sec
 from gpt2box.progress import size
 
@@ -131,6 +131,33 @@ def check_shared(config: Config, ranks: int) -> None:
         )
 
 
+def check_cut(config: Config, shape: ModelShape, ranks: int) -> None:
+    """Whether so many ranks can share averages in 8 bits, if they are to.
+
+    Raises:
+        BadInput: numbers that share a scale would come to lie on two of them.
+    """
+    if not config.shard or config.optimizer_states != "int8":
+        return
+    C = shape.n_embd
+    for rows, width in ((C, C), (C, 4 * C), (shape.padded_vocab_size, C), (shape.block_size, C)):
+        if rows % ranks or rows // ranks * width % EIGHT_BIT_BLOCK:
+            raise BadInput(
+                f"shard true and optimizer_states int8 with {ranks} ranks: a matrix of {rows} × {width} cannot be cut",
+                f"for each rank as many rows, {EIGHT_BIT_BLOCK} numbers at a time",
+                "--optimizer-states float32, or another number of GPUs",
+            )
+
+
+def can_be_cut(config: Config, shape: ModelShape, ranks: int) -> bool:
+    """The same as an answer."""
+    try:
+        check_cut(config, shape, ranks)
+    except BadInput:
+        return False
+    return True
+
+
 def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:
     """The options in no order."""
     compiled = place.compiled and config.may_compile
@@ -193,7 +220,8 @@ def rate(config: Config, shape: ModelShape, kind: CardKind, option: Option, comp
         return together(alone, config.tokens_per_step, option.ranks, 4 * adapters)
     lean = config.optimizer_states != "float32" or config.weights_dtype != "float32"
     updates = option.grad_accum_steps if config.optimizer_in_backward else int(lean)
-    alone = tokens_per_sec(shape, kind, *way, compiled, updates, muon=config.optimizer == "muon")
+    share = option.ranks if config.shard else 1
+    alone = tokens_per_sec(shape, kind, *way, compiled, updates, muon=config.optimizer == "muon", ranks=share)
     if config.shard:
         alone = between_gathers(alone, option.micro_batch_size * shape.block_size, option.ranks, shape)
         return together(alone, config.tokens_per_step, option.ranks, 0)
@@ -236,6 +264,8 @@ def rungs(config: Config, shape: ModelShape, place: Place) -> Iterator[tuple[str
             continue
         tried.append(changed)
         other = config.model_copy(update=changed)
+        if not can_be_cut(other, shape, place.ranks):
+            continue
         if way := fitting(options(other, shape, place), place):
             flags = " ".join(f"--{key.replace('_', '-')} {str(value).lower()}" for key, value in changed.items())
             yield flags, way, bool(changed.keys() & CHANGES_NUMBERS)
@@ -252,11 +282,12 @@ def choose(found: list[Option], config: Config, shape: ModelShape, place: Place)
     nearest = min(found, key=lambda option: option.total_bytes)
     flags, way, changes = next(rungs(config, shape, place), ("", nearest, False))
     cost = "; changes the numbers, see docs/memory.md: a run that has begun goes on as it was" if changes else ""
+    newer = "; needs PyTorch 2.6, as STACK=cu13x has" if "--shard" in flags else ""
     raise MachineCannot(
         f"{place.name} has {size(max(place.free_bytes, 0))} free; the least that these settings need is "
         f"{size(nearest.total_bytes)} ({nearest.words()}; estimated)",
         "a plan that fits",
-        f"{flags} fits ({size(way.total_bytes)}, {way.words()}{cost})"
+        f"{flags} fits ({size(way.total_bytes)}, {way.words()}{cost}{newer})"
         if flags
         else "a smaller model or block_size; or close other programs",
     )

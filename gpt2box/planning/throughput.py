@@ -33,12 +33,13 @@ def tokens_per_sec(
     lean_updates: int = 0,
     adapters: int = 0,
     muon: bool = False,
+    ranks: int = 1,
 ) -> float:
     """Expected tokens a second in training, with bfloat16; 0 for a card without bfloat16.
 
     `lean_updates`: how often in a step training/lean.py goes through all parameters. `adapters`: how many parameters
     they have, if these alone are trained; a third of the arithmetic, the frozen weights' gradients, is then spared.
-    `muon`: the matrices inside the blocks are its own.
+    `muon`: the matrices inside the blocks are its own. `ranks`: so many share AdamW's update.
     """
     if not kind.bf16_tflops:
         return 0.0
@@ -55,7 +56,7 @@ def tokens_per_sec(
     # The optimizer's step: weights, gradients, two averages, read and written; lean.py's, operation by operation.
     a_number = LEAN_BYTES * lean_updates if lean_updates else 32
     inside = 12 * shape.n_layer * shape.n_embd**2 if muon else 0
-    update = (a_number * (N - inside) + MUON_BYTES * inside) * per_byte
+    update = (a_number * (N - inside) / ranks + MUON_BYTES * inside) * per_byte
     if muon:
         update += MUON_PRODUCTS * shape.n_layer * shape.n_embd**3 / (kind.bf16_tflops * 1e12 * EFFICIENCY)
     return grad_accum_steps * M / (grad_accum_steps * (arithmetic + weights) + update)

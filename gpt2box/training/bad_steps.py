@@ -42,6 +42,7 @@ class BadSteps:
         self.in_a_row = torch.full((), float(in_a_row), device=device)  # from MOST_BAD_STEPS on, good ones count, too
         self.all = torch.zeros((), device=device)
         self.spikes = torch.zeros((), device=device)  # of all
+        self.spikes_in_a_row = torch.zeros((), device=device)
         known = [*[math.nan] * HISTORY, *losses][-HISTORY:]  # of which nothing follows as long as one is missing
         self._losses = torch.tensor(known, device=device)
 
@@ -69,7 +70,8 @@ class BadSteps:
         self.in_a_row = torch.addcmul(counted, self.in_a_row, counted)
         self.all = self.all + bad
         if self.spike_sigma:
-            self.spikes = self.spikes + bad * finite
+            spike = bad * finite
+            self.spikes, self.spikes_in_a_row = self.spikes + spike, (self.spikes_in_a_row + spike) * counted
             later = torch.cat([self._losses[1:], torch.fmin(loss.detach(), limit).view(1)])
             self._losses = torch.where(finite, later, self._losses)
 

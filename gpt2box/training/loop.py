@@ -224,9 +224,9 @@ def take_step(job: Job, forward: Any, batches: Iterator[Tensor], update: Update)
         with job.group.micro_step(forward, last=micro_step == plan.grad_accum_steps - 1):
             with autocast(plan):
                 micro_loss = forward(inputs, targets, 1.0 / plan.grad_accum_steps)
+            update.before_backward(job.state.step, micro_step, lr, micro_loss)  # a mean as other steps', not weighted
             if shares is not None:
                 micro_loss = micro_loss * shares[micro_step]
-            update.before_backward(job.state.step, micro_step, lr, micro_loss)
             micro_loss.backward()
         loss += micro_loss.detach()
     loss = job.group.mean(loss)
@@ -284,7 +284,7 @@ def check_bad_steps(job: Job, update: Update) -> None:
     bad_steps = update.bad_steps
     state.bad_steps, state.recent_losses = int(bad_steps.in_a_row), bad_steps.recent_losses
     if since := bad_steps.since:
-        raise TooManyBad(state.step - since + 1, update.left_out, int(bad_steps.all), int(bad_steps.spikes))
+        raise TooManyBad(state.step - since + 1, update.left_out, int(bad_steps.spikes_in_a_row))
 
 
 def optimizer_steps(optimizer: Optimizer) -> int:

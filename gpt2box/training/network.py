@@ -50,6 +50,8 @@ def fill(
         return group.send(model, optimizer)
     whole_ones = None
     if group.first:
+        if torch.cuda.is_available():  # a snapshot's page-locked memory, after a return to a checkpoint
+            getattr(torch._C, "_host_emptyCache", lambda: None)()
         on_host = replace(plan, device="cpu", shard=False)
         whole_model = empty_model(on_host)
         whole_ones = whole_model, make_optimizer(whole_model, on_host)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from gpt2box.errors import BadInput, Damaged, Gpt2boxError, MachineCannot, TryAgain, VolumeUnwritable
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.paths import shown
+from gpt2box.planning.plan import RunPlan
 from gpt2box.progress import say
+from gpt2box.ranks import ranks
 from gpt2box.training import checkpoint, kept
 from gpt2box.training.bad_steps import MOST_BAD_STEPS
 from gpt2box.training.metrics import reason
@@ -40,9 +42,9 @@ class HalfDoneStep(Exception):
 class TooManyBad(Exception):
     """MOST_BAD_STEPS in a row were bad, up to `step`: back to a good checkpoint."""
 
-    def __init__(self, step: int, left_out: str, skipped: int, spikes: int) -> None:
+    def __init__(self, step: int, left_out: str, spikes: int) -> None:
         super().__init__(step)
-        self.step, self.left_out, self.spikes, self.reason = step, left_out, spikes, reason(skipped, spikes)
+        self.step, self.left_out, self.spikes, self.reason = step, left_out, spikes, reason(MOST_BAD_STEPS, spikes)
 
 
 def back_to_last(job: Job) -> None:
@@ -121,6 +123,32 @@ def no_way_on(job: Job, trouble: TooManyBad, tried: Path | None) -> BadInput:
         f"try --learning-rate {job.plan.learning_rate / 2:g} or --dtype float32 under another --name"
         + (f"; the last good checkpoint is {last.resolve()}" if last.exists() else "")
         + meant,
+    )
+
+
+def out_of_memory(plan: RunPlan) -> MachineCannot:
+    """What to do where even the way that takes least does not fit, or another rank is in the midst of the step."""
+    if plan.shard:
+        less = next((n for n in range(plan.micro_batch_size - 1, 0, -1) if plan.micro_batch_size % n == 0), 0)
+        flags = f"--micro-batch-size {less} " if less else ""
+        flags += "" if plan.activation_checkpointing == "full" else "--activation-checkpointing full"
+        return MachineCannot(
+            f"rank {ranks().rank}: out of memory with micro_batch_size {plan.micro_batch_size}, "
+            f"activation_checkpointing {plan.activation_checkpointing}, in a step of all ranks, that share the weights",
+            "as much free memory on each GPU as at the beginning, and a plan that holds (it is estimated)",
+            f"{flags.strip() or 'more GPUs'}: goes on from the last checkpoint with less on each",
+        )
+    if plan.ranks > 1:
+        return MachineCannot(
+            f"rank {ranks().rank}: out of memory with micro_batch_size {plan.micro_batch_size}, in a step of all ranks",
+            "as much free memory on each GPU as at the beginning (other programs' share counts: gpt2box monitor)",
+            "the same command goes on from the last checkpoint, in a way that takes less if need be",
+        )
+    return MachineCannot(
+        f"out of memory with micro_batch_size {plan.micro_batch_size}, block_size {plan.shape.block_size}, "
+        f"activation_checkpointing {plan.activation_checkpointing}, and no way is left that takes less",
+        "memory for one sequence (other programs' share counts: gpt2box monitor)",
+        "close other programs; the same command then goes on from the last checkpoint",
     )
 
 
