@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -116,3 +117,21 @@ def until_said(running: Running, words: str) -> None:
         line = running.stderr.readline()
         assert line, said
         said += line
+
+
+OF_ALL_RANKS = """
+import os, signal
+from gpt2box.stop import StopRequest
+stop = StopRequest().install()
+with stop.awaited():
+    stop.name = "a signal to another rank"
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("saves", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_ranks_own_first_signal_after_anothers_is_no_second_one() -> None:
+    done = subprocess.run([sys.executable, "-c", OF_ALL_RANKS], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("saves\n", 128 + signal.SIGTERM)
+    assert done.stderr.count("finishing this step") == 1 and done.stderr.endswith(f"SIGTERM: {UNSAVED}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from gpt2box.data.assets import sha256_of
 from gpt2box.data.batches import TrainWindows
 from gpt2box.data.corpora import own_text
 from gpt2box.data.few import Request, prepare_few
+from gpt2box.data.prepare import Options, prepare
 from gpt2box.errors import BadInput
 from gpt2box.job import run_job
 from gpt2box.model.gpt2 import GPT2
@@ -90,6 +92,15 @@ def test_where_the_step_is_inside_the_backward_pass_a_micro_steps_gradients_are_
     train("off", **IN_BACKWARD, max_steps=AT + 1, spike_sigma=0)
     moved = [movement(volumes, name) for name in ("run", "off")]
     assert 0 < moved[0] < moved[1] / 3  # by what the averages held alone
+
+
+def test_a_micro_step_that_has_most_of_a_steps_targets_is_no_spike(volumes: Path, tmp_path: Path) -> None:
+    prompt, long = "Say it: " + "yes or no or " * 9, "yes it is so and so it is " * 12
+    records = [{"prompt": f"{i} {prompt}", "response": long if i % 25 == 0 else "yes"} for i in range(600)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    prepare([str(tmp_path / "chat.jsonl")], Options(), folder=volumes / "data" / "chat")
+    train(**IN_BACKWARD, dataset="chat", micro_batch_size=1, max_steps=HISTORY + 20, learning_rate=1e-6)
+    assert last_row(volumes)["skipped_steps"] == 0
 
 
 def movement(volumes: Path, name: str) -> float:
