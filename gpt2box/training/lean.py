@@ -63,8 +63,12 @@ class LeanAdamW(torch.optim.Optimizer):
             for parameter in present:
                 grad = local(parameter.grad)
                 good = 1.0 - self.found_inf if self.found_inf is not None else torch.ones_like(grad.sum())
-                self.update(parameter, group, grad, good, self.grad_scale)
+                self.take(parameter, group, grad, good)
         self.half_done = False
+
+    def take(self, parameter: Tensor, group: dict[str, Any], grad: Tensor, good: Tensor) -> None:
+        """A whole step's gradient, or this rank's rows of it."""
+        self.update(parameter, group, grad, good, self.grad_scale)
 
     def is_plain(self, parameter: Tensor) -> bool:
         """Weights and averages in float32."""

@@ -58,27 +58,18 @@ class Muon(LeanAdamW):
                 self.state[parameter]["row_sq"] = zeros(parameter.size(0), parameter)
 
     @torch.no_grad()
-    def update(
-        self,
-        parameter: Tensor,
-        group: dict[str, Any],
-        grad: Tensor,
-        good: Tensor,
-        scale: Tensor | None = None,
-        first: bool = True,
-        last: bool = True,
-    ) -> None:
+    def take(self, parameter: Tensor, group: dict[str, Any], grad: Tensor, good: Tensor) -> None:
         """Of a matrix in one piece. Where `good` (0 or 1, a device scalar) is 0, nothing changes.
 
         Singular values are the whole matrix's: where it is split over ranks, each puts the momentum together, works out
         the same update, and takes its rows of it.
         """
         if "parts" not in group:
-            return super().update(parameter, group, grad, good, scale, first, last)
+            return super().take(parameter, group, grad, good)
         assert self.generator is not None, "begin() comes first"
         state, keep, rows = local_state(self.state[parameter]), good == 0, rows_of(parameter)
         state["step"] += good
-        aim = whole(split_as(self.take_in(state, grad, keep, scale), parameter))
+        aim = whole(split_as(self.take_in(state, grad, keep, self.grad_scale), parameter))
         update = orthogonal(aim.view(group["parts"], -1, aim.size(1)), self.products).float()  # (parts, rows, columns)
         squares, seen = update.square().mean(-1).view(-1)[rows], state["row_sq"]
         seen.copy_(torch.where(keep, seen, seen.lerp(squares, 1 - ROW_BETA)))
