@@ -131,31 +131,31 @@ def check_shared(config: Config, ranks: int) -> None:
         )
 
 
-def check_cut(config: Config, shape: ModelShape, ranks: int) -> None:
-    """Whether so many ranks can share averages in 8 bits, if they are to.
+def uncut(config: Config, shape: ModelShape, ranks: int) -> tuple[int, int] | None:
+    """Rows and columns of a matrix whose averages in 8 bits so many ranks cannot share, where they are to.
 
-    Raises:
-        BadInput: numbers that share a scale would come to lie on two of them.
+    Numbers that share a scale would come to lie on two of them.
     """
     if not config.shard or config.optimizer_states != "int8":
-        return
+        return None
     C = shape.n_embd
-    for rows, width in ((C, C), (C, 4 * C), (shape.padded_vocab_size, C), (shape.block_size, C)):
-        if rows % ranks or rows // ranks * width % EIGHT_BIT_BLOCK:
-            raise BadInput(
-                f"shard true and optimizer_states int8 with {ranks} ranks: a matrix of {rows} × {width} cannot be cut",
-                f"for each rank as many rows, {EIGHT_BIT_BLOCK} numbers at a time",
-                "--optimizer-states float32, or another number of GPUs",
-            )
+    sizes = ((C, C), (C, 4 * C), (shape.padded_vocab_size, C), (shape.block_size, C))
+    return next((s for s in sizes if s[0] % ranks or s[0] // ranks * s[1] % EIGHT_BIT_BLOCK), None)
 
 
-def can_be_cut(config: Config, shape: ModelShape, ranks: int) -> bool:
-    """The same as an answer."""
-    try:
-        check_cut(config, shape, ranks)
-    except BadInput:
-        return False
-    return True
+def check_cut(config: Config, shape: ModelShape, ranks: int) -> None:
+    """Whether there is none.
+
+    Raises:
+        BadInput: there is.
+    """
+    if found := uncut(config, shape, ranks):
+        rows, width = found
+        raise BadInput(
+            f"shard true and optimizer_states int8 with {ranks} ranks: a matrix of {rows} × {width} cannot be cut",
+            f"for each rank as many rows, {EIGHT_BIT_BLOCK} numbers at a time",
+            "--optimizer-states float32, or another number of GPUs",
+        )
 
 
 def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:
@@ -264,7 +264,7 @@ def rungs(config: Config, shape: ModelShape, place: Place) -> Iterator[tuple[str
             continue
         tried.append(changed)
         other = config.model_copy(update=changed)
-        if not can_be_cut(other, shape, place.ranks):
+        if uncut(other, shape, place.ranks):
             continue
         if way := fitting(options(other, shape, place), place):
             flags = " ".join(f"--{key.replace('_', '-')} {str(value).lower()}" for key, value in changed.items())

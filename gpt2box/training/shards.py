@@ -58,10 +58,9 @@ def split_as(rows: Tensor, like: Tensor) -> Tensor:
         return rows
     from torch.distributed.tensor import DTensor
 
-    model: Any = like
-    return DTensor.from_local(
-        rows, model.device_mesh, model.placements, shape=like.shape, stride=like.stride(), run_check=False
-    )
+    split_one: Any = like
+    mesh, placements = split_one.device_mesh, split_one.placements
+    return DTensor.from_local(rows, mesh, placements, shape=like.shape, stride=like.stride(), run_check=False)
 
 
 def rows_of(tensor: Tensor) -> slice:

@@ -34,6 +34,19 @@ class Refuse(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Spoil(TorchDispatchMode):
+    """Gives what is not a number from the calls of an operator whose numbers, from 1, are in `which`."""
+
+    def __init__(self, operator: str, which: range) -> None:
+        super().__init__()
+        self.operator, self.which, self.calls = operator, which, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += (here := str(func).startswith(f"aten.{self.operator}."))
+        out = func(*args, **(kwargs or {}))
+        return out * float("nan") if here and self.calls in self.which else out
+
+
 def train(name: str, refuse: Refuse | None = None, **changes: object) -> None:
     settings = {
         **TINY,
