@@ -1,6 +1,7 @@
 """A checkpoint of GPT-2 Medium with AdamW: how long training waits for it, and how long reading it back takes.
 
     python benchmarks/checkpoint.py [--model gpt2-medium] [--rounds 3] [--folder /tmp]
+    python benchmarks/checkpoint.py --device cuda              the same from and to a GPU
     python benchmarks/checkpoint.py --beside [--rounds 5]    what the thread that writes costs the steps beside it
 
 Contenders in turns, medians of all rounds. First torch.save (without fsync, as programs use it), against the wait for
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--model", default="gpt2-medium", choices=MODEL_SHAPES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("/tmp"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--beside", action="store_true")
     arguments = parser.parse_args()
     folder = arguments.folder / "gpt2box-benchmark-checkpoint"
@@ -55,25 +57,25 @@ def main() -> None:
             measure_beside(arguments.rounds, folder)
         else:
             shape = ModelShape(**MODEL_SHAPES[arguments.model], block_size=1024, vocab_size=50_257)
-            measure(shape, arguments.rounds, folder)
+            measure(shape, arguments.device, arguments.rounds, folder)
     finally:
         shutil.rmtree(folder)
 
 
-def measure(shape: ModelShape, rounds: int, folder: Path) -> None:
+def measure(shape: ModelShape, device: str, rounds: int, folder: Path) -> None:
     """All contenders, `rounds` times in turns."""
-    model, optimizer = made(shape)
+    model, optimizer = made(shape, device)
     state = TrainState(step=1, optimizer_steps=1)
     plain, checkpoints = folder / "plain.pt", folder / "checkpoints"
     whole = checkpoints / kept.folder_name(state.step)
     watch = Watch()
     save_rounds(model, optimizer, state, rounds, watch, plain, whole)
     for _ in range(rounds):
-        watch.time("torch.load", lambda: torch.load(plain, weights_only=True))
+        watch.time("torch.load", lambda: torch.load(plain, weights_only=True, map_location=device))
         watch.time("reading back", lambda: checkpoint.restore(whole, model, optimizer, state))
         watch.time("checksums", lambda: read_state(whole))
     gigabytes = checkpoint.checkpoint_bytes(model, optimizer, state) / 1e9
-    print(f"{gigabytes:.2f} GB, {torch.get_num_threads()} threads, medians of {rounds}")
+    print(f"{gigabytes:.2f} GB, {device}, {torch.get_num_threads()} threads, medians of {rounds}")
     for name, base in {
         "the wait": "torch.save",
         "the thread": "torch.save",
@@ -84,14 +86,14 @@ def measure(shape: ModelShape, rounds: int, folder: Path) -> None:
         print(f"{name:14} {mine:6.2f} s = {mine / its:.3f} of {base} ({its:.2f} s)")
 
 
-def made(shape: ModelShape) -> tuple[GPT2, torch.optim.AdamW]:
+def made(shape: ModelShape, device: str = "cpu") -> tuple[GPT2, torch.optim.AdamW]:
     """A network and its averages."""
-    model = GPT2.empty(shape, 0.0, "cpu")
+    model = GPT2.empty(shape, 0.0, device)
     model.initialise(1)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for parameter in model.parameters():
         averages = {key: torch.full_like(parameter, 0.01) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.ones(()), **averages}
+        optimizer.state[parameter] = {"step": torch.ones((), device=device), **averages}
     return model, optimizer
 
 
@@ -154,7 +156,7 @@ def save_rounds(
     """Saving, in both ways; the copy's memory is given back at the end."""
     words = CharTokenizer("ab", False)
     files, config = checkpoint.contents(model, optimizer, state), checkpoint.config_of(model, words)
-    snapshot = Snapshot(files, pin=False)
+    snapshot = Snapshot(files, pin=next(model.parameters()).is_cuda)
     copies = snapshot.take(files)
     for _ in range(rounds):
         plain.unlink(missing_ok=True)
@@ -173,6 +175,8 @@ class Watch:
     def time(self, name: str, act: Callable[[], object]) -> None:
         begun = time.perf_counter()
         act()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.times.setdefault(name, []).append(time.perf_counter() - begun)
         print(f"  {name}: {self.times[name][-1]:.2f} s", flush=True)
 

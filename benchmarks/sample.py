@@ -1,11 +1,11 @@
 """Sampling beside transformers' `generate` and nanoGPT's loop: tokens a second, ratios, share of the memory's pace.
 
     git clone https://github.com/karpathy/nanoGPT /tmp/nanoGPT
-    python benchmarks/sample.py --nanogpt /tmp/nanoGPT
+    python benchmarks/sample.py --nanogpt /tmp/nanoGPT [--device cuda]
 
 Random weights of GPT-2 Medium's shape, greedy, the contenders in turns, medians. A token reads every weight once, so
-the memory sets a floor: the bytes of all weights by the pace at which this machine reads a float32 matrix in a
-matrix-vector product, measured in the same run.
+the memory sets a floor: the bytes of all weights by the pace at which this machine reads a matrix in a matrix-vector
+product (a float32 one on a CPU, a float16 one on a GPU), measured in the same run.
 """
 
 from __future__ import annotations
@@ -41,38 +41,44 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    on_gpu = arguments.device == "cuda"
+    kinds = WEIGHTS[:2] if on_gpu else WEIGHTS
     shape = ModelShape(**MODEL_SHAPES[arguments.model], block_size=1024, vocab_size=50_257, bias=True)
-    model = GPT2(shape).eval()
+    model = GPT2(shape).to(arguments.device).eval()
     model.initialise(1)
     contenders: dict[str, Callable[[torch.Tensor, int], Any]] = {"transformers": of_transformers(model)}
+    if on_gpu:
+        contenders["transformers float16"] = of_transformers(model, torch.float16)
     if arguments.nanogpt:
-        contenders["nanoGPT"] = of_nanogpt(arguments.nanogpt, shape)
-    for weights in WEIGHTS:
+        contenders["nanoGPT"] = of_nanogpt(arguments.nanogpt, shape, arguments.device)
+    for weights in kinds:
         contenders[f"gpt2box {weights}"] = of_gpt2box(Decoder(copy.deepcopy(model), weights))
-    pace = {weights: bandwidth(weights) for weights in WEIGHTS}
+    pace = dict.fromkeys(kinds, bandwidth_of_gpu()) if on_gpu else {weights: bandwidth(weights) for weights in kinds}
     print("matrix-vector products:", ", ".join(f"{weights} {rate / 1e9:.1f} GB/s" for weights, rate in pace.items()))
     for batch in arguments.batches:
-        ids = torch.randint(0, shape.vocab_size, (batch, arguments.prompt_tokens))
+        ids = torch.randint(0, shape.vocab_size, (batch, arguments.prompt_tokens), device=arguments.device)
         rates: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(arguments.rounds):
+        for round_ in range(arguments.rounds + on_gpu):
             for name, run in contenders.items():
                 few = 4 if name == "nanoGPT" else arguments.new_tokens  # it is as slow for each token
                 begun = time.perf_counter()
                 run(ids, few)
-                rates[name].append(batch * few / (time.perf_counter() - begun))
+                if round_ or not on_gpu:  # whose first round is to warm up
+                    rates[name].append(batch * few / (time.perf_counter() - begun))
         print(f"batch {batch}: tokens/s, × transformers, share of the floor")
         theirs = statistics.median(rates["transformers"])
         for name, found in rates.items():
             rate = statistics.median(found)
-            weights = name.rpartition(" ")[2] if name.startswith("gpt2box") else "float32"
+            weights = name.rpartition(" ")[2] if " " in name else "float32"
             floor = pace["float32"] / (BYTES[weights] * shape.parameters)  # tokens a second
             share = f"{rate / floor:.0%}" if batch == 1 else ""
-            print(f"  {name:18} {rate:7.2f}  {rate / theirs:5.2f}  {share}")
+            print(f"  {name:20} {rate:7.2f}  {rate / theirs:5.2f}  {share}")
 
 
-def of_transformers(model: GPT2) -> Callable[[torch.Tensor, int], Any]:
+def of_transformers(model: GPT2, dtype: torch.dtype = torch.float32) -> Callable[[torch.Tensor, int], Any]:
     """Its own GPT-2 with the same weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -80,6 +86,7 @@ def of_transformers(model: GPT2) -> Callable[[torch.Tensor, int], Any]:
     config = GPT2Config(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)
     theirs = GPT2LMHeadModel(config).eval()
     theirs.load_state_dict({**hub_state(model), "lm_head.weight": model.wte.weight[: shape.vocab_size]})
+    theirs = theirs.to(model.wte.weight.device, dtype)
 
     def run(ids: torch.Tensor, count: int) -> None:
         theirs.generate(
@@ -94,7 +101,7 @@ def of_transformers(model: GPT2) -> Callable[[torch.Tensor, int], Any]:
     return run
 
 
-def of_nanogpt(folder: Path, shape: ModelShape) -> Callable[[torch.Tensor, int], Any]:
+def of_nanogpt(folder: Path, shape: ModelShape, device: str) -> Callable[[torch.Tensor, int], Any]:
     """Its model, with weights of its own."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
     assert spec and spec.loader
@@ -102,7 +109,8 @@ def of_nanogpt(folder: Path, shape: ModelShape) -> Callable[[torch.Tensor, int],
     sys.modules["nanogpt_model"] = module
     spec.loader.exec_module(module)
     sizes = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd}
-    theirs = module.GPT(module.GPTConfig(**sizes, block_size=1024, vocab_size=50_257, bias=True, dropout=0.0)).eval()
+    theirs = module.GPT(module.GPTConfig(**sizes, block_size=1024, vocab_size=50_257, bias=True, dropout=0.0))
+    theirs = theirs.to(device).eval()
     return lambda ids, count: theirs.generate(ids, count, top_k=1)
 
 
@@ -114,6 +122,21 @@ def of_gpt2box(decoder: Decoder) -> Callable[[torch.Tensor, int], Any]:
             pass
 
     return run
+
+
+def bandwidth_of_gpu() -> float:
+    """The same on a GPU, of float16 matrices, 1.6 GB of them."""
+    layers = [torch.randn(1024, 4096, device="cuda", dtype=torch.float16) for _ in range(200)]
+    x, best = torch.randn(1, 1024, device="cuda", dtype=torch.float16), 0.0
+    begun, over = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    for _ in range(15):
+        begun.record()
+        for layer in layers:
+            x @ layer
+        over.record()
+        torch.cuda.synchronize()
+        best = max(best, len(layers) * 1024 * 4096 * 2 / (begun.elapsed_time(over) / 1000))
+    return best
 
 
 def bandwidth(weights: str) -> float:

@@ -2,12 +2,13 @@
 
     python benchmarks/train_step.py                                    # 124M, micro-batch 2 × 256
     python benchmarks/train_step.py --nanogpt ../nanoGPT --model gpt2-medium --micro-batch-size 1
-    python benchmarks/train_step.py --nanogpt ../nanoGPT --memory --micro-batch-size 1 --block-size 1024
+    python benchmarks/train_step.py --nanogpt ../nanoGPT --memory --micro-batch-size 1 --recompute selective full
+    python benchmarks/train_step.py --nanogpt ../nanoGPT --device cuda --compile --model gpt2-medium --block-size 1024
 
 Steps are taken in turns in one process, so that other load on the machine meets all alike; what counts
-is the ratio of medians. Memory (--memory) is each contender's peak resident size in a process of its own.
-All train the same shape on the same random tokens in float32 with AdamW as each comes: nanoGPT's own
-optimizer, transformers with torch's.
+is the ratio of medians. Memory (--memory) is each contender's peak in a process of its own: resident size, on a GPU
+what PyTorch reserved. All train the same shape on the same random tokens with AdamW as each comes: nanoGPT's own
+optimizer, transformers with torch's fused one; on a CPU in float32, on a GPU under bfloat16 autocast.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -37,16 +39,18 @@ def ours(arguments: argparse.Namespace, recompute: str) -> Step:
     """gpt2box's model, chunked loss and guarded fused step."""
     vocab_size = VOCABULARY.get(arguments.model, 50_257)
     shape = ModelShape(**SHAPES[arguments.model], block_size=1024, vocab_size=vocab_size, bias=arguments.bias)
-    model = GPT2.empty(shape, 0.0, "cpu")
+    model = GPT2.empty(shape, 0.0, arguments.device)
     model.initialise(0)
     model.train()
     model.activation_checkpointing = recompute
     model.loss_chunk_tokens = arguments.loss_chunk_tokens
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-    guarded = GuardedStep(optimizer, 1.0, torch.device("cpu"))
+    guarded = GuardedStep(optimizer, 1.0, torch.device(arguments.device))
+    forward = compiled(model, arguments)
 
     def step(ids: torch.Tensor) -> None:
-        loss = model(ids[:, :-1], ids[:, 1:])
+        with autocast(arguments):
+            loss = forward(ids[:, :-1], ids[:, 1:])
         guarded.before_backward(0, 0, LEARNING_RATE, loss)
         loss.backward()
         guarded(loss.detach())
@@ -61,11 +65,13 @@ def nanogpt(arguments: argparse.Namespace) -> Step:
 
     rows = 65 if arguments.model == "char" else 50_304
     shape = theirs.GPTConfig(**SHAPES[arguments.model], block_size=1024, vocab_size=rows, bias=arguments.bias)
-    model = theirs.GPT(shape)
-    optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, (0.9, 0.95), "cpu")
+    model = theirs.GPT(shape).to(arguments.device)
+    optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, (0.9, 0.95), arguments.device)
+    forward = compiled(model, arguments)
 
     def step(ids: torch.Tensor) -> None:
-        _, loss = model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+        with autocast(arguments):
+            _, loss = forward(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -85,16 +91,30 @@ def transformers(arguments: argparse.Namespace) -> Step:
         attn_implementation="sdpa",
         use_cache=False,
     )
-    model = GPT2LMHeadModel(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    model = GPT2LMHeadModel(config).to(arguments.device).train()
+    fused = arguments.device == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=fused)
+    forward = compiled(model, arguments)
 
     def step(ids: torch.Tensor) -> None:
-        model(ids[:, :-1], labels=ids[:, :-1]).loss.backward()
+        with autocast(arguments):
+            loss = forward(ids[:, :-1], labels=ids[:, :-1]).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def compiled(model: torch.nn.Module, arguments: argparse.Namespace) -> Any:
+    """The network, through the compiler if so wished."""
+    return torch.compile(model) if arguments.compile else model
+
+
+def autocast(arguments: argparse.Namespace) -> torch.autocast:
+    """bfloat16 on a GPU."""
+    return torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.device == "cuda")
 
 
 def contender(name: str, arguments: argparse.Namespace) -> Step:
@@ -107,21 +127,30 @@ def contender(name: str, arguments: argparse.Namespace) -> Step:
 def tokens(arguments: argparse.Namespace) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     size = (arguments.micro_batch_size, arguments.block_size + 1)
-    return torch.randint(0, VOCABULARY.get(arguments.model, 50_257), size, generator=generator)
+    return torch.randint(0, VOCABULARY.get(arguments.model, 50_257), size, generator=generator).to(arguments.device)
 
 
 def timings(names: list[str], arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds a step, contenders in turns, the first two rounds left out."""
     steps = {name: contender(name, arguments) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    ids = tokens(arguments)
     for turn in range(arguments.rounds + 2):
         for name, step in steps.items():
-            ids = tokens(arguments)
+            wait(arguments)
             begun = time.perf_counter()
-            step(ids)
+            for _ in range(arguments.steps):
+                step(ids)
+            wait(arguments)
             if turn >= 2:
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append((time.perf_counter() - begun) / arguments.steps)
     return seconds
+
+
+def wait(arguments: argparse.Namespace) -> None:
+    """Until the device has done what it was given."""
+    if arguments.device == "cuda":
+        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -134,6 +163,10 @@ def main() -> None:
     parser.add_argument("--nanogpt", help="path of a nanoGPT checkout")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--compile", action="store_true", help="all contenders by torch.compile")
+    parser.add_argument("--steps", type=int, default=1, help="of a turn")
+    parser.add_argument("--recompute", nargs="+", default=[], choices=("selective", "full"), help="with these, too")
     parser.add_argument("--memory", action="store_true", help="peak resident memory instead of time")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -143,16 +176,20 @@ def main() -> None:
         step = contender(arguments.only, arguments)
         for _ in range(3):
             step(tokens(arguments))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        on_gpu = arguments.device == "cuda"
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print((torch.cuda.max_memory_reserved() if on_gpu else resident) / 2**20)
         return
     names = ["nanoGPT"] if arguments.nanogpt else []
-    names += ["transformers", "gpt2box"]
+    names += ["transformers", "gpt2box", *(f"gpt2box, recompute {mode}" for mode in arguments.recompute)]
+    on = f"float32, {arguments.threads} threads"
+    if arguments.device == "cuda":
+        on = f"bfloat16 autocast, {torch.cuda.get_device_name()}{', compiled' if arguments.compile else ''}"
     print(
-        f"{arguments.model}, {arguments.micro_batch_size} × {arguments.block_size} tokens, float32, "
-        f"{arguments.threads} threads, torch {torch.__version__}"
+        f"{arguments.model}, {arguments.micro_batch_size} × {arguments.block_size} tokens, {on}, "
+        f"torch {torch.__version__}"
     )
     if arguments.memory:
-        names += ["gpt2box, recompute selective", "gpt2box, recompute full"]
         figures = {}
         for name in names:
             command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
@@ -164,11 +201,11 @@ def main() -> None:
     else:
         seconds = timings(names, arguments)
         figures = {name: statistics.median(values) * 1000 for name, values in seconds.items()}
-        spread = {name: f"  ({min(v) * 1000:,.0f} to {max(v) * 1000:,.0f})" for name, v in seconds.items()}
+        spread = {name: f"  ({min(v) * 1000:,.1f} to {max(v) * 1000:,.1f})" for name, v in seconds.items()}
         unit = "ms"
     for name in names:
         ratio = f"{figures[name] / figures[names[0]]:.2f} × {names[0]}"
-        print(f"  {name:<30} {figures[name]:>8,.0f} {unit}  {ratio}{spread[name]}")
+        print(f"  {name:<30} {figures[name]:>8,.1f} {unit}  {ratio}{spread[name]}")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ import torch
 
 from gpt2box.errors import MachineCannot
 from gpt2box.job import run_job
-from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.memory import GIB
 from gpt2box.stop import StopRequest
 from gpt2box.training import metrics
-from gpt2box.training.network import configure
+from gpt2box.training.network import empty_model
 from gpt2box.training.optim import make_optimizer, make_update
 from gpt2box.training.validation import autocast
 from tests.conftest import TINY, Command, options
@@ -28,6 +27,7 @@ from tests.planning.test_plan import planned, shape_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
+LORA = {"init_from": "x", "lora_rank": 16, "weights_dtype": "bfloat16"}
 LEAN = {"optimizer_states": "int8", "weights_dtype": "bfloat16", "optimizer_in_backward": "true"}
 
 
@@ -41,40 +41,49 @@ def twelve_gib() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("size", "micro_batch_size", "mode", "settings"),
+    ("size", "micro_batch_size", "mode", "compiled", "settings"),
     [
-        ("gpt2", 8, "none", {}),
-        ("gpt2-medium", 4, "none", {}),
-        ("gpt2-medium", 8, "selective", {}),
-        ("gpt2-medium", 32, "full", {}),
-        ("gpt2-medium", 4, "none", {"optimizer": "muon"}),
-        ("gpt2-large", 4, "full", {"optimizer_states": "int8"}),
-        ("gpt2-xl", 4, "full", LEAN),
+        ("gpt2", 8, "none", False, {}),
+        ("gpt2-medium", 4, "none", False, {}),
+        ("gpt2-medium", 8, "selective", False, {}),
+        ("gpt2-medium", 32, "full", False, {}),
+        ("gpt2-medium", 4, "none", False, {"optimizer": "muon"}),
+        ("gpt2-large", 4, "full", False, {"optimizer_states": "int8"}),
+        ("gpt2-xl", 4, "full", False, LEAN),
+        ("gpt2", 16, "none", True, {}),
+        ("gpt2-medium", 4, "none", True, {}),
+        ("gpt2-medium", 4, "none", True, {"dropout": 0.2}),
+        ("gpt2-medium", 16, "full", True, {}),
+        ("gpt2-medium", 4, "none", True, {"optimizer": "muon", "deterministic": True}),
+        ("gpt2-large", 4, "full", True, {"optimizer_states": "int8"}),
+        ("gpt2-xl", 1, "none", True, LORA),
     ],
 )
 def test_planned_memory_is_what_the_card_gives(
     size: str,
     micro_batch_size: int,
     mode: str,
+    compiled: bool,
     settings: dict[str, object],
     twelve_gib: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    plan, way = planned(shape_of(size), micro_batch_size, mode, "bfloat16", **settings)
-    plan = replace(plan, device="cuda")
+    plan, way = planned(shape_of(size), micro_batch_size, mode, "bfloat16", compiled=compiled, **settings)
+    plan = replace(plan, device="cuda", compile=compiled)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    model = GPT2.empty(plan.shape, 0.0, "cuda", getattr(torch, plan.weights_dtype))
+    model = empty_model(plan)
     model.initialise(0)
-    configure(model, plan)
+    model.train()
+    forward = torch.compile(model) if compiled else model
     update = make_update(make_optimizer(model, plan), plan)
     for step in range(2):
         loss = torch.zeros((), device="cuda")
         for micro_step in range(plan.grad_accum_steps):
             batch = torch.randint(0, 50_257, (micro_batch_size, 1025), device="cuda")
             with autocast(plan):
-                micro_loss = model(batch[:, :-1], batch[:, 1:], 1.0 / plan.grad_accum_steps)
+                micro_loss = forward(batch[:, :-1], batch[:, 1:], 1.0 / plan.grad_accum_steps)
             update.before_backward(step, micro_step, 1e-5, micro_loss)
             micro_loss.backward()
             loss += micro_loss.detach()
@@ -83,8 +92,9 @@ def test_planned_memory_is_what_the_card_gives(
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     with capsys.disabled():
         print(
-            f"\n{size} {micro_batch_size} {mode}: planned ÷ measured {way.memory.allocated / allocated:.3f} allocated "
-            f"({allocated / GIB:.2f} GiB), {way.memory.reserved / reserved:.3f} reserved ({reserved / GIB:.2f} GiB)"
+            f"\n{size} {micro_batch_size} {mode}{' compiled' if compiled else ''} {settings}: planned ÷ measured "
+            f"{way.memory.allocated / allocated:.3f} allocated ({allocated / GIB:.2f} GiB), "
+            f"{way.memory.reserved / reserved:.3f} reserved ({reserved / GIB:.2f} GiB)"
         )
     assert 1.0 <= way.memory.reserved / reserved <= 1.2
 

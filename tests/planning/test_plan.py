@@ -35,7 +35,7 @@ LEAN = {"optimizer_states": "int8", "weights_dtype": "bfloat16", "optimizer_in_b
 
 
 def planned(
-    shape: ModelShape, micro_batch_size: int, mode: str, dtype: str, **settings: object
+    shape: ModelShape, micro_batch_size: int, mode: str, dtype: str, compiled: bool = False, **settings: object
 ) -> tuple[RunPlan, Option]:
     """A plan with everything fixed."""
     accumulation, ranks = int(str(settings.pop("accumulation", 2))), int(str(settings.pop("ranks", 1)))
@@ -48,7 +48,7 @@ def planned(
         **settings,
     }
     loaded = config_file.load(None, {key: str(value) for key, value in flags.items()})[0]
-    place = Place("a card", 0, None, dtype, on_gpu=True, compiled=False, ranks=ranks)
+    place = Place("a card", 0, None, dtype, on_gpu=True, compiled=compiled, ranks=ranks)
     (way,) = options(loaded, shape, place)
     way = replace(way, memory=replace(way.memory, workspace=way.memory.workspace - (NCCL_BYTES if ranks > 1 else 0)))
     return make_plan(loaded, shape, 10**6, "cpu", dtype, False, way), way
