@@ -48,7 +48,7 @@ def needs(config: Config) -> list[Need]:
         (model_dir(weights) / n).exists() for n in ("model.safetensors", "config.json")
     ):
         found.append(Need("models", f"the weights of {weights}", published[weights][0], hub=True))
-    kept = config.keep_last + 3  # the best, the one to go back to, and the one being written
+    kept = config.keep_last + 4  # the best, two to go back to, and the one being written
     there = sum(path.stat().st_size for path in (run_dir(config.name) / "checkpoints").glob("step-*/*"))
     found.append(Need("runs", f"{kept} checkpoints", max(kept * checkpoint_bytes(config) - there, 0)))
     return found

@@ -217,7 +217,7 @@ def plan_lines(config: Config, shape: ModelShape, chosen: Option, compiled: bool
         yield f"{rate}, {config.max_steps:,} steps in {duration(seconds)}"
     if tokens := train_tokens(config):
         yield f"{config.max_steps * config.tokens_per_step / tokens:.2g} passes over {tokens:,} tokens"
-    kept = config.keep_last + 3  # as in inputs.py
+    kept = config.keep_last + 4  # as in inputs.py
     each = shape.checkpoint_bytes(config.weights_dtype, config.optimizer, config.optimizer_states, config.lora_rank)
     yield f"checkpoints: {size(each)} each, {size(kept * each)} on disk; {size(each)} of the host's memory to copy one"
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from gpt2box.errors import BadInput, Damaged, VolumeUnwritable
@@ -47,7 +49,8 @@ def point(folder: Path, name: str, step: int) -> None:
 
 
 def prune(folder: Path, keep_last: int, state: TrainState, save_interval: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints, the best, and the one to go back to (see `is_anchor`).
+    """Remove all but the newest `keep_last` checkpoints, the best, and those to go back to (see `anchors`), with the
+    best that a run has when it has gone back.
 
     Those beyond `state.step` are damaged ones that were passed over: they do not count as newest.
 
@@ -55,9 +58,10 @@ def prune(folder: Path, keep_last: int, state: TrainState, save_interval: int) -
         VolumeUnwritable: which could not be removed.
     """
     steps = sorted(path for path in folder.glob("step-*") if path.name <= folder_name(state.step))
-    anchor = next((path.name for path in reversed(steps) if is_anchor(path, save_interval)), "")
+    states = [state, *(anchor for _, anchor in islice(anchors(steps, save_interval), 2))]
+    wanted = {folder_name(step) for each in states for step in (each.step, each.best_step)}
     for path in steps[:-keep_last]:
-        if path.name not in (folder_name(state.best_step), anchor):
+        if path.name not in wanted:
             remove(path)
 
 
@@ -75,17 +79,19 @@ def remove(path: Path) -> None:
         raise VolumeUnwritable(f"cannot remove {path}: {error.strerror}", next_step=fix_hint(path.parent)) from error
 
 
-def is_anchor(path: Path, save_interval: int) -> bool:
-    """Whether a run whose numbers are no longer finite may go back to it.
+def anchors(paths: Iterable[Path], save_interval: int) -> Iterator[tuple[Path, TrainState]]:
+    """Those that a run whose numbers are no longer finite may go back to, the newest first; files are not checked.
 
-    One that an uninterrupted run would have, too, so that it goes back to the same: not one that a signal or the clock
-    had written. And no bad step was its last.
+    Ones that an uninterrupted run would have, too, so that it goes back to the same: not those that a signal or the
+    clock had written. And no bad step was their last.
     """
-    try:
-        state = parse_state(path)[0]
-    except (Damaged, BadInput):
-        return False
-    return state.bad_steps == 0 and (state.step % save_interval == 0 or state.best_step == state.step)
+    for path in sorted(paths, reverse=True):
+        try:
+            state = parse_state(path)[0]
+        except (Damaged, BadInput):
+            continue
+        if state.bad_steps == 0 and (state.step % save_interval == 0 or state.best_step == state.step):
+            yield path, state
 
 
 def newest(folder: Path) -> tuple[Path, TrainState, list[Damaged]] | None:

@@ -64,17 +64,12 @@ def back_to_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState]:
     the checkpoint's state.json before training goes on, and in each later one's.
 
     Raises:
-        BadInput: there is none, or it was gone back to MOST_ROLLBACKS times.
+        BadInput: there is none, or it and the one before were gone back to MOST_ROLLBACKS times.
         VolumeUnwritable: its state cannot be written.
     """
-    found = newest_good(job, trouble.step)
-    if found is None:
-        raise no_way_on(job, trouble, None)
-    folder, state = found
-    if sum(rollback.step == state.step for rollback in state.rollbacks) >= MOST_ROLLBACKS:
-        raise no_way_on(job, trouble, folder)
+    folder, state, past = newest_good(job, trouble)
     left_out = trouble.step + job.state.data_step - job.state.step - state.data_step
-    state.rollbacks.append(Rollback(state.step, left_out))
+    state.rollbacks.append(Rollback(state.step, left_out, past))
     state.seconds = max(state.seconds, job.state.seconds)  # of training that is not undone
     for path in sorted((job.run / "checkpoints").glob("step-*"), reverse=True):
         if path.name > folder.name:
@@ -84,6 +79,7 @@ def back_to_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState]:
     say(
         f"step {trouble.step:,}: {trouble.reason}, {MOST_BAD_STEPS} steps in a row ({trouble.left_out}): "
         f"back to {shown(folder)}, passing over the data of {left_out:,} steps"
+        + (f"; {MOST_ROLLBACKS} returns to that of step {past:,} did not help" if past else "")
     )
     return folder, state
 
@@ -100,15 +96,27 @@ def go_back(job: Job, trouble: TooManyBad) -> None:
     fill(job.model, job.optimizer, job.plan, job.group, read)
 
 
-def newest_good(job: Job, before: int) -> tuple[Path, TrainState] | None:
-    """The newest whole checkpoint that a run may go back to, of a step no later than `before`."""
-    for path in sorted((job.run / "checkpoints").glob("step-*"), reverse=True):
-        if path.name <= kept.folder_name(before) and kept.is_anchor(path, job.plan.save_interval):
-            try:
-                return path, read_state(path)
-            except Damaged as fault:
-                say(f"note: passed over a damaged checkpoint: {fault.found}")
-    return None
+def newest_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState, int]:
+    """The newest whole checkpoint to go back to, and the step of one that is given up for it, or 0.
+
+    One is given up after MOST_ROLLBACKS returns: what is wrong may have begun before it. Only for the one before, as
+    `prune` keeps two; whether there is a third may depend on when the run was interrupted.
+    """
+    before, past = kept.folder_name(trouble.step), 0
+    paths = (path for path in (job.run / "checkpoints").glob("step-*") if path.name <= before)
+    for path, _ in kept.anchors(paths, job.plan.save_interval):
+        try:
+            state = read_state(path)
+        except Damaged as fault:
+            say(f"note: passed over a damaged checkpoint: {fault.found}")
+            continue
+        returns = [rollback for rollback in state.rollbacks if rollback.step == state.step]
+        if len(returns) < MOST_ROLLBACKS:
+            return path, state, past
+        if past or any(rollback.past for rollback in returns):
+            raise no_way_on(job, trouble, path)
+        past = state.step
+    raise no_way_on(job, trouble, job.run / "checkpoints" / kept.folder_name(past) if past else None)
 
 
 def no_way_on(job: Job, trouble: TooManyBad, tried: Path | None) -> BadInput:

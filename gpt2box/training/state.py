@@ -13,7 +13,7 @@ from gpt2box.errors import BadInput, Damaged
 from gpt2box.paths import write_atomically
 from gpt2box.training.digest import digest_of
 
-FORMAT = 3  # 1 had no bad_steps and no rollbacks, 2 no recent_losses
+FORMAT = 4  # 1 had no bad_steps and no rollbacks, 2 no recent_losses, 3 no rollback past another checkpoint
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Rollback:
 
     step: int  # of the checkpoint
     left_out: int  # steps' worth of data that are passed over from there on
+    past: int = 0  # the step of a later one that was given up for it; 0 where it was the latest
 
 
 @dataclass
@@ -71,7 +72,10 @@ def parse_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
             )
         content = {"bad_steps": 0, "rollbacks": [], "recent_losses": [], **content} if found < FORMAT else content
         state = TrainState(**{field.name: content[field.name] for field in fields(TrainState)})
-        state.rollbacks = [Rollback(int(entry["step"]), int(entry["left_out"])) for entry in content["rollbacks"]]
+        state.rollbacks = [
+            Rollback(*(int(entry.get(key, 0) if key == "past" else entry[key]) for key in ("step", "left_out", "past")))
+            for entry in content["rollbacks"]
+        ]
         state.recent_losses = [float(loss) for loss in content["recent_losses"]]
         described = {
             name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}

@@ -91,6 +91,26 @@ def test_a_run_that_no_other_data_help_stops_and_says_what_to_try(
     assert capsys.readouterr().err.count("passing over the data") == 3 and end(volumes) == before
 
 
+def test_where_returns_to_a_checkpoint_do_not_help_a_run_goes_on_from_the_one_before(
+    volumes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for where, name in ((batches.TrainWindows, "start"), (batches, "read_windows"), (GPT2, "forward")):
+        monkeypatch.setattr(where, name, getattr(where, name))  # which are put back afterwards
+    poison_data(23, 45)
+    steady = {**LONG, "lr_schedule": "constant", "warmup_steps": 0, "keep_last": 1}
+    train("straight", **steady)
+    said = capsys.readouterr().err
+    assert said.count("step-00000020, passing over") == 3
+    assert "step-00000010, passing over the data of 33 steps; 3 returns to that of step 20 did not help" in said
+    state = parse_state(checkpoints(volumes, "straight") / "last")[0]
+    assert [(back.step, back.left_out, back.past) for back in state.rollbacks] == [(10, 33, 20)]  # 10 to 42
+    assert state.step == 40 and (checkpoints(volumes, "straight") / "best").resolve().is_dir()
+    for stop in (25, 31):  # in the midst of the first bad steps, and behind the last
+        train("halted", **{**steady, "max_steps": stop})
+    train("halted", **steady)
+    assert end(volumes, "halted") == end(volumes, "straight")
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -152,8 +172,10 @@ def test_a_checkpoint_of_a_later_version_is_refused_by_name_and_one_of_an_earlie
     with pytest.raises(BadInput, match=rf"later version of gpt2box: format {FORMAT + 1}"):
         train(max_steps=20, eval_interval=10)
     assert len(content["recent_losses"]) == 20
-    for early, lacks in ((1, ("bad_steps", "rollbacks", "recent_losses")), (2, ("recent_losses",))):
+    for early, lacks in ((1, ("bad_steps", "rollbacks", "recent_losses")), (2, ("recent_losses",)), (3, ())):
         lacking = {key: value for key, value in content.items() if key not in lacks}
+        if "rollbacks" in lacking:
+            lacking["rollbacks"] = [{"step": 10, "left_out": 0}]
         path.write_text(json.dumps(lacking | {"format": early}))
         capsys.readouterr()
         train(max_steps=20, eval_interval=10)
