@@ -11,6 +11,8 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +105,16 @@ def prepare(inputs: tuple[str, ...], name: str | None, verify: bool, **options: 
             datasets.verify(item)
         return
     options["workers"] = options["workers"] or 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # tidies up, as at Ctrl-C
-    try:
+    with going_on_later():
         datasets.prepare(inputs, datasets.Options(**options), name)
+
+
+@contextmanager
+def going_on_later() -> Iterator[None]:
+    """SIGTERM tidies up as Ctrl-C does, and of both it is said that nothing is lost."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
     except (KeyboardInterrupt, SystemExit):
         print("stopped: the same command goes on where it was", file=sys.stderr)
         raise
@@ -159,7 +168,8 @@ def fetch(config: str, **flags: str | None) -> None:
 
     settings, _ = config_file.load(config, given(config, flags))
     inputs.check_space(settings)
-    inputs.bring(settings, paths.text_path(flags["dataset"] or ""))
+    with going_on_later():
+        inputs.bring(settings, paths.text_path(flags["dataset"] or ""))
 
 
 @cli.command(cls=SettingsCommand, show_settings=False)

@@ -18,6 +18,7 @@ from gpt2box.data.tokens import Dataset
 from gpt2box.fitting import check_split, choose_way, device_of, place_for, shared, ways_down
 from gpt2box.machine.determinism import make_deterministic
 from gpt2box.machine.device import choose_compile, choose_device, choose_dtype
+from gpt2box.machine.host import memory_while
 from gpt2box.machine.provenance import provenance
 from gpt2box.model.decode import Decoder
 from gpt2box.model.generate import Choice, generate
@@ -231,7 +232,8 @@ def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
 def saying_out_of_memory(plan: RunPlan) -> Iterator[None]:
     """Outside training there is no way down."""
     try:
-        yield
+        with memory_while("the network is made"):
+            yield
     except torch.cuda.OutOfMemoryError as error:
         raise out_of_memory(plan) from error
 

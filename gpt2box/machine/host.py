@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from gpt2box.errors import MachineCannot
+
 NO_LIMIT = 1 << 60  # what cgroups write where memory is not limited
+NO_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|Cannot allocate memory")
 
 
 def in_container() -> bool:
@@ -103,3 +109,27 @@ def _read(path: str, default: str) -> str:
         return Path(path).read_text(encoding="utf-8", errors="replace").strip() or default
     except OSError:
         return default
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether it says so of this machine's own memory: Python's error, or PyTorch's in words."""
+    return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)))
+
+
+@contextmanager
+def memory_while(doing: str) -> Iterator[None]:
+    """`doing`: what is done, for words.
+
+    Raises:
+        MachineCannot: there was not enough of the machine's own memory for it.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not memory_ran_out(error):
+            raise
+        raise MachineCannot(
+            f"the machine's own memory ran out while {doing}",
+            "free memory (docs/memory.md)",
+            "close other programs, and give the same command again",
+        ) from error

@@ -83,8 +83,8 @@ def train(job: Job) -> None:
     forward = job.group.parallel(job.model, torch.compile(job.model) if compiled else job.model)
     metrics, display = open_displays(job)
     saver = open_saver(job, display)
-    # LeanAdamW's step may break off half-way; then there must be a checkpoint to go back to.
-    saved_step = -1 if isinstance(job.optimizer, LeanAdamW) and state.step == 0 else state.step
+    # LeanAdamW's step may break off half-way: then one must be there to go back to (several ranks end).
+    saved_step = -1 if isinstance(job.optimizer, LeanAdamW) and job.group.alone and state.step == 0 else state.step
     saved_at = time.monotonic()
     with ExitStack() as stack, closing(metrics), closing(display), closing(saver):
         rehearse(job, forward, display)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from gpt2box.machine.host import memory_while
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import add_adapters
 from gpt2box.planning.plan import RunPlan
@@ -43,17 +44,22 @@ def fill(
     Where they are split, `values` has them whole, in the memory of the first rank's host: weights and averages once.
 
     Raises:
+        MachineCannot: the first rank's host has no memory for the whole ones.
         Gpt2boxError: as `values` does.
     """
     if not plan.shard:
         group.from_first(lambda: values(model, optimizer))
         return group.send(model, optimizer)
-    whole_ones = None
-    if group.first:
+    whole_ones: list[tuple[GPT2, Optimizer]] = []
+
+    def make_whole() -> None:
         if torch.cuda.is_available():  # a snapshot's page-locked memory, after a return to a checkpoint
             getattr(torch._C, "_host_emptyCache", lambda: None)()
         on_host = replace(plan, device="cpu", shard=False)
-        whole_model = empty_model(on_host)
-        whole_ones = whole_model, make_optimizer(whole_model, on_host)
-    group.from_first(lambda: values(*whole_ones) if whole_ones else None)
-    shards.deal(model, optimizer, whole_ones)
+        with memory_while("all weights and averages are made, to be dealt out"):
+            whole_model = empty_model(on_host)
+            whole_ones.append((whole_model, make_optimizer(whole_model, on_host)))
+            values(*whole_ones[0])
+
+    group.from_first(make_whole)
+    shards.deal(model, optimizer, whole_ones[0] if whole_ones else None)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2box.errors import BadInput, Damaged, Gpt2boxError, MachineCannot, TryAgain, VolumeUnwritable
+from gpt2box.machine.host import memory_ran_out
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.paths import shown
 from gpt2box.planning.plan import RunPlan
@@ -32,7 +33,6 @@ GPU_FAULTS = re.compile(
     r"driver shutting down|execution_failed|internal_error|mapping of buffer object failed|contained|xid)",
     re.IGNORECASE | re.DOTALL,
 )
-NO_HOST_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|Cannot allocate memory")
 
 
 class HalfDoneStep(Exception):
@@ -176,7 +176,7 @@ def machine_fault(error: BaseException, job: Job) -> Gpt2boxError | None:
         )
     last = job.run / "checkpoints" / "last"
     resumes = f"from {shown(last.resolve())}" if last.exists() else "from the beginning"
-    if isinstance(error, MemoryError) or NO_HOST_MEMORY.search(text):
+    if memory_ran_out(error):
         return MachineCannot(
             f"the machine's own memory ran out in step {job.state.step + 1:,}",
             "free memory (docs/memory.md)",

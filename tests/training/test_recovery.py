@@ -162,6 +162,13 @@ def test_memory_of_the_machine_that_runs_out_is_said(volumes: Path, monkeypatch:
     assert raised.value.exit_code == 3
 
 
+def test_a_network_for_which_the_machine_has_no_memory_is_said(volumes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GPT2, "initialise", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
+    with pytest.raises(Gpt2boxError, match="own memory ran out while the network is made") as raised:
+        train()
+    assert raised.value.exit_code == 3 and not (volumes / "runs/run/config.yaml").exists()
+
+
 def test_a_checkpoint_of_a_later_version_is_refused_by_name_and_one_of_an_earlier_is_read(
     volumes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

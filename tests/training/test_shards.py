@@ -70,6 +70,7 @@ def test_interrupted_or_killed_they_end_in_the_same_bits(volumes: Path) -> None:
     ends = [volumes / "runs" / name / "checkpoints" / kept.folder_name(120) for name in ("straight", "run")]
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
+    assert not (ends[0].parent / kept.folder_name(0)).exists()
     digests = [rows(volumes, name, "digest") for name in ("straight", "run")]
     assert len(digests[0]) == 120 and digests[0] == digests[1]
 
@@ -102,6 +103,25 @@ def test_a_bad_gradient_of_one_is_left_out_by_all_they_go_back_together_and_memo
     assert "--micro-batch-size 1 --activation-checkpointing full: goes on" in said
     found = kept.newest(volumes / "runs" / "run" / "checkpoints")
     assert found and 8 < found[1].step < 20 and found[1].rollbacks
+
+
+POOR = """
+import torch
+from gpt2box.cli import main
+from gpt2box.model.gpt2 import GPT2
+
+GPT2.initialise = lambda *_: torch.empty(1 << 60, dtype=torch.uint8)
+main()
+"""
+
+
+@needs_fsdp2
+def test_a_host_without_memory_for_the_whole_network_is_named(volumes: Path, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(POOR)
+    running = two_ranks(str(tmp_path / "program.py"), "train", *options(name="run", **SAME, shard=True))
+    said = running.communicate()[1]
+    assert "own memory ran out while all weights and averages are made, to be dealt out" in said, said
+    assert "exitcode  : 3" in said and "DefaultCPUAllocator" not in said, said
 
 
 def test_what_cannot_be_split_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,19 @@ def test_while_the_program_is_loaded(volumes: Path, number: signal.Signals) -> N
     assert ended(running, number) == "" and not (volumes / "runs").exists()
 
 
+@pytest.mark.parametrize("delay_s", [0, 0.02, 0.05, 0.1])
+def test_while_the_commands_are_loaded(delay_s: float) -> None:
+    first = "import gpt2box.__main__ as program; print('here', flush=True); program.main()"
+    running = subprocess.Popen(
+        [sys.executable, "-c", first, "--version"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert running.stdout and running.stdout.readline() == "here\n"
+    time.sleep(delay_s)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert (running.returncode, errors) in ((130, "interrupted\n"), (0, "")), errors
+
+
 @BOTH
 def test_while_data_are_prepared_by_processes_of_their_own(
     volumes: Path, tmp_path: Path, number: signal.Signals
