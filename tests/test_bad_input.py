@@ -24,7 +24,7 @@ from gpt2box.output.runs import look_at
 from gpt2box.output.sample import load_model
 from gpt2box.reproduce import read, settings_in
 from gpt2box.stop import StopRequest
-from gpt2box.training import checkpoint
+from gpt2box.training.state import read_state
 from gpt2box.verify import stretch_of, with_way
 from tests.conftest import TINY
 
@@ -199,7 +199,7 @@ def test_any_value_anywhere_in_what_is_read_is_used_or_refused(
             if name == "dataset.json":
                 damaged_splits(file.parent, open_dataset(file.parent).manifest)
             elif name == "state.json":
-                checkpoint.read_state(last)
+                read_state(last)
             elif name == "config.json":
                 if shape_in(last).parameters < 10**6:
                     load_model(last, "cpu")

@@ -97,7 +97,7 @@ def test_driver_against_cuda() -> None:
     usual = Nvml("550.54.14", (12, 4), [])
     assert checks.driver(usual, "12.1", True, False).status == "ok"
     assert "STACK=cu121" in checks.driver(usual, "13.0", True, False).fix
-    blackwell = [gpu.Card(0, "RTX 5070", "", (12, 0), *[None] * 2, (), *[None] * 8)]
+    blackwell = [gpu.Card(0, "RTX 5070", "", (12, 0), None, None, (), None, None, None, None, None, None, None, None)]
     assert "cu121" not in checks.driver(Nvml("570.1", (12, 8), blackwell), "13.0", True, False).fix
     missing = Nvml(fault="no NVIDIA driver: libnvidia-ml.so.1 is not here")
     assert "--gpus all" in checks.driver(missing, "12.1", True, False).fix

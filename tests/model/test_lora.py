@@ -52,7 +52,7 @@ def test_loss_and_gradients_are_those_of_the_merged_weights(mode: str) -> None:
     model(*batch()).backward()
     # The same function, with the adapters added in by autograd itself.
     whole = tiny_model().to(torch.float64).train()
-    values = dict(whole.named_parameters())
+    values: dict[str, torch.Tensor] = dict(whole.named_parameters())
     trained = {name: p.detach().clone().requires_grad_() for name, p in adapters(model).items()}
     for name in values:
         layer = name.removesuffix(".weight")

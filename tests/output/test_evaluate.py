@@ -144,7 +144,7 @@ def test_benchmarks_are_scored_as_transformers_says(run: Path, measure: Evaluate
     assert found["perplexity"] == pytest.approx(math.exp(-sum(log for log, _ in logs) / len(logs)), rel=1e-4)
     assert found["acc"] == pytest.approx(sum(greedy for _, greedy in logs) / len(logs))
     right = [0, 0]
-    for record in HELLASWAG:
+    for record in HELLASWAG:  # type: ignore[assignment]
         context = record["activity_label"] + ": " + record["ctx_a"].replace("[step] ", " ").replace("  ", " ") + " She"
         endings = [e.replace(" [title]", ". ").replace("  ", " ") for e in record["endings"]]
         scores = [likelihood(model, tokens(context)["input_ids"], tokens(" " + e)["input_ids"])[0] for e in endings]

@@ -105,7 +105,7 @@ def test_a_failed_check_leaves_nothing(
     tmp_path: Path, gpt2_tokenizer: Gpt2Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, folder = saved(tmp_path / "model", gpt2_tokenizer)
-    real = module.save_file
+    real = module.save_file  # type: ignore[attr-defined]
 
     def torn(state: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
         name = "transformer.h.0.ln_1.weight"

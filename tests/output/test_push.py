@@ -208,7 +208,7 @@ def test_what_stands_in_the_way_is_said_before_anything_is_written(
     "name", ["small", "a/b/c", "alice/", "alice/a--b", "-a/b", "alice/a..b", "alice/x.git", "a/ b"]
 )
 def test_names_that_the_hub_would_refuse_are_refused(name: str) -> None:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.utils import HFValidationError, validate_repo_id  # type: ignore[attr-defined]
 
     with pytest.raises(BadInput, match="no repository can be called"):
         check_name(name)

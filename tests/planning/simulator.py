@@ -257,7 +257,8 @@ def split_over(ranks: int, recorder: Recorder) -> Iterator[None]:
 
         return resized
 
-    _fsdp_param.alloc_storage, _fsdp_param.free_storage = noting(kept[0]), noting(kept[1])
+    _fsdp_param.alloc_storage = noting(kept[0])  # type: ignore[assignment]
+    _fsdp_param.free_storage = noting(kept[1])  # type: ignore[assignment]
     device_mesh.init_device_mesh = lambda *_, **__: mesh  # type: ignore[assignment]
     try:
         yield
