@@ -14,13 +14,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from gpt2box import __version__, model_commands, output_commands
 from gpt2box.errors import BadInput, Gpt2boxError, VolumeUnwritable, printable
 from gpt2box.options import Between, FirstToLast, SettingsCommand, plain_names
+from gpt2box.ranks import ranks
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "token_normalize_func": plain_names, "max_content_width": 110}
 
@@ -279,25 +280,40 @@ def main() -> None:
     """Run a command; an expected failure is a few lines and its exit code, a bug a traceback."""
     try:
         cli.main(prog_name="gpt2box", standalone_mode=False)
+    except SystemExit as ended:
+        leave(ended.code)
     except Gpt2boxError as error:
         print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        leave(error.exit_code)
     except click.ClickException as error:
         error.show(said := io.StringIO())
         print("\n".join(map(printable, said.getvalue().rstrip("\n").split("\n"))), file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        leave(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody is left to flush to
-        sys.exit(141)
+        leave(141)
     except OSError as error:
         fault = fault_of(error)
         if fault is None:
             raise
         print(fault, file=sys.stderr)
-        sys.exit(fault.exit_code)
+        leave(fault.exit_code)
+
+
+def leave(code: str | int | None) -> NoReturn:
+    """End with that exit code; a rank that cannot go on, at once.
+
+    Threads of its connections to the other ranks are under way, which it cannot end: that waits for those ranks. When
+    one of them meets Python's own end, the process is aborted, and its exit code is lost.
+    """
+    if ranks().count > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else bool(code))
+    sys.exit(code)
 
 
 def fault_of(error: OSError) -> Gpt2boxError | None:

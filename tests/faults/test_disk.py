@@ -13,13 +13,13 @@ from gpt2box.training import kept
 from tests.faults.conftest import NEVER, Server, digests, half_made, with_data
 
 EVERY = int(os.environ.get("FAULT_EVERY", "9"))  # 1: at each call of a save (`make test-faults`)
-FIRST = {"name": "run", "max_steps": 10, "eval_interval": 10, "keep_last": 1}
-SECOND = {**FIRST, "max_steps": 20}
+FIRST = {"name": "run", "max_steps": 10, "eval_interval": 10, "save_interval": 5, "keep_last": 1}
+SECOND = {**FIRST, "max_steps": 20, "save_interval": 10}
 
 
 @pytest.fixture(scope="module")
 def begun(server: Server, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Volumes with a run of ten steps and its checkpoint."""
+    """Volumes with a run of ten steps and its two checkpoints, of which the next save removes the older."""
     volumes = with_data(prepared, tmp_path_factory.mktemp("disk") / "volumes")
     ended = server.train(volumes, FIRST)
     assert ended.code == 0, ended.said
@@ -86,8 +86,9 @@ def test_what_a_checkpoint_is_made_of_is_durable_before_it_has_its_name(
     folder_synced = max(i for i, (call, at, _) in enumerate(before) if (call, at) == ("fsync", str(temporary)))
     assert folder_synced > max(i for i, (call, at, _) in enumerate(before) if call in ("write", "open", "rename"))
     assert found[renamed + 1][:2] == ("fsync", str(folder))
-    gone = [i for i, (call, at, _) in enumerate(found) if call in ("unlink", "rename") and "step-00000010" in at]
-    assert gone and min(gone) > renamed + 1  # the one before, only when this one is durable
+    gone = [i for i, (call, at, _) in enumerate(found) if call in ("unlink", "rename") and "step-00000005" in at]
+    assert gone and min(gone) > renamed + 1  # an old one, only when this one is durable
+    assert kept.newest(folder)[1].step == 20 and (folder / "step-00000010").exists()  # type: ignore[index]
 
 
 def test_a_volume_that_is_gone_is_said(server: Server, begun: Path, tmp_path: Path) -> None:
