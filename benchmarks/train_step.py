@@ -49,7 +49,7 @@ def ours(arguments: argparse.Namespace, recompute: str) -> Step:
     forward = compiled(model, arguments)
 
     def step(ids: torch.Tensor) -> None:
-        with autocast(arguments):
+        with autocast(arguments, keeps_casts=False):
             loss = forward(ids[:, :-1], ids[:, 1:])
         guarded.before_backward(0, 0, LEARNING_RATE, loss)
         loss.backward()
@@ -109,12 +109,13 @@ def transformers(arguments: argparse.Namespace) -> Step:
 
 def compiled(model: torch.nn.Module, arguments: argparse.Namespace) -> Any:
     """The network, through the compiler if so wished."""
-    return torch.compile(model) if arguments.compile else model
+    return torch.compile(model, dynamic=False) if arguments.compile else model
 
 
-def autocast(arguments: argparse.Namespace) -> torch.autocast:
+def autocast(arguments: argparse.Namespace, keeps_casts: bool = True) -> torch.autocast:
     """bfloat16 on a GPU."""
-    return torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.device == "cuda")
+    on_gpu = arguments.device == "cuda"
+    return torch.autocast(arguments.device, torch.bfloat16, enabled=on_gpu, cache_enabled=keeps_casts)
 
 
 def contender(name: str, arguments: argparse.Namespace) -> Step:

@@ -319,7 +319,8 @@ def leave(code: str | int | None) -> NoReturn:
 def fault_of(error: OSError) -> Gpt2boxError | None:
     """What a refusal of the system that nobody expected there means; nothing for what only a bug can be."""
     what = f"{error.filename or 'a file'}: {error.strerror}"
-    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+    names = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
+    if error.errno in names or (error.errno == errno.EINVAL and error.filename):
         return BadInput(f"cannot use {what}", "a file where a file belongs, a folder where a folder does")
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
         return VolumeUnwritable(f"cannot write {what}", "free space and permission")

@@ -25,6 +25,7 @@ MODEL_SHAPES: dict[str, dict[str, Any]] = {
 }
 SHORT = reprlib.Repr()  # of values that a file may have made endless
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 200
+MOST = 10**15  # of anything that is counted
 DEVICES = r"auto|cpu|cuda(:(0|[1-9]\d?))?"
 
 
@@ -33,15 +34,15 @@ def _whole(value: object) -> object:
     if isinstance(value, str):
         value = float(value) if re.fullmatch(r"[\d_]+(\.\d*)?[eE]\+?\d+", value.strip()) else value.replace("_", "")
     if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, bool):
-        raise ValueError("a whole number is expected")
+        value = int(value)
+    if isinstance(value, bool) or (isinstance(value, int) and abs(value) > MOST):
+        raise ValueError("a whole number of use is expected")
     return value
 
 
 def _number(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("a number is expected")
+    if isinstance(value, bool) or (isinstance(value, int) and abs(value) > MOST):
+        raise ValueError("a number of use is expected")
     return value
 
 
@@ -57,7 +58,7 @@ def _auto_or_whole(value: object) -> object:
     if value == "auto":
         return value
     number = _whole(value)
-    if int(str(number)) < 1:
+    if not 1 <= int(str(number)) <= 1_000_000:
         raise ValueError("a positive number is expected")
     return int(str(number))
 
@@ -108,7 +109,7 @@ class Config(BaseModel):
         may_change=True,
     )
     tokens_per_step: Whole = setting(
-        65_536, "tokens in one optimizer step; accumulation follows from it", group="Batch", ge=1
+        65_536, "tokens in one optimizer step; accumulation follows from it", group="Batch", ge=1, le=1 << 30
     )
 
     max_steps: Whole = setting(100_000, "optimizer steps", group="Optimizer", may_change=True, ge=0)
@@ -212,7 +213,12 @@ class Config(BaseModel):
     )
     eval_only: bool = setting(False, "evaluate and stop", group="Evaluation", may_change=True)
     sample_tokens: Whole = setting(
-        0, "tokens of a sample written at each evaluation; 0: none", group="Evaluation", may_change=True, ge=0
+        0,
+        "tokens of a sample written at each evaluation; 0: none",
+        group="Evaluation",
+        may_change=True,
+        ge=0,
+        le=100_000,
     )
     sample_prompt: str = setting("", "what the sample begins with", group="Evaluation", may_change=True)
     expected_val_loss: Number | None = setting(

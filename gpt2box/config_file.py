@@ -15,19 +15,54 @@ import yaml
 from gpt2box import nanogpt, paths
 from gpt2box.config import Config, validate
 from gpt2box.errors import BadInput
+from gpt2box.files import read_text
 
 SHIPPED = Path(__file__).parent / "configs"
 
 
+MOST_CHARACTERS = 1_000_000
+MOST_DIGITS = 40  # of a number, as it is written
+MOST_NODES = 10_000  # that a file is made of, those that an alias stands for once more counted again
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, which plain YAML silently overwrites."""
+    """YAML that refuses a key given twice, which plain YAML silently overwrites, and what is of no use in settings."""
+
+    def get_single_data(self) -> Any:
+        """What the file says."""
+        node = self.get_single_node()
+        if node is not None and size_of(node, {}) > MOST_NODES:
+            raise yaml.MarkedYAMLError(problem="aliases of aliases", problem_mark=node.start_mark)
+        return None if node is None else self.construct_document(node)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """A number in any notation is made of this text."""
+        value = super().construct_scalar(node)
+        if node.tag in NUMBERS and len(value) > MOST_DIGITS:
+            raise yaml.MarkedYAMLError(problem=f"a number of {len(value):,} digits", problem_mark=node.start_mark)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.MarkedYAMLError(problem="<< is not used in settings", problem_mark=node.start_mark)
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = {str(key) for key in keys if keys.count(key) > 1}
         if twice:
             raise yaml.MarkedYAMLError(problem=f"given twice: {', '.join(sorted(twice))}", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
+def size_of(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values come of it; `known`: of nodes that were counted, each once, however often it stands there."""
+    if id(node) not in known:
+        known[id(node)] = 1
+        below = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for entry in below for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(size_of(part, known) for part in parts)
+    return known[id(node)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -37,13 +72,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         BadInput: not readable, not YAML or not a mapping.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        text = read_text(path)
+        if len(text) > MOST_CHARACTERS:
+            raise ValueError(f"{len(text):,} characters")
+        values = yaml.load(text, _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {path}: {error}", "a YAML file of settings") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise BadInput(
-            f"{path} is not YAML: {' '.join(str(error).split())}", "lines such as `block_size: 512`"
-        ) from error
+    except (yaml.YAMLError, ValueError, ArithmeticError, RecursionError) as error:
+        why = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise BadInput(f"{path} cannot be read as settings: {why}", "lines such as `block_size: 512`") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -37,8 +37,12 @@ def printable(line: str) -> str:
 
     Messages quote names and values from outside, which may hold anything.
     """
-    safe = CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), line[:LONGEST])
-    return safe + (f"… ({len(line):,} characters)" if len(line) > LONGEST else "")
+    return harmless(line[:LONGEST]) + (f"… ({len(line):,} characters)" if len(line) > LONGEST else "")
+
+
+def harmless(text: str) -> str:
+    """Of any length, all in one line."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class BadInput(Gpt2boxError):

@@ -9,10 +9,11 @@ import torch
 
 from gpt2box.config import Config
 from gpt2box.errors import MachineCannot
+from gpt2box.files import read_object
 from gpt2box.machine.device import choose_compile, describe
 from gpt2box.machine.gpu import card_of
 from gpt2box.machine.host import cpu_name, memory_bytes
-from gpt2box.paths import read_object, run_dir
+from gpt2box.paths import checkpoints, run_dir, step_of
 from gpt2box.planning.cards import card_found
 from gpt2box.planning.choose import Option, Place, check_cut, choose, informed, options
 from gpt2box.planning.memory import CUDA_CONTEXT
@@ -103,9 +104,8 @@ def ways_down(config: Config, shape: ModelShape, place: Place) -> list[Option]:
 
 def steps_remain(config: Config) -> bool:
     """Whether the run has steps left to do, as far as its newest checkpoint's name tells."""
-    folders = (run_dir(config.name) / "checkpoints").glob("step-*")
-    done = [int(path.name[5:]) for path in folders if path.name[5:].isdigit()]
-    return max(done, default=-1) < config.max_steps
+    done = checkpoints(run_dir(config.name) / "checkpoints")
+    return not done or step_of(done[-1]) < config.max_steps
 
 
 def recorded_way(run: Path) -> tuple[int, str] | None:

@@ -12,7 +12,7 @@ from gpt2box.data.published import ASKED, HUB_PINS, pretrained_folder
 from gpt2box.data.tokens import open_dataset
 from gpt2box.errors import VolumeUnwritable
 from gpt2box.machine import host
-from gpt2box.paths import dataset_dir, make_writable, model_dir, run_dir, volumes
+from gpt2box.paths import checkpoints, dataset_dir, make_writable, model_dir, run_dir, volumes
 from gpt2box.planning.shape import ModelShape
 from gpt2box.progress import say, size
 
@@ -109,7 +109,7 @@ def words_for(config: Config) -> str:
     """In which tokens a text is prepared: those of the weights that a run begins from, as prepare's --tokenizer."""
     if config.init_from in ("scratch", *MODEL_SHAPES):
         return "gpt2"
-    begun = any((run_dir(config.name) / "checkpoints").glob("step-*"))  # the first weights may be gone
+    begun = bool(checkpoints(run_dir(config.name) / "checkpoints"))  # the first weights may be gone
     folder = dataset_dir(config.dataset) / "tokenizer" if begun else pretrained_folder(config.init_from)
     return str(folder) if any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")) else "gpt2"
 
@@ -133,5 +133,5 @@ def bring(config: Config, text: Path | None) -> None:
     dataset = open_dataset(folder)  # says what to do where it is missing
     made = "made" if written else "there"
     say(f"dataset {config.dataset}: {made}, {dataset.tokens('train'):,} tokens to train on")
-    if config.init_from != "scratch" and not any((run_dir(config.name) / "checkpoints").glob("step-*")):
+    if config.init_from != "scratch" and not checkpoints(run_dir(config.name) / "checkpoints"):
         say(f"weights of {config.init_from}: {pretrained_folder(config.init_from)}")

@@ -15,9 +15,10 @@ from gpt2box.config import Config
 from gpt2box.data.published import pretrained_folder, shape_in, shape_on
 from gpt2box.data.tokenizer import prompt_ids
 from gpt2box.data.tokens import Dataset
+from gpt2box.files import write_atomically
 from gpt2box.fitting import check_split, choose_way, device_of, place_for, shared, ways_down
 from gpt2box.machine.determinism import make_deterministic
-from gpt2box.machine.device import choose_compile, choose_device, choose_dtype
+from gpt2box.machine.device import card_memory_named, choose_compile, choose_device, choose_dtype
 from gpt2box.machine.host import memory_while
 from gpt2box.machine.provenance import provenance
 from gpt2box.model.decode import Decoder
@@ -27,7 +28,7 @@ from gpt2box.model.weights import load_hub
 from gpt2box.output.learned import by_heart, read_by_heart, side_by_side
 from gpt2box.output.page import report_page
 from gpt2box.output.report import loss_png
-from gpt2box.paths import in_image, make_writable, run_dir, shown, text_path, write_atomically
+from gpt2box.paths import in_image, make_writable, run_dir, shown, text_path
 from gpt2box.planning.choose import check_shared
 from gpt2box.planning.plan import RunPlan, make_plan
 from gpt2box.planning.shape import ModelShape
@@ -83,8 +84,6 @@ def run_in(
     group.from_first(lambda: weights_and_biases.check(config.wandb))
     dataset = bring_dataset(config, text, group)
     device = choose_device(wanted)
-    if device.type == "cuda" and not group.alone:
-        torch.cuda.set_device(device)  # else each rank would hold some of the first card's memory, too
     compile_model, note = choose_compile(config.compile if config.may_compile else False, device)
     for line in [*notes, *([note] if note else [])]:
         say(f"note: {line}")
@@ -92,6 +91,8 @@ def run_in(
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
     group.from_first(lambda: check_split(config, shape, group.ranks.count))
     place = shared(group.gathered(place_for(config, shape, device, dtype, compile_model)))
+    if device.index:
+        torch.cuda.set_device(device)  # else some of the first card's memory would be held, too
     option = group.from_first(lambda: choose_way(config, shape, place))
     peak = place.kind.bf16_tflops if place.kind and place.on_gpu and place.dtype == "bfloat16" else 0.0
     plan = make_plan(config, shape, dataset.tokens("train"), str(device), place.dtype, place.compiled, option, peak)
@@ -232,7 +233,7 @@ def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
 def saying_out_of_memory(plan: RunPlan) -> Iterator[None]:
     """Outside training there is no way down."""
     try:
-        with memory_while("the network is made"):
+        with card_memory_named(), memory_while("the network is made"):
             yield
     except torch.cuda.OutOfMemoryError as error:
         raise out_of_memory(plan) from error

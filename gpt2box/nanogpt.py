@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2box.errors import BadInput
+from gpt2box.files import read_text
 
 # nanoGPT's defaults, for what a config file leaves out.
 DEFAULTS: dict[str, Any] = {
@@ -60,7 +61,10 @@ def parse(path: Path) -> tuple[dict[str, Any], list[str]]:
         BadInput: not Python, or an assignment whose value is not a plain expression.
     """
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        tree = ast.parse(read_text(path), filename=str(path))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, int) and node.value.bit_length() > 64:
+                raise ValueError(f"line {node.lineno}: a number of {node.value.bit_length():,} bits")
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise BadInput(f"cannot read {path} as a nanoGPT config: {error}", "lines such as `batch_size = 4`") from error
     values: dict[str, Any] = {}

@@ -9,17 +9,11 @@ $GPT2BOX_VOLUMES moves them all; the default is ./volumes.
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import re
-import time
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from gpt2box.errors import BadInput, VolumeUnwritable
 
@@ -28,6 +22,7 @@ RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 RAW = "raw"  # under data/, so no dataset may have this name
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+CHECKPOINT = re.compile(r"step-(\d{8}|[1-9]\d{8,14})", re.ASCII)
 
 
 def volumes() -> Path:
@@ -93,6 +88,16 @@ def bench_file() -> Path:
 def run_dir(name: str) -> Path:
     """The folder of a run."""
     return runs_dir() / checked_name(name, "run")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints by their names, the oldest first. A copy by another name is left to whom it belongs."""
+    return sorted((path for path in folder.glob("step-*") if CHECKPOINT.fullmatch(path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """By its name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def checked_name(name: str, kind: str) -> str:
@@ -162,74 +167,3 @@ def shown(path: Path) -> str:
     if in_image() and path.is_relative_to(volumes()):
         return str("volumes" / path.relative_to(volumes()))
     return str(path)
-
-
-@contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file; the system frees it with the process, however that ends.
-
-    Raises:
-        BadInput: another process holds it.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.1)  # it may have been is_locked, which holds it for an instant
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise BadInput(
-            f"{what} by another process", next_step="wait for it, stop it, or choose another --name"
-        ) from error
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock file, of this container or another. It only reads."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False
-
-
-def fsync_dir(folder: Path) -> None:
-    """Make a rename in `folder` durable (a file's own fsync does not cover its directory entry)."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file's object; nothing where it is missing, unreadable or no object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def write_atomically(path: Path, text: str | Iterable[str]) -> None:
-    """Replace `path` with a text, or its parts; a reader or a crash sees the old content or the new, never half."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines([text] if isinstance(text, str) else text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_dir(path.parent)

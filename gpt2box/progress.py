@@ -15,7 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from gpt2box.errors import Gpt2boxError
+from gpt2box.errors import Gpt2boxError, harmless
+from gpt2box.files import regular
 from gpt2box.ranks import ranks
 
 LINE_SECONDS = 10.0
@@ -26,6 +27,7 @@ _asides: list[Aside] = []
 
 def say(text: str = "") -> None:
     """A line for the user, on standard error: standard output is for results. Of several ranks the first speaks."""
+    text = "\n".join(map(harmless, text.split("\n")))  # names from outside may hold what steers a terminal
     if ranks().first:
         print(text, file=sys.stderr, flush=True)
     note(text)
@@ -50,7 +52,7 @@ def note(text: str) -> None:
 @contextmanager
 def kept_log(path: Path) -> Iterator[None]:
     """Meanwhile, append what is said to a file, and what ends it where that is an error."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     _logs[path] = descriptor
     try:
         yield
@@ -95,6 +97,8 @@ class Aside:
 
 def duration(seconds: float) -> str:
     """Seconds as people say them: 42s, 3m 05s, 2h 10m, 4d 3h."""
+    if not abs(seconds) < 1e12:  # of a pace that a damaged file says
+        return "unknown"
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from gpt2box.data.prepare import Options, prepare
 from gpt2box.data.published import pretrained_folder
 from gpt2box.data.tokens import SPLITS, open_dataset
 from gpt2box.errors import BadInput
+from gpt2box.files import read_json
 from gpt2box.inputs import corpus_of, has_dataset, words_for
 from gpt2box.job import run_config
 from gpt2box.machine.device import choose_device
@@ -53,12 +53,12 @@ def read(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST:
             raise ValueError(f"{path.stat().st_size:,} bytes")
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         sessions = sessions_in(manifest)
         whole = isinstance(manifest["settings"], dict) and isinstance(manifest["dataset"]["splits"], dict) and sessions
         if not whole:
             raise ValueError("no settings, dataset or sessions")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(
             f"{path} is no manifest to reproduce a run from ({error!r})",
             "manifest.json in a run's folder, written by this version",

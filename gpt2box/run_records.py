@@ -15,7 +15,7 @@ from gpt2box.data.assets import sha256_of
 from gpt2box.data.published import HUB_REVISIONS
 from gpt2box.data.tokens import SPLITS, Dataset
 from gpt2box.errors import BadInput
-from gpt2box.paths import read_object, write_atomically
+from gpt2box.files import read_json, read_object, write_atomically
 from gpt2box.planning.plan import RunPlan
 from gpt2box.progress import say
 from gpt2box.sessions import as_of, differences, sessions_in
@@ -80,7 +80,7 @@ def checked_allowance(given: Sequence[str]) -> tuple[str, ...]:
 def read_manifest(run: Path) -> dict[str, Any]:
     """manifest.json, or nothing where it is missing or unreadable."""
     try:
-        content: dict[str, Any] = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(run / "manifest.json")
         return content if "splits" in content["dataset"] else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

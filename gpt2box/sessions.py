@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2box.config import CHANGEABLE
-from gpt2box.paths import read_object, write_atomically
+from gpt2box.files import read_object, write_atomically
 from gpt2box.planning.plan import RunPlan
 
 # How the steps are done: other numbers of these add in another order.

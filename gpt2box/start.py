@@ -13,8 +13,9 @@ from gpt2box.data.batches import check_long_enough
 from gpt2box.data.tokenizer import prompt_ids
 from gpt2box.data.tokens import SPLITS, Dataset, open_dataset
 from gpt2box.errors import BadInput, Damaged
+from gpt2box.files import locked
 from gpt2box.inputs import bring, has_dataset
-from gpt2box.paths import dataset_dir, locked, make_writable
+from gpt2box.paths import dataset_dir, make_writable
 from gpt2box.progress import kept_log, say
 from gpt2box.run_records import check_unchanged
 from gpt2box.stop import raised

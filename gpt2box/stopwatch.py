@@ -36,7 +36,7 @@ from gpt2box.stop import StopRequest
 from gpt2box.training.distributed import Group
 from gpt2box.training.kept import folder_name
 from gpt2box.training.loop import Job, open_batches, take_step
-from gpt2box.training.network import configure, empty_model
+from gpt2box.training.network import configure, empty_model, through_compiler
 from gpt2box.training.optim import make_optimizer, make_update
 from gpt2box.training.saver import Saver
 from gpt2box.training.state import TrainState
@@ -48,7 +48,6 @@ REPEATS = 3  # of an evaluation or a checkpoint, where it is short
 SHORT_S = 5.0
 OUT_OF_MEMORY = "out of memory"
 SYNTHETIC_WINDOWS = 64  # at least
-MOST_WAYS = 64  # compiled: PyTorch would go on without the compiler from the ninth on, and not say it
 
 
 @dataclass
@@ -122,11 +121,9 @@ class Stopwatch:
 
     @cached_property
     def compiled(self) -> Callable[..., torch.Tensor]:
-        """The network, compiled anew for each way: importing the compiler takes seconds."""
-        from torch._dynamo import config
-
-        config.cache_size_limit = max(config.cache_size_limit, MOST_WAYS)
-        return torch.compile(self.model, dynamic=False)
+        """The network; importing the compiler takes seconds."""
+        found: Callable[..., torch.Tensor] = through_compiler(self.model)
+        return found
 
     def turn(self, way: Way, steps: int) -> None:
         """Time `steps` more steps of each length; running out of memory is a result."""

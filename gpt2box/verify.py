@@ -28,7 +28,7 @@ from gpt2box.machine.device import choose_compile, choose_device
 from gpt2box.machine.provenance import provenance
 from gpt2box.model.lora import adapters
 from gpt2box.model.weights import hub_state
-from gpt2box.paths import dataset_dir
+from gpt2box.paths import checkpoints, dataset_dir, step_of
 from gpt2box.planning.choose import Option, options
 from gpt2box.planning.plan import RunPlan, make_plan
 from gpt2box.planning.shape import ModelShape
@@ -55,7 +55,7 @@ from gpt2box.training.distributed import Group, Silence
 from gpt2box.training.kept import folder_name
 from gpt2box.training.ladder import take_way
 from gpt2box.training.loop import Job, open_batches, take_step
-from gpt2box.training.network import empty_model
+from gpt2box.training.network import empty_model, through_compiler
 from gpt2box.training.optim import make_optimizer, make_update
 from gpt2box.training.state import TrainState, parse_state, read_state
 
@@ -153,7 +153,7 @@ def stretch_of(run: Path, start_at: str | None, steps: int | None) -> Stretch:
     Raises:
         BadInput: no such checkpoint, or nothing to compare with.
     """
-    folders = {int(path.name[5:]): path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()}
+    folders = {step_of(path): path for path in checkpoints(run / "checkpoints")}
     start = 0
     if start_at is not None:
         matched = re.fullmatch(r"(?:step-)?(\d{1,8})", start_at)
@@ -169,14 +169,14 @@ def stretch_of(run: Path, start_at: str | None, steps: int | None) -> Stretch:
     rows = metrics.stream(run / "metrics.jsonl")
     digests = {row["step"]: str(row["digest"]) for row in rows if row["kind"] == "train" and row.get("digest")}
     digests = {step: digest for step, digest in digests.items() if start < step <= end}
-    checkpoints = {step: folders[step] for step in later if step <= end}
-    if not digests and not checkpoints:
+    compared = {step: folders[step] for step in later if step <= end}
+    if not digests and not compared:
         raise BadInput(
             f"{run.name}: nothing is recorded of its steps {start + 1:,} to {end:,}",
             f"a digest, each log_interval of {config.log_interval} steps, or a checkpoint; kept: {listed(folders)}",
             "gpt2box verify RUN --from step-… --steps N",
         )
-    return Stretch(run, config, session, ways, start, end, digests, checkpoints)
+    return Stretch(run, config, session, ways, start, end, digests, compared)
 
 
 def listed(folders: dict[int, Path]) -> str:
@@ -281,7 +281,7 @@ def plan_of(config: Config, shape: ModelShape, dataset: Dataset) -> tuple[RunPla
 
 def again(job: Job, ways: dict[int, Option], last: int) -> Iterator[int]:
     """Do the steps up to `last`, each in the way that it was done in; yields the number of each when it is done."""
-    forward = torch.compile(job.model) if job.plan.compile else job.model
+    forward = through_compiler(job.model) if job.plan.compile else job.model
     update = make_update(job.optimizer, job.plan, BadSteps.of(job.plan, job.state))
     job.model.train()
     turns = {rollback.step for rollback in job.state.rollbacks} | ways.keys()  # data were passed over, or another way

@@ -54,15 +54,15 @@ def test_scientific_notation_is_a_number_although_yaml_calls_it_a_string(tmp_pat
     [
         ("seed: 1\nseed: 2\n", "given twice: seed"),
         ("- a\n- b\n", "holds a list"),
-        ("a: [", "is not YAML"),
+        ("a: [", "cannot be read as settings"),
         ("dataset: x\nlearning_rate: .nan\n", "learning_rate"),
         ("dataset: x\nn_embd: 100\nn_head: 3\n", "multiple of n_head"),
         ("dataset: x\ntokens_per_step: 5000\n", "such as 4096 or 5120"),
         ("dataset: x\nmin_lr: 1\n", "at most learning_rate"),
         ("learning_rate: 1e-3\n", "dataset: missing"),
         ("dataset: x\nname: ../up\n", "run name"),
-        ("dataset: x\nname: 2024-13-45\n", "is not YAML"),
-        ("a: " + "[" * 5000, "is not YAML"),
+        ("dataset: x\nname: 2024-13-45\n", "cannot be read as settings"),
+        ("a: " + "[" * 5000, "cannot be read as settings"),
         ("dataset: x\ngradient_accumulation_steps: .inf\n", "gradient_accumulation_steps"),
         ("dataset: x\ngradient_accumulation_steps: 2.5\n", "gradient_accumulation_steps"),
         ("dataset: x\ndevice: cuda:007\n", "device: found 'cuda:007'"),
@@ -205,12 +205,41 @@ def test_any_values_are_accepted_or_refused_whole(values: dict[str, object]) -> 
         loaded = config.validate(values, "test")
     except BadInput:
         return
-    assert loaded.tokens_per_step % (loaded.micro_batch_size * loaded.block_size) == 0
+    micro_batch_size = 1 if loaded.micro_batch_size == "auto" else loaded.micro_batch_size
+    assert loaded.tokens_per_step % (micro_batch_size * loaded.block_size) == 0
 
 
-def test_a_value_without_end_is_shown_short(tmp_path: Path) -> None:
-    lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 25)]
-    path = write(tmp_path / "c.yaml", "\n".join([*lines, "dataset: x", "seed: *a24"]))  # 9²⁴ of them
+def aliases(depth: int) -> str:
+    """2 · 9^depth values in a few lines."""
+    lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, depth + 1)]
+    return "\n".join([*lines, "dataset: x", f"seed: *a{depth}"])
+
+
+def test_a_long_value_is_shown_short_and_one_without_end_is_not_made(tmp_path: Path) -> None:
+    for depth, part in ((3, "seed: found [[["), (24, "aliases of aliases")):
+        with pytest.raises(BadInput) as raised:
+            config_file.load(write(tmp_path / "c.yaml", aliases(depth)), {})
+        assert part in str(raised.value) and len(str(raised.value)) < 5000
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("max_steps: 0x" + "f" * 5000, "a number of 5,002 digits"),
+        ("learning_rate: 1" + ":59" * 500 + ".5", "a number of 1,503 digits"),
+        ("dataset: x\nmax_steps: 1e308\nlearning_rate: 0x" + "f" * 30, "max_steps: found '1e308'; expected N"),
+        ("dataset: x\ntokens_per_step: 1e12\nsample_tokens: 1e9", "tokens_per_step: found 1000000000000; expected N"),
+        ("a: &a {seed: 1}\n<<: *a", "<< is not used"),
+        ("a: " + "x" * 2_000_000, "2,000,003 characters"),
+    ],
+)
+def test_numbers_and_notations_of_no_use_are_refused(tmp_path: Path, text: str, part: str) -> None:
     with pytest.raises(BadInput) as raised:
-        config_file.load(path, {})
-    assert "seed: found [[[" in str(raised.value) and len(str(raised.value)) < 5000
+        config_file.load(write(tmp_path / "c.yaml", text), {})
+    assert part in str(raised.value)
+
+
+def test_a_nanogpt_config_with_a_number_of_no_use_is_refused(tmp_path: Path) -> None:
+    for line in ("batch_size = 0x" + "f" * 5000, "print(0x" + "f" * 5000 + ")", "wandb_log = 0x" + "f" * 5000):
+        with pytest.raises(BadInput, match="20,000 bits"):
+            config_file.load(write(tmp_path / "c.py", line), {})

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gpt2box"
 # Each layer imports only from its own and those before it.
 LAYERS = [
-    ["errors", "ranks", "progress", "paths", "stop", "__init__"],
+    ["errors", "ranks", "files", "progress", "paths", "stop", "__init__"],
     ["nanogpt", "config", "contradictions", "config_file"],
     ["machine", "planning"],
     ["sessions"],

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2box.errors import BadInput, Damaged, TryAgain, VolumeUnwritable
-from gpt2box.paths import fix_hint, fsync_dir, make_writable
+from gpt2box.files import fsync_dir, regular
+from gpt2box.paths import fix_hint, make_writable
 from gpt2box.progress import bytes_bar, say
 
 CHUNK = 1 << 20
@@ -138,7 +139,7 @@ def fetch(asset: Asset, folder: Path, quiet: bool = False) -> Path:
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a file's content."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         digest = hashlib.sha256()
         while block := file.read(CHUNK):
             digest.update(block)

@@ -16,7 +16,7 @@ import numpy as np
 from gpt2box.data.pieces import pieces
 from gpt2box.data.tokenizer import END_OF_TEXT, Tokens, byte_alphabet, vocabulary_digest
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.paths import read_object
+from gpt2box.files import read_object
 
 FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt"),

@@ -16,7 +16,8 @@ from gpt2box.data import assets
 from gpt2box.data.tokenizer import Tokenizer, vocabulary_digest
 from gpt2box.data.tokens import ID_BYTES, SPLITS
 from gpt2box.errors import BadInput, VolumeUnwritable
-from gpt2box.paths import fix_hint, fsync_dir, locked, make_writable, read_object
+from gpt2box.files import fsync_dir, locked, read_object
+from gpt2box.paths import fix_hint, make_writable
 from gpt2box.progress import say
 
 SPLIT_SEED = 2357  # nanoGPT's, for OpenWebText

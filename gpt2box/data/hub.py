@@ -27,7 +27,8 @@ from gpt2box.data import assets
 from gpt2box.data.assets import Asset, hub_endpoint
 from gpt2box.data.shards import Source
 from gpt2box.errors import BadInput, Damaged, TryAgain
-from gpt2box.paths import make_writable, raw_dir, read_object, write_atomically
+from gpt2box.files import read_object, write_atomically
+from gpt2box.paths import make_writable, raw_dir
 from gpt2box.progress import say
 
 PASSING = "passing"  # inside a corpus's folder: files that are dropped once they are tokenised

@@ -16,7 +16,8 @@ from gpt2box.data import assets, bpe
 from gpt2box.data.assets import Asset, hub_endpoint
 from gpt2box.data.hub import ask, persistently
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.paths import fsync_dir, make_writable, model_dir, raw_dir, read_object, write_atomically
+from gpt2box.files import fsync_dir, read_json, read_object, write_atomically
+from gpt2box.paths import make_writable, model_dir, raw_dir
 from gpt2box.progress import say, size
 
 NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
@@ -109,7 +110,7 @@ def bring(repo: str, entries: dict[str, Any], url: str, folder: Path) -> None:
         fetched(path, entries[path], url, folder)
     if weights == [INDEX]:
         try:
-            shards = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
             found = [(shard, entries[shard]) for shard in shards]
         except (ValueError, KeyError, AttributeError) as error:
             raise BadInput(f"{repo}: {INDEX} names what is not there ({error})", "its shards") from error

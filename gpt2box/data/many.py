@@ -18,8 +18,8 @@ from gpt2box.data.sink import ShuffledSink, Sink
 from gpt2box.data.tokenizer import identity_of
 from gpt2box.data.tokens import FORMAT
 from gpt2box.errors import VolumeUnwritable
+from gpt2box.files import read_object, write_atomically
 from gpt2box.machine import host
-from gpt2box.paths import read_object, write_atomically
 from gpt2box.progress import say, size
 
 FILES_AT_ONCE = 4  # of those that are brought: the one at work, those ahead, one being written

@@ -21,7 +21,8 @@ from gpt2box.data.shards import SAVE_EVERY, run
 from gpt2box.data.sink import Chunk, Sink, first
 from gpt2box.data.tokenizer import from_ranks
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.paths import locked, make_writable, raw_dir, read_object, write_atomically
+from gpt2box.files import locked, read_object, write_atomically
+from gpt2box.paths import make_writable, raw_dir
 from gpt2box.progress import bytes_bar, say
 
 RECORD = "part.json"  # written when a part is whole

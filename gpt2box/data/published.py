@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from gpt2box.config import MODEL_SHAPES, Config
 from gpt2box.data import assets, hub_model
 from gpt2box.data.tokenizer import GPT2_ROWS, Tokenizer, of_model
 from gpt2box.errors import BadInput, Damaged
+from gpt2box.files import read_json
 from gpt2box.paths import model_dir, raw_dir
 from gpt2box.planning.shape import ModelShape
 
@@ -153,7 +153,7 @@ def shape_in(folder: Path) -> ModelShape:
         sizes = MODEL_SHAPES[folder.name]
         return ModelShape(**sizes, block_size=1024, vocab_size=50_257, bias=True)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         if config.get("model_type") != "gpt2":
             raise BadInput(f"{path}: model_type {config.get('model_type')!r}", "'gpt2'")
         gelu = GELU.get(config.get("activation_function", "gelu_new"))

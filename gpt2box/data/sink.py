@@ -23,7 +23,7 @@ import numpy.typing as npt
 from gpt2box.data.tokenizer import Tokens
 from gpt2box.data.tokens import SPLITS
 from gpt2box.errors import BadInput
-from gpt2box.paths import read_object, write_atomically
+from gpt2box.files import read_object, write_atomically
 from gpt2box.progress import say
 
 DIGEST_BYTES = 16

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from gpt2box.data import assets
 from gpt2box.errors import BadInput, Damaged
+from gpt2box.files import read_json
 from gpt2box.paths import raw_dir
 
 END_OF_TEXT = "<|endoftext|>"
@@ -175,7 +176,7 @@ def load(folder: Path) -> Tokenizer:
     try:
         content = {}
         if (folder / "tokenizer.json").exists():
-            content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            content = read_json(folder / "tokenizer.json")
             model = content["model"]
             if model["type"] == "WordLevel" and all(len(character) == 1 for character in model["vocab"]):
                 check_ids(model["vocab"])
@@ -185,7 +186,7 @@ def load(folder: Path) -> Tokenizer:
                 raise BadInput(f"{folder}/tokenizer.json: a {model['type']} tokenizer", "vocab.json and merges.txt")
             vocabulary = model["vocab"] | {token["content"]: token["id"] for token in content.get("added_tokens") or []}
         elif (folder / "vocab.json").exists():
-            vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            vocabulary = read_json(folder / "vocab.json")
         else:
             raise BadInput(f"{folder}: no tokenizer", "vocab.json and merges.txt, or tokenizer.json")
         check_ids(vocabulary)

@@ -3,7 +3,6 @@ dataset.json and the tokenizer's files."""
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from gpt2box.data import assets, tokenizer
 from gpt2box.data.corpora import CORPORA, OPENWEBTEXT
 from gpt2box.data.tokenizer import Tokenizer, Tokens
 from gpt2box.errors import BadInput, Damaged
+from gpt2box.files import read_json
 from gpt2box.paths import raw_dir
 
 FORMAT = 1
@@ -67,7 +67,7 @@ class TokenFile:
         self._path = path
         self.tokens = os.fstat(self._descriptor).st_size // ID_BYTES
         mask = path.with_suffix(".mask")
-        self._mask = os.open(mask, os.O_RDONLY) if mask.exists() else None
+        self._mask = os.open(mask, os.O_RDONLY) if mask.is_file() else None
 
     def read(self, start: int, count: int) -> Tokens:
         """`count` ids from position `start`."""
@@ -123,7 +123,7 @@ def open_dataset(folder: Path) -> Dataset:
             )
         return Dataset(folder, {})
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         expected = {split: manifest["splits"][split]["tokens"] for split in SPLITS}
         vocab_size = manifest["tokenizer"]["vocab_size"]
         version = manifest["format"]

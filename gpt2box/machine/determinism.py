@@ -41,3 +41,5 @@ def choose_no_kernel_by_time() -> None:
     inductor.dynamic_scale_rblock = False
     if hasattr(inductor, "deterministic"):  # since PyTorch 2.9
         inductor.deterministic = True
+    else:  # whether a matrix is padded to a multiple of 8 is measured, too
+        inductor.shape_padding = False

@@ -9,18 +9,24 @@ import resource
 import shutil
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from gpt2box.config import DEVICES
 from gpt2box.errors import BadInput, MachineCannot
+from gpt2box.machine.host import is_wsl
 
 # Read when CUDA starts. Cards are numbered as NVML does; CUDA's own order is the fastest first.
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 # One growing segment in place of many fixed ones, so that what is planned fits without gaps. The name changed in 2.9.
+# Not on WSL2, where some cards' drivers before R615 refuse the first piece of memory then (PyTorch's issue 192330).
 SINCE_2_9 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
-os.environ.setdefault("PYTORCH_ALLOC_CONF" if SINCE_2_9 else "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+if not is_wsl():
+    os.environ.setdefault("PYTORCH_ALLOC_CONF" if SINCE_2_9 else "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+NO_CARD_MEMORY = re.compile(r"CU(BLAS|DNN)_STATUS_ALLOC_FAILED|(CUDA error|Triton Error \[CUDA\]): out of memory")
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -69,6 +75,23 @@ def choose_compile(wanted: bool | str, device: torch.device) -> tuple[bool, str]
     if missing:
         return False, f"torch.compile needs {' and '.join(missing)}, not found here: going on without it, slower"
     return True, ""
+
+
+@contextmanager
+def card_memory_named() -> Iterator[None]:
+    """Have what cuBLAS, Triton and CUDA itself say of a card whose memory ran out be what PyTorch's allocator says.
+
+    cuBLAS asks for memory when it is first used, which may be in the first backward pass (PyTorch's issue 128601).
+
+    Raises:
+        torch.cuda.OutOfMemoryError: memory ran out.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError) or not NO_CARD_MEMORY.search(str(error)):
+            raise
+        raise torch.cuda.OutOfMemoryError(str(error).strip().splitlines()[0]) from None
 
 
 def describe(device: torch.device) -> str:

@@ -6,7 +6,6 @@ python -m gpt2box.machine.probe DEVICE COMPILE     one JSON object a line, each 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -47,8 +46,9 @@ def first_line(error: Exception) -> str:
 
 def look(device: str, compile_model: bool) -> None:
     """Import PyTorch, then multiply, then compile."""
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     import torch
+
+    import gpt2box.machine.device  # noqa: F401, sets what training sets before CUDA starts
 
     tell(torch=torch.__version__, cuda=torch.version.cuda)
     if device.startswith("cuda"):

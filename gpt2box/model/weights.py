@@ -8,7 +8,6 @@ biases, which are the same function; config.json then says so for our own readin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt2box.errors import BadInput, Damaged
+from gpt2box.files import check_regular, read_json
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import merged, own_parameters
 from gpt2box.planning.shape import ModelShape
@@ -159,8 +159,8 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         files = [folder / "model.safetensors"]
     elif index.exists():
         try:
-            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            files = sorted({folder / Path(name).name for name in read_json(index)["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"{index} is damaged ({error!r})") from error
     elif any(folder.glob("*.bin")):
         raise BadInput(
@@ -173,6 +173,7 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         raise BadInput(f"no weights in {folder}", "model.safetensors")
     for file in files:
         try:
+            check_regular(file)
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118, not a dict
                     yield key, tensors.get_tensor(key)

@@ -10,7 +10,7 @@ from typing import Any
 from gpt2box.config import MODEL_SHAPES
 from gpt2box.config_file import read_yaml
 from gpt2box.data import hub_model
-from gpt2box.paths import read_object
+from gpt2box.files import read_object
 from gpt2box.planning.shape import ModelShape
 from gpt2box.progress import duration
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from gpt2box.files import read_object, whole, write_atomically
 from gpt2box.output.curves import History, history
 from gpt2box.output.markup import Chart, Line, document, plots, section, table, tag
 from gpt2box.output.page import mapping, settings_of
-from gpt2box.output.runs import Run, amount, whole
-from gpt2box.paths import make_writable, read_object, run_dir, write_atomically
+from gpt2box.output.runs import Run, amount
+from gpt2box.paths import make_writable, run_dir
 from gpt2box.progress import duration, size
 
 Rows = dict[str, list[str]]  # by name, a cell for each run

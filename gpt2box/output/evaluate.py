@@ -24,8 +24,9 @@ from gpt2box.data.records import decoded
 from gpt2box.data.tokenizer import Tokenizer, Tokens
 from gpt2box.data.tokens import ID_BYTES, Dataset, TokenFile
 from gpt2box.errors import BadInput
+from gpt2box.files import read_object
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.paths import dataset_dir, read_object
+from gpt2box.paths import dataset_dir
 from gpt2box.progress import bytes_bar
 
 BATCH_TOKENS = 8192  # in one forward pass: small beside the weights

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.errors import BadInput, Damaged, VolumeUnwritable
+from gpt2box.files import fsync_dir, read_object
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.weights import hub_config, hub_state
 from gpt2box.output.card import model_card
 from gpt2box.output.gguf import check_gguf, write_gguf, write_modelfile
 from gpt2box.output.sample import load_model
-from gpt2box.paths import fix_hint, fsync_dir, read_object
+from gpt2box.paths import fix_hint
 from gpt2box.progress import say
 
 FORMATS = ("huggingface", "nanogpt", "gguf")

@@ -7,6 +7,7 @@ import secrets
 import time
 from pathlib import Path
 
+from gpt2box.files import regular
 from gpt2box.output.curves import PIECE_BYTES, Figures
 
 SECONDS = 0.5  # of reading before an answer; the rest of a long file is read at the next
@@ -25,7 +26,7 @@ class Follower:
     def read_on(self) -> None:
         """Take in what was appended, for about SECONDS. A line that is being written is left for the next time."""
         try:
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb", opener=regular) as file:
                 found = os.fstat(file.fileno())
                 if found.st_ino != self._inode or found.st_size < self._offset:  # a resumed run writes it anew
                     self._begin_anew(found.st_ino)
@@ -38,7 +39,7 @@ class Follower:
                     if time.monotonic() > end and self._offset < found.st_size:
                         self.share = self._offset / found.st_size
                         break
-        except FileNotFoundError:
+        except OSError:
             if self._inode:
                 self._begin_anew(0)
 

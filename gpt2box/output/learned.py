@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from gpt2box.data.tokenizer import Tokens, prompt_ids
 from gpt2box.data.tokens import Dataset, TokenFile
+from gpt2box.files import read_json, read_text, write_atomically
 from gpt2box.model.decode import Decoder
 from gpt2box.model.generate import Choice, generate
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.paths import write_atomically
 
 SAMPLES = 4
 SEARCHED_TOKENS = 100_000_000  # of the training text, from its beginning: some seconds
@@ -81,7 +81,7 @@ def by_heart(run: Path, model: GPT2, dataset: Dataset, prompt: str, length: int,
 def read_by_heart(run: Path, step: int) -> ByHeart | None:
     """What was found for the weights of that step, if it was looked for."""
     try:
-        found = ByHeart(**json.loads((run / "memorisation.json").read_text(encoding="utf-8")))
+        found = ByHeart(**read_json(run / "memorisation.json"))
     except (OSError, ValueError, TypeError):
         return None
     return found if found.step == step else None
@@ -169,7 +169,7 @@ def side_by_side(run: Path, best_step: int, width: int = 110) -> str:
     table = Table(box=box.SIMPLE_HEAD, width=width)
     for title in ("before", f"after {best_step:,} steps"):
         table.add_column(title, ratio=1)
-    table.add_row(*(Text(path.read_text(encoding="utf-8").strip()) for path in (before, after)))
+    table.add_row(*(Text(read_text(path).strip()) for path in (before, after)))
     lines = io.StringIO()
     Console(file=lines, width=width, color_system=None).print(table)
     text = "\n".join(line.rstrip() for line in lines.getvalue().strip("\n").splitlines())

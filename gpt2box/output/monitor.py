@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt2box.errors import BadInput
+from gpt2box.files import read_object, regular, whole
 from gpt2box.machine.gpu import Card, ask_driver
-from gpt2box.paths import read_object, run_dir, runs_dir
+from gpt2box.paths import run_dir, runs_dir
 from gpt2box.progress import LINE_SECONDS, duration, size
 from gpt2box.training.metrics import parse
 
@@ -83,7 +84,7 @@ def run_line(folder: Path) -> str:
     if not last:
         return f"{folder.name}  not one step yet"
     plan = read_object(folder / "plan.json")
-    steps = int(plan.get("max_steps") or 0)
+    steps = whole(plan.get("max_steps"))
     step = max(row["step"] for row in last.values())
     parts = [folder.name, f"step {step:,}" + (f"/{steps:,}" if steps else "")]
     train, evaluated = last.get("train", {}), last.get("eval", {})
@@ -94,8 +95,8 @@ def run_line(folder: Path) -> str:
     if rate := train.get("tokens_per_sec"):
         parts.append(f"{rate:,.0f} tokens/s")
         if steps and step < steps:
-            parts.append(f"{duration((steps - step) * int(plan.get('tokens_per_step') or 0) / rate)} left")
-    age = time.time() - max(row.get("time", 0) for row in last.values())
+            parts.append(f"{duration((steps - step) * whole(plan.get('tokens_per_step')) / rate)} left")
+    age = time.time() - max(row.get("time") or 0 for row in last.values())
     if age > 120 and step < (steps or step):
         parts.append(f"(last heard of {duration(age)} ago)")
     return "  ".join(parts)
@@ -104,7 +105,7 @@ def run_line(folder: Path) -> str:
 def tail(path: Path, most_bytes: int = TAIL_BYTES) -> str:
     """The end of a file that may be long or not there; begins at a line's start."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular) as file:
             start = max(os.fstat(file.fileno()).st_size - most_bytes, 0)
             file.seek(start)
             content = file.read().decode("utf-8", errors="replace")

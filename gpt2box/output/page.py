@@ -10,10 +10,11 @@ import numpy as np
 
 from gpt2box.config_file import read_yaml
 from gpt2box.errors import BadInput
+from gpt2box.files import read_object, regular, whole, write_atomically
 from gpt2box.output.curves import Curve, History, history
 from gpt2box.output.markup import Chart, Html, Line, document, facts, plots, section, table, tag
-from gpt2box.output.runs import Run, amount, look_at, whole
-from gpt2box.paths import read_object, shown, write_atomically
+from gpt2box.output.runs import Run, amount, look_at
+from gpt2box.paths import shown
 from gpt2box.progress import duration, size
 
 SAMPLES = 20  # shown, of those written along the way
@@ -249,7 +250,7 @@ def path_title(path: Path) -> str:
 
 def excerpt(path: Path) -> str:
     """A text, or its beginning."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8", errors="replace", opener=regular) as file:
         text = file.read(SAMPLE_CHARACTERS + 1)
     return text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + "…"
 

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from gpt2box.config_file import read_yaml
 from gpt2box.errors import BadInput
+from gpt2box.files import is_locked, read_object, whole
 from gpt2box.output.monitor import newest_run, tail
-from gpt2box.paths import is_locked, read_object, run_dir, runs_dir, shown
+from gpt2box.paths import checkpoints, run_dir, runs_dir, shown
 from gpt2box.progress import duration, size
 from gpt2box.training.metrics import parse
 
@@ -115,11 +116,6 @@ def look_at(folder: Path) -> Run:
     )
 
 
-def whole(value: object) -> int:
-    """0 for what is no number, or none that a run could have."""
-    return int(value) if isinstance(value, int | float) and abs(value) < 2**63 else 0
-
-
 def broken_settings(folder: Path, plan: dict[str, Any]) -> str:
     """What keeps a run's settings from being read."""
     try:
@@ -132,13 +128,13 @@ def broken_settings(folder: Path, plan: dict[str, Any]) -> str:
 
 def newest_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
     """state.json of the newest checkpoint whose files are all there, at full size; what is wrong where none is."""
-    found = [*folder.glob("checkpoints/step-*"), *folder.glob("checkpoints/.step-*.old")]
+    found = [*checkpoints(folder / "checkpoints"), *folder.glob("checkpoints/.step-*.old")]
     for path in sorted(found, key=lambda path: path.name.lstrip("."), reverse=True):
         state = read_object(path / "state.json")
         try:
             if all((path / name).stat().st_size == file["bytes"] for name, file in state["files"].items()):
                 return state, ""
-        except (OSError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return {}, f"no whole checkpoint in {shown(folder / 'checkpoints')}" if found else ""
 

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt2box.files import is_locked, read_object, whole
 from gpt2box.machine.gpu import Card, Nvml, ask_driver
 from gpt2box.output.curves import POINTS
 from gpt2box.output.following import Follower
 from gpt2box.output.markup import as_data
 from gpt2box.output.monitor import tail
 from gpt2box.output.page import charts_of, excerpt, path_title
-from gpt2box.output.runs import Run, amount, cells, folders, look_at, whole
-from gpt2box.paths import is_locked, read_object, run_dir
+from gpt2box.output.runs import Run, amount, cells, folders, look_at
+from gpt2box.paths import run_dir
 from gpt2box.progress import duration, size
 from gpt2box.training.metrics import parse, reason
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2box.config import Config
-from gpt2box.paths import read_object, write_atomically
+from gpt2box.files import read_object, write_atomically
 from gpt2box.planning.shape import ModelShape
 
 FORMAT = 1

@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from torch import Tensor
 
 from gpt2box.data.assets import sha256_of
 from gpt2box.data.tokenizer import Tokenizer
-from gpt2box.errors import BadInput, Damaged, VolumeUnwritable
+from gpt2box.errors import BadInput, Damaged, VolumeUnwritable, printable
+from gpt2box.files import fsync_dir
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import adapters
 from gpt2box.model.weights import PREFIX, copy_from_hub, hub_config, hub_view, hub_views, load_hub, stored_tensors
-from gpt2box.paths import fix_hint, fsync_dir
+from gpt2box.paths import fix_hint
 from gpt2box.progress import size
 from gpt2box.training.kept import folder_name, point_to_last_and_best, recover
 from gpt2box.training.lean import LeanAdamW, reset
@@ -153,6 +154,11 @@ def optimizer_state(
         yield f"{key}.{name}", hub_view(name, tensor, model.shape.vocab_size) if alike else tensor
 
 
+def shapes_of(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, torch.Size]:
+    """By name."""
+    return {name: tensor.shape for name, tensor in tensors}
+
+
 def trained_parameters(model: GPT2) -> dict[str, torch.nn.Parameter]:
     """All parameters by name, or of a model with adapters those of the adapters."""
     return adapters(model) or dict(model.named_parameters())
@@ -207,12 +213,20 @@ def load_weights(folder: Path, model: GPT2) -> None:
 
 @torch.no_grad()
 def restore(folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
-    """Read weights and averages of a whole checkpoint into the existing tensors."""
+    """Read weights and averages of a whole checkpoint into the existing tensors.
+
+    Raises:
+        BadInput, Damaged: they are not those of this network; see load_weights.
+    """
     load_weights(folder, model)
     parameters = trained_parameters(model)
     read: set[str] = set()
+    wanted = shapes_of(optimizer_state(model, optimizer, outline)) if state.optimizer_steps else {}
     for full_name, tensor in read_tensors(folder / "optimizer.safetensors"):
         key, _, name = full_name.partition(".")
+        if wanted.pop(full_name, () if key == "step" else None) != tensor.shape:
+            what = f"{folder}/optimizer.safetensors: {printable(full_name)} of shape {list(tensor.shape)}"
+            raise Damaged(what, "the averages of the weights beside it")
         entry = optimizer.state[parameters[name]]
         if name not in read and key != "step":  # where each has its own, that is read, too
             entry["step"].fill_(float(state.optimizer_steps))
@@ -221,5 +235,7 @@ def restore(folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: 
         else:
             entry[key].copy_(tensor)
         read.add(name)
+    if missing := [name for name in wanted if not name.startswith("step.")]:
+        raise Damaged(f"{folder}/optimizer.safetensors: without {missing[0]}", "the averages of all weights")
     for name in parameters.keys() - read:  # of step 0
         reset(optimizer.state[parameters[name]])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from gpt2box.errors import BadInput, Damaged, VolumeUnwritable
-from gpt2box.paths import fix_hint, fsync_dir
+from gpt2box.files import fsync_dir, read_text
+from gpt2box.paths import checkpoints, fix_hint, step_of
 from gpt2box.training.state import TrainState, parse_state, read_state
 
 
@@ -23,12 +24,18 @@ def recover(folder: Path) -> None:
     for path in folder.glob(".step-*.old"):
         final = folder / path.name.removeprefix(".").removesuffix(".old")
         if final.exists():
-            shutil.rmtree(path)
+            discard(path)
         else:
             os.rename(path, final)
-    for path in folder.glob(".step-*.tmp"):
+    for path in [*folder.glob(".*.tmp"), *folder.glob("step-*/.*.tmp")]:  # also of a link or of a state
+        discard(path)
+
+
+def discard(path: Path) -> None:
+    """A folder with what is in it; a link alone, for someone may have moved a checkpoint to another disk."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    for path in [*folder.glob(".*.tmp"), *folder.glob("step-*/.*.tmp")]:  # of a link or of a state
+    else:
         path.unlink()
 
 
@@ -40,12 +47,30 @@ def point_to_last_and_best(folder: Path, state: TrainState) -> None:
 
 
 def point(folder: Path, name: str, step: int) -> None:
-    """Make `best` or `last` a link to a checkpoint, replaced at once."""
+    """Make `best` or `last` a link to a checkpoint, replaced at once.
+
+    Raises:
+        BadInput: a folder is there that is not a copy of a checkpoint beside it, as copying without links makes it.
+    """
+    there = folder / name
+    if there.is_dir() and not there.is_symlink():
+        twins = [path for path in checkpoints(folder) if same_state(path, there)]
+        if not twins:
+            raise BadInput(f"{there} is a folder", "a link to a checkpoint", f"move it elsewhere: mv {there} …")
+        shutil.rmtree(there)
     temporary = folder / f".{name}.tmp"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(folder_name(step))
     os.replace(temporary, folder / name)
     fsync_dir(folder)
+
+
+def same_state(one: Path, other: Path) -> bool:
+    """Whether two checkpoints say the same, checksums and all."""
+    try:
+        return read_text(one / "state.json") == read_text(other / "state.json")
+    except (OSError, ValueError):
+        return False
 
 
 def prune(folder: Path, keep_last: int, state: TrainState, save_interval: int) -> None:
@@ -57,7 +82,7 @@ def prune(folder: Path, keep_last: int, state: TrainState, save_interval: int) -
     Raises:
         VolumeUnwritable: which could not be removed.
     """
-    steps = sorted(path for path in folder.glob("step-*") if path.name <= folder_name(state.step))
+    steps = [path for path in checkpoints(folder) if step_of(path) <= state.step]
     states = [state, *(anchor for _, anchor in islice(anchors(steps, save_interval), 2))]
     wanted = {folder_name(step) for each in states for step in (each.step, each.best_step)}
     for path in steps[:-keep_last]:
@@ -74,18 +99,20 @@ def remove(path: Path) -> None:
     retired = path.with_name(f".{path.name}.tmp")
     try:
         os.rename(path, retired)
-        shutil.rmtree(retired)
+        discard(retired)
     except OSError as error:
-        raise VolumeUnwritable(f"cannot remove {path}: {error.strerror}", next_step=fix_hint(path.parent)) from error
+        raise VolumeUnwritable(
+            f"cannot remove {path}: {error.strerror or error}", next_step=fix_hint(path.parent)
+        ) from error
 
 
-def anchors(paths: Iterable[Path], save_interval: int) -> Iterator[tuple[Path, TrainState]]:
-    """Those that a run whose numbers are no longer finite may go back to, the newest first; files are not checked.
+def anchors(paths: Sequence[Path], save_interval: int) -> Iterator[tuple[Path, TrainState]]:
+    """Those of `paths`, the newest first, that a run whose numbers are no longer finite may go back to.
 
     Ones that an uninterrupted run would have, too, so that it goes back to the same: not those that a signal or the
-    clock had written. And no bad step was their last.
+    clock had written. And no bad step was their last. Their files are not checked.
     """
-    for path in sorted(paths, reverse=True):
+    for path in reversed(paths):
         try:
             state = parse_state(path)[0]
         except (Damaged, BadInput):
@@ -105,9 +132,11 @@ def newest(folder: Path) -> tuple[Path, TrainState, list[Damaged]] | None:
     try:
         recover(folder)
     except OSError as error:
-        raise VolumeUnwritable(f"cannot tidy up {folder}: {error.strerror}", next_step=fix_hint(folder)) from error
+        raise VolumeUnwritable(
+            f"cannot tidy up {folder}: {error.strerror or error}", next_step=fix_hint(folder)
+        ) from error
     passed_over: list[Damaged] = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(checkpoints(folder)):
         try:
             return path, read_state(path), passed_over
         except Damaged as fault:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gpt2box.machine.device import card_memory_named
 from gpt2box.machine.host import memory_bytes
 from gpt2box.planning.choose import Option, lower
 from gpt2box.planning.memory import Memory
@@ -69,12 +70,13 @@ def rehearse(job: Job, forward: Any, display: Display) -> None:
     while not job.group.alone and not job.plan.shard:
         plan, done = job.plan, False
         nothing = torch.zeros(plan.micro_batch_size, plan.shape.block_size, dtype=torch.int32, device=plan.device)
-        with suppress(torch.cuda.OutOfMemoryError), job.group.micro_step(forward, last=False):
+        loss = None
+        with suppress(torch.cuda.OutOfMemoryError), card_memory_named(), job.group.micro_step(forward, last=False):
             with autocast(plan):
                 loss = forward(nothing, nothing, 1.0)
             loss.backward()
-            del loss
             done = True
+        del loss  # with the tensors of a pass that broke off
         if all(job.group.gathered(done)):
             job.optimizer.zero_grad(set_to_none=False)
             return

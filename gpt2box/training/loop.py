@@ -22,7 +22,7 @@ from gpt2box.data.batches import (
 )
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.data.tokens import Dataset
-from gpt2box.machine.device import peak_memory_bytes
+from gpt2box.machine.device import card_memory_named, peak_memory_bytes
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.choose import Option
 from gpt2box.planning.plan import RunPlan
@@ -35,6 +35,7 @@ from gpt2box.training.distributed import Agreed, Group, Silence
 from gpt2box.training.ladder import note_way, rehearse, step_down, step_up
 from gpt2box.training.lean import LeanAdamW, StepInBackward
 from gpt2box.training.metrics import Interval, Metrics, finite_or_none
+from gpt2box.training.network import through_compiler
 from gpt2box.training.optim import GuardedStep, Optimizer, learning_rate, make_update
 from gpt2box.training.recovery import HalfDoneStep, TooManyBad
 from gpt2box.training.saver import Companion, Saver
@@ -80,7 +81,7 @@ def train(job: Job) -> None:
     state, agreed = job.state, Agreed(job.stop, job.group)
     job.model.train()
     compiled = job.plan.compile and not job.plan.shard  # else its blocks are, each by itself
-    forward = job.group.parallel(job.model, torch.compile(job.model) if compiled else job.model)
+    forward = job.group.parallel(job.model, through_compiler(job.model) if compiled else job.model)
     metrics, display = open_displays(job)
     saver = open_saver(job, display)
     # LeanAdamW's step may break off half-way: then one must be there to go back to (several ranks end).
@@ -203,6 +204,7 @@ def open_displays(job: Job) -> tuple[Metrics, Display]:
     return metrics, Display(job.run.name, state.step, job.plan)
 
 
+@card_memory_named()
 def take_step(job: Job, forward: Any, batches: Iterator[Tensor], update: Update) -> tuple[Tensor, float, Tensor]:
     """One optimizer step; returns its loss, learning rate and gradient norm.
 
@@ -314,7 +316,8 @@ def evaluate_and_note(job: Job, metrics: Metrics, display: Display) -> bool:
     display.evaluated(state.step, val_loss, improved, state.best_val_loss, state.best_step)
     if math.isfinite(val_loss):
         try:
-            job.sample(display, state.step)
+            with card_memory_named():
+                job.sample(display, state.step)
         except torch.cuda.OutOfMemoryError:
             display.line("no sample this time: out of memory")
     return improved

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-from gpt2box.paths import write_atomically
+from gpt2box.files import parse_json, regular, write_atomically
 from gpt2box.training.weights_and_biases import Tracker
+
+WORDS = ("kind", "digest", "val_set")  # all else that a line holds is a number or nothing
 
 
 class Metrics:
@@ -34,7 +36,7 @@ class Metrics:
     def __init__(self, path: Path, step: int, evaluated_step: int, echo: bool = False, wandb: str = "off") -> None:
         self._echo = echo
         drop_later(path, step, evaluated_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed with the run
+        self._file = open(path, "a", encoding="utf-8", opener=regular)  # noqa: SIM115, closed with the run
         from torch.utils.tensorboard.writer import SummaryWriter  # a second to import
 
         self._events = SummaryWriter(str(path.parent / "tensorboard"), purge_step=step + 1)
@@ -73,7 +75,7 @@ def drop_later(path: Path, step: int, evaluated_step: int) -> None:
                 yield line.rstrip("\n") + "\n"
 
     if path.exists():
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace", opener=regular) as file:
             write_atomically(path, kept(file))
 
 
@@ -85,7 +87,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def stream(path: Path) -> Iterator[dict[str, Any]]:
     """The same, one after the other: a long run has a million. Nothing where there is no such file."""
     if path.is_file():
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace", opener=regular) as file:
             yield from parse(file)
 
 
@@ -93,10 +95,24 @@ def parse(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """The whole lines among those of a piece of a metrics.jsonl."""
     for line in lines:
         try:
-            row = json.loads(line)
-            yield {**row, "step": int(row["step"]), "kind": str(row["kind"])}
-        except (ValueError, KeyError, TypeError):
+            row = parse_json(line)
+        except ValueError:
             continue
+        if isinstance(row, dict) and is_whole(row):
+            yield row
+
+
+def is_whole(row: dict[str, Any]) -> bool:
+    """Whether a line says what `Metrics.write` does: a step, a kind, numbers, and words that can be printed."""
+    step, kind = row.get("step"), row.get("kind")
+    if type(step) is not int or not 0 <= step < 2**53 or not isinstance(kind, str):
+        return False
+    return all(value is None or isinstance(value, float | int) or is_word(name, value) for name, value in row.items())
+
+
+def is_word(name: str, value: object) -> bool:
+    """Whether it may stand there, and be printed."""
+    return name in WORDS and isinstance(value, str) and value.isascii() and value.isprintable()
 
 
 class Interval:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -14,6 +15,8 @@ from gpt2box.planning.plan import RunPlan
 from gpt2box.training import shards
 from gpt2box.training.distributed import Group
 from gpt2box.training.optim import Optimizer, make_optimizer
+
+MOST_WAYS = 64  # compiled: PyTorch would go on without the compiler from the ninth on, and not say it
 
 
 def empty_model(plan: RunPlan) -> GPT2:
@@ -34,6 +37,18 @@ def configure(model: GPT2, plan: RunPlan) -> None:
     """What trades memory for time."""
     model.activation_checkpointing = plan.activation_checkpointing
     model.loss_chunk_tokens = plan.loss_chunk_tokens
+
+
+def through_compiler(model: GPT2) -> Any:
+    """Anew for each way of doing the steps (ladder.py), and never for sizes that vary: so kernels, and with them bits,
+    are those of a run that began in that way.
+    """
+    from torch._dynamo import config
+
+    config.cache_size_limit = max(config.cache_size_limit, MOST_WAYS)
+    # Cutting the graph where DistributedDataParallel sends a bucket: older versions cannot, and see Group.parallel.
+    config.optimize_ddp = False
+    return torch.compile(model, dynamic=False)
 
 
 def fill(

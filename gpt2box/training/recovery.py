@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gpt2box.errors import BadInput, Damaged, Gpt2boxError, MachineCannot, TryAgain, VolumeUnwritable
 from gpt2box.machine.host import memory_ran_out
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.paths import shown
+from gpt2box.paths import checkpoints, shown, step_of
 from gpt2box.planning.plan import RunPlan
 from gpt2box.progress import say
 from gpt2box.ranks import ranks
@@ -30,9 +30,11 @@ GPU_FAULTS = re.compile(
     r"(cuda|cublas|cudnn|nccl|nvidia).*(unspecified launch failure|illegal memory access|illegal instruction|"
     r"uncorrectable|\becc\b|device.*lost|lost.*device|fallen off the bus|hardware stack error|misaligned address|"
     r"launch timed out|device-side assert|device not ready|no longer (available|accessible)|unknown error|"
+    r"no cuda-capable device|busy or unavailable|invalid program counter|not supported on global/shared address space|"
     r"driver shutting down|execution_failed|internal_error|mapping of buffer object failed|contained|xid)",
     re.IGNORECASE | re.DOTALL,
 )
+ADVICE = re.compile(r"compile with `TORCH_USE_CUDA_DSA`.*", re.IGNORECASE)  # at the end of all that CUDA says, in 2.4
 
 
 class HalfDoneStep(Exception):
@@ -71,8 +73,8 @@ def back_to_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState]:
     left_out = trouble.step + job.state.data_step - job.state.step - state.data_step
     state.rollbacks.append(Rollback(state.step, left_out, past))
     state.seconds = max(state.seconds, job.state.seconds)  # of training that is not undone
-    for path in sorted((job.run / "checkpoints").glob("step-*"), reverse=True):
-        if path.name > folder.name:
+    for path in reversed(checkpoints(folder.parent)):
+        if step_of(path) > state.step:
             kept.remove(path)
     write_state(folder, state, parse_state(folder)[1])
     kept.point_to_last_and_best(folder.parent, state)
@@ -102,8 +104,8 @@ def newest_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState, int]:
     One is given up after MOST_ROLLBACKS returns: what is wrong may have begun before it. Only for the one before, as
     `prune` keeps two; whether there is a third may depend on when the run was interrupted.
     """
-    before, past = kept.folder_name(trouble.step), 0
-    paths = (path for path in (job.run / "checkpoints").glob("step-*") if path.name <= before)
+    past = 0
+    paths = [path for path in checkpoints(job.run / "checkpoints") if step_of(path) <= trouble.step]
     for path, _ in kept.anchors(paths, job.plan.save_interval):
         try:
             state = read_state(path)
@@ -182,7 +184,7 @@ def machine_fault(error: BaseException, job: Job) -> Gpt2boxError | None:
             "free memory (docs/memory.md)",
             f"close other programs; the same command goes on {resumes}",
         )
-    if isinstance(error, RuntimeError) and GPU_FAULTS.search(text):
+    if isinstance(error, RuntimeError) and GPU_FAULTS.search(ADVICE.sub("", text)):
         first = text.strip().splitlines()[0]
         return TryAgain(
             f"the GPU failed in step {job.state.step + 1:,}: {first}",

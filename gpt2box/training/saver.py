@@ -57,15 +57,16 @@ class Snapshot:
         if self._fault:
             raise MemoryError from self._fault
         taken: Files = {}
-        on_gpu = False
+        devices = set()
         for file, tensors in files.items():
             copies = []
             for name, tensor in tensors(whole):
                 copies.append((name, self._room[file, name].copy_(tensor, non_blocking=True)))
-                on_gpu |= tensor.is_cuda
+                devices.add(tensor.device)
             taken[file] = as_tensors(copies)
-        if on_gpu:
-            torch.cuda.synchronize()
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         return taken
 
     def _make_room(self, wanted: list[tuple[tuple[str, str], Tensor]]) -> None:
@@ -75,13 +76,21 @@ class Snapshot:
             for key, like in wanted:
                 if used + rounded(like) > slab.numel():
                     room = max(rounded(like), min(SLAB, left))
-                    slab, used = torch.zeros(room, dtype=torch.uint8, pin_memory=self._pin), 0
+                    slab, used = self._slab(room), 0
                 piece = slab[used : used + like.numel() * like.element_size()].view(like.dtype)
                 self._room[key] = piece.as_strided(like.shape, like.stride())
                 used, left = used + rounded(like), left - rounded(like)
         except (RuntimeError, MemoryError) as error:  # PyTorch's allocators raise the former
             self._room.clear()
             self._fault = error
+
+    def _slab(self, room: int) -> Tensor:
+        if self._pin:
+            try:
+                return torch.zeros(room, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError:  # WSL2 has half a GiB of such memory, or one; the copy takes longer without
+                self._pin = False
+        return torch.zeros(room, dtype=torch.uint8)
 
 
 def rounded(tensor: Tensor) -> int:

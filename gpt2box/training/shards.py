@@ -24,7 +24,7 @@ def split(model: GPT2, device: torch.device, ranks: int, compiled: bool) -> GPT2
     mesh = init_device_mesh(device.type, (ranks,))
     for block in model.h:
         if compiled:
-            block.compile()
+            block.compile(dynamic=False)
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     model.to_empty(device=device)

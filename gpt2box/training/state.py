@@ -3,43 +3,51 @@
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from gpt2box.data.assets import sha256_of
-from gpt2box.errors import BadInput, Damaged
-from gpt2box.paths import write_atomically
+from gpt2box.errors import BadInput, Damaged, printable
+from gpt2box.files import check_regular, read_json, write_atomically
 from gpt2box.training.digest import digest_of
 
 FORMAT = 4  # 1 had no bad_steps and no rollbacks, 2 no recent_losses, 3 no rollback past another checkpoint
+PARTS = {"config.json", "model.safetensors", "optimizer.safetensors"}  # without which there is no checkpoint
+FOLDER = re.compile(r"\.?step-(\d+)(\.tmp|\.old)?", re.ASCII)
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass
 class Rollback:
     """A return to an earlier checkpoint, after which the data go on behind what had led to it."""
 
-    step: int  # of the checkpoint
-    left_out: int  # steps' worth of data that are passed over from there on
-    past: int = 0  # the step of a later one that was given up for it; 0 where it was the latest
+    step: Count  # of the checkpoint
+    left_out: Count  # steps' worth of data that are passed over from there on
+    past: Count = 0  # the step of a later one that was given up for it; 0 where it was the latest
 
 
 @dataclass
 class TrainState:
     """What a run knows besides tensors. All else follows from the step."""
 
-    step: int = 0
-    optimizer_steps: int = 0  # less than step where bad steps were left out
+    step: Count = 0
+    optimizer_steps: Count = 0  # less than step where bad steps were left out
     evaluated_step: int = -1
     val_loss: float | None = None
     best_val_loss: float | None = None
     best_step: int = -1
-    evaluations_without_best: int = 0
+    evaluations_without_best: Count = 0
     stopped_early: bool = False
-    seconds: float = 0.0  # of training, over all sessions
-    bad_steps: int = 0  # in a row, up to this step
-    recent_losses: list[float] = field(default_factory=list)  # that the next step's is compared with (bad_steps.py)
+    seconds: Annotated[Finite, Field(ge=0)] = 0.0  # of training, over all sessions
+    bad_steps: Count = 0  # in a row, up to this step
+    recent_losses: list[Finite] = field(default_factory=list)  # that the next step's is compared with (bad_steps.py)
     rollbacks: list[Rollback] = field(default_factory=list)
 
     @property
@@ -54,36 +62,79 @@ def write_state(folder: Path, state: TrainState, files: dict[str, Any]) -> None:
     write_atomically(folder / "state.json", json.dumps(content, indent=2))
 
 
+@dataclass
+class StoredFile:
+    """A file of a checkpoint, as it was written."""
+
+    bytes: Count
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # leads nowhere else
+
+
+@dataclass
+class Stored:
+    """What state.json says beside a TrainState's fields."""
+
+    digest: str
+    files: dict[Name, StoredFile]
+
+
+STATE = TypeAdapter(TrainState)
+STORED = TypeAdapter(Stored)
+
+
 def parse_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
     """state.json of a checkpoint, and what it says of the other files. An earlier format's is brought up to date.
 
     Raises:
-        Damaged: it is not what was written.
+        Damaged: it is not what was written, or of another checkpoint.
         BadInput: a later version of the program wrote it.
     """
     try:
-        content: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        found = int(content["format"])
+        content = read_json(folder / "state.json")
+        found = content["format"]
+        if type(found) is not int or found < 1:
+            raise ValueError(f"format {found!r}")
         if found > FORMAT:
             raise BadInput(
                 f"{folder} was written by a later version of gpt2box: format {found}",
                 f"format {FORMAT} or earlier",
                 f"go on with the version that manifest.json in {folder.parent.parent} names",
             )
-        content = {"bad_steps": 0, "rollbacks": [], "recent_losses": [], **content} if found < FORMAT else content
-        state = TrainState(**{field.name: content[field.name] for field in fields(TrainState)})
-        state.rollbacks = [
-            Rollback(*(int(entry.get(key, 0) if key == "past" else entry[key]) for key in ("step", "left_out", "past")))
-            for entry in content["rollbacks"]
-        ]
-        state.recent_losses = [float(loss) for loss in content["recent_losses"]]
-        described = {
-            name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
-            for name, entry in content["files"].items()
-        }
-    except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
+        if found < FORMAT:
+            content = {"bad_steps": 0, "rollbacks": [], "recent_losses": [], **content}
+        own = {each.name: content[each.name] for each in fields(TrainState)}
+        state = STATE.validate_json(json.dumps(own), strict=True)
+        stored = STORED.validate_json(json.dumps({key: content[key] for key in ("digest", "files")}), strict=True)
+        files = {name: asdict(about) for name, about in stored.files.items()}
+        check_together(folder, state, files, stored.digest)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        what = printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        raise Damaged(f"{folder}/state.json: {what}", "a checkpoint as it was written") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{folder}: {error!r}", "a checkpoint as it was written") from error
-    return state, described
+    return state, files
+
+
+def check_together(folder: Path, state: TrainState, files: dict[str, Any], digest: str) -> None:
+    """What its numbers and names say of each other.
+
+    Raises:
+        ValueError: what does not go together.
+    """
+    named = FOLDER.fullmatch(folder.name)
+    if named and int(named[1]) != state.step:
+        raise ValueError(f"it is of step {state.step:,}")
+    for key in ("optimizer_steps", "evaluated_step", "best_step"):
+        if not -1 <= getattr(state, key) <= state.step:
+            raise ValueError(f"{key} {getattr(state, key):,} of step {state.step:,}")
+    if missing := PARTS - files.keys():
+        raise ValueError(f"nothing is said of {', '.join(sorted(missing))}")
+    if digest != digest_of(files):
+        raise ValueError("the digest is not that of its files")
 
 
 def read_state(folder: Path) -> TrainState:
@@ -107,6 +158,7 @@ def check_file(path: Path, bytes: int, sha256: str) -> None:
         Damaged: it differs.
     """
     try:
+        check_regular(path)
         if path.stat().st_size != bytes:
             raise Damaged(f"{path} has {path.stat().st_size:,} bytes", f"{bytes:,} bytes")
         if sha256_of(path) != sha256:

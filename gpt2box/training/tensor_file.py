@@ -14,19 +14,25 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from gpt2box.errors import Damaged
+from gpt2box.files import parse_json, regular
 from gpt2box.training.shards import outline, whole
 
 # A file's tensors by name, the same each time, those of more bytes a number first; each is what is given to this end
 # makes of it where it lies: `whole` or `outline` (shards.py).
 Tensors = Callable[[Callable[[Tensor], Tensor]], Iterable[tuple[str, Tensor]]]
 
+LONGEST_HEADER = 100_000_000  # bytes, as the package has it
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int64: "I64"}
 
 
@@ -67,25 +73,63 @@ def write_all(descriptor: int, data: memoryview) -> None:
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a file whose checksum is right, in its order; each is valid until the next.
+    """All tensors of a file, in its order; each is valid until the next.
 
     Raises:
+        Damaged: its header is none, or does not fit what follows it.
         OSError: as the system says.
     """
-    kinds = {name: dtype for dtype, name in DTYPES.items()}
-    with open(path, "rb", buffering=0) as file:
-        entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        entries.pop("__metadata__", None)
-        ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0])
-        room = torch.empty(
-            max((e["data_offsets"][1] - e["data_offsets"][0] for e in entries.values()), default=0), dtype=torch.uint8
-        )
-        for name, entry in ordered:
-            begin, end = entry["data_offsets"]
-            piece = room[: end - begin]
+    with open(path, "rb", buffering=0, opener=regular) as file:
+        entries = read_header(file, path)
+        room = torch.empty(max((entry.bytes for entry in entries), default=0), dtype=torch.uint8)
+        for entry in entries:
+            piece = room[: entry.bytes]
             left = memoryview(piece.numpy().data)
             while left:
                 if not (count := file.readinto(left)):
                     raise OSError(errno.EIO, "the file ends too early", str(path))
                 left = left[count:]
-            yield name, piece.view(kinds[entry["dtype"]]).reshape(entry["shape"])
+            yield entry.name, piece.view(entry.dtype).reshape(entry.shape)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: list[int]
+
+    @property
+    def bytes(self) -> int:
+        """On disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(file: FileIO, path: Path) -> list[Entry]:
+    """What a file holds, in its order; it is read up to the first tensor.
+
+    Raises:
+        Damaged: that is not what the package would write: one tensor behind the other, from the header to the end.
+    """
+    kinds = {name: dtype for dtype, name in DTYPES.items()}
+    size = os.fstat(file.fileno()).st_size
+    try:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, LONGEST_HEADER):
+            raise ValueError(f"a header of {length:,} bytes")
+        content = parse_json(file.read(length).decode("utf-8"))
+        content.pop("__metadata__", None)
+        found = []
+        end = 0
+        for name, about in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
+            entry = Entry(name, kinds[about["dtype"]], [int(number) for number in about["shape"]])
+            if min(entry.shape, default=0) < 0 or about["data_offsets"] != [end, end + entry.bytes]:
+                raise ValueError(f"{name!r} of shape {entry.shape} lies at {about['data_offsets']}")
+            end += entry.bytes
+            found.append(entry)
+        if 8 + length + end != size:
+            raise ValueError(f"{8 + length + end:,} bytes are described of {size:,}")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise Damaged(f"{path} does not hold what its header says ({error!r})", "a whole safetensors file") from error
+    return found

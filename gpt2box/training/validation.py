@@ -8,6 +8,7 @@ import torch
 
 from gpt2box.data.batches import counted_targets, inputs_and_targets, read_windows, upload, val_window_starts
 from gpt2box.data.tokens import Dataset, TokenFile
+from gpt2box.machine.device import card_memory_named
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.plan import RunPlan
 from gpt2box.training.distributed import Group
@@ -38,7 +39,8 @@ def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan, group: Group) -> tupl
             # The device works on the windows before while these are read: nothing here waits for it.
             inputs, targets = inputs_and_targets(upload(batch.pin_memory() if device.type == "cuda" else batch, device))
             loss = None
-            with suppress(*([torch.cuda.OutOfMemoryError] if count > 1 and not is_split(model) else [])):
+            halves = [torch.cuda.OutOfMemoryError] if count > 1 and not is_split(model) else []
+            with suppress(*halves), card_memory_named():
                 loss = model(inputs, targets)
             if loss is None:
                 torch.cuda.empty_cache()

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 from gpt2box.config_file import read_yaml
 from gpt2box.errors import BadInput, MachineCannot, TryAgain
-from gpt2box.paths import in_image, read_object, write_atomically
+from gpt2box.files import read_object, write_atomically
+from gpt2box.paths import in_image
 
 
 def check(mode: str) -> None:

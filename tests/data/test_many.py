@@ -304,7 +304,7 @@ def test_the_same_text_under_another_path_is_there_already(tmp_path: Path, volum
 
 
 def test_two_at_once_are_refused(tmp_path: Path, volumes: Path) -> None:
-    from gpt2box.paths import locked
+    from gpt2box.files import locked
 
     path = tmp_path / "a.txt"
     path.write_text(TINYSHAKESPEARE.read_text())
