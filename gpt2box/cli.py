@@ -322,8 +322,10 @@ def fault_of(error: OSError) -> Gpt2boxError | None:
     names = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
     if error.errno in names or (error.errno == errno.EINVAL and error.filename):
         return BadInput(f"cannot use {what}", "a file where a file belongs, a folder where a folder does")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-        return VolumeUnwritable(f"cannot write {what}", "free space and permission")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return VolumeUnwritable(f"cannot write {what}", "free space on a disk that may be written")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return VolumeUnwritable(f"cannot open {what}", f"permission for uid {os.getuid()}")
     if error.errno in DISK_FAULTS:
         return VolumeUnwritable(f"cannot read or write {what}", "a disk that works; the system's log may say more")
     return None

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from gpt2box.errors import BadInput
+from gpt2box.errors import BadInput, harmless
 
 # Radford et al. 2019, table 2, with the head counts of the published checkpoints.
 MODEL_SHAPES: dict[str, dict[str, Any]] = {
@@ -307,6 +307,9 @@ def validate(values: dict[str, Any], source: str) -> Config:
         near = difflib.get_close_matches(str(key), Config.model_fields, 1)
         faults.append(f"{key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
     known = {key: value for key, value in values.items() if key in Config.model_fields}
+    for key, value in known.items():
+        if isinstance(value, str) and harmless(value.replace("\n", "")) != value.replace("\n", ""):
+            faults.append(f"{key}: found {SHORT.repr(value)}; expected characters that can be written")
     config = None
     try:
         config = Config.model_validate(known)

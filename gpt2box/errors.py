@@ -40,6 +40,11 @@ def printable(line: str) -> str:
     return harmless(line[:LONGEST]) + (f"… ({len(line):,} characters)" if len(line) > LONGEST else "")
 
 
+def harmless_lines(text: str) -> str:
+    """Of several lines."""
+    return "\n".join(map(harmless, text.split("\n")))
+
+
 def harmless(text: str) -> str:
     """Of any length, all in one line."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -17,11 +17,14 @@ from gpt2box.errors import BadInput
 
 
 def regular(path: str | Path, flags: int) -> int:
-    """An opener for `open`: a pipe or a device in a file's place would be waited for, or read without end.
+    """An opener for `open`: a pipe or a device in a file's place would be waited for, or read without end, and to write
+    where a link leads would be to write anywhere.
 
     Raises:
         OSError: it is one, or as the system says.
     """
+    if flags & (os.O_WRONLY | os.O_RDWR):
+        flags |= os.O_NOFOLLOW
     try:
         descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)  # to open a pipe would be to wait for its other end
     except OSError as error:
@@ -108,7 +111,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
     Raises:
         BadInput: another process holds it.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,11 +155,18 @@ def fsync_dir(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str | Iterable[str]) -> None:
-    """Replace `path` with a text, or its parts; a reader or a crash sees the old content or the new, never half."""
+def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:
+    """Replace `path` with a text, its parts, or bytes; a reader or a crash sees the old content or the new, never half.
+
+    A link that lies there is replaced, not followed.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines([text] if isinstance(text, str) else text)
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "xb") as file:
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            file.writelines(part.encode("utf-8") for part in ([content] if isinstance(content, str) else content))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -46,7 +46,7 @@ from gpt2box.training.loop import Job, train
 from gpt2box.training.network import empty_model, fill
 from gpt2box.training.optim import Optimizer, make_optimizer
 from gpt2box.training.recovery import HalfDoneStep, TooManyBad, back_to_last, go_back, machine_fault, out_of_memory
-from gpt2box.training.state import TrainState
+from gpt2box.training.state import TrainState, check_model
 from gpt2box.training.validation import evaluate
 
 
@@ -183,9 +183,9 @@ def model_shape(config: Config, dataset: Dataset) -> tuple[Path | None, ModelSha
             **config.shape(), block_size=config.block_size, vocab_size=dataset.tokenizer.vocab_size, bias=config.bias
         )
         return None, shape
-    checkpoints = sorted((run_dir(config.name) / "checkpoints").glob("step-*/config.json"))
-    if checkpoints and not config.eval_only and not config.lora_rank:  # going on; the first weights may be gone
-        return None, shape_in(checkpoints[-1].parent)
+    begun = kept.newest_config(run_dir(config.name) / "checkpoints")
+    if begun and not config.eval_only and not config.lora_rank:  # going on; the first weights may be gone
+        return None, shape_in(begun)
     folder = pretrained_folder(config.init_from)
     return folder, shape_on(config, folder, dataset.tokenizer)
 
@@ -193,6 +193,7 @@ def model_shape(config: Config, dataset: Dataset) -> tuple[Path | None, ModelSha
 def initialise(model: GPT2, config: Config, weights: Path | None) -> None:
     """First weights: random by the seed, or read from a folder."""
     if weights:
+        check_model(weights)
         load_hub(model, weights, rows=shape_in(weights).vocab_size)
     else:
         model.initialise(config.seed)
@@ -323,6 +324,8 @@ def report(
     say(f"  report          {shown(report_page(run))} (opens in a browser)")
     best = run / "checkpoints" / "best"
     model = best if best.exists() else run / "checkpoints" / "last"
-    say(f"  model           {shown(model)} (a Hugging Face folder)")
+    if model.exists():
+        say(f"  model           {shown(model)} (a Hugging Face folder)")
     say(f"  everything      {shown(run)}")
-    say(f"  next            {'make sample' if in_image() else f'gpt2box sample {config.name}'}")
+    if model.exists():
+        say(f"  next            {'make sample' if in_image() else f'gpt2box sample {config.name}'}")

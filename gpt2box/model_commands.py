@@ -169,6 +169,7 @@ def evaluate(
         raise BadInput(f"{wrong[0]} {'with' if task else 'without'} --task", "gpt2box eval --help")
     if dataset and text:
         raise BadInput("--dataset and --text are both given", "one of the two")
+    from gpt2box.data.folder import check_content
     from gpt2box.data.tokens import open_dataset
     from gpt2box.output import evaluate as losses
     from gpt2box.output import tasks
@@ -190,7 +191,9 @@ def evaluate(
             found = losses.loss_on_text(network, words, text, step, max_tokens)
         else:
             assert where is not None
-            found = losses.loss_on_dataset(network, words, open_dataset(where), split, step, max_tokens)
+            prepared = open_dataset(where)
+            check_content(prepared.folder, prepared.manifest, [split])
+            found = losses.loss_on_dataset(network, words, prepared, split, step, max_tokens)
         on = {"on": str(text or where), "split": None if text else split, "block_size": block_size, "stride": step}
         figures |= on | found.figures()
     if as_json:

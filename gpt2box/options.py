@@ -29,7 +29,8 @@ class FirstToLast(click.ParamType):  # type: ignore[type-arg] # generic in the n
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         first, colon, last = str(value).partition(":")
-        if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        whole = all(part.isdecimal() and len(part) < 10 for part in (first, last))
+        if not (colon and whole and int(first) < int(last)):
             self.fail(f"{value!r} is not two numbers such as 0:40, the second not included.", param, ctx)
         return int(first), int(last)
 

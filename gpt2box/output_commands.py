@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from gpt2box.errors import BadInput, Damaged
+from gpt2box.errors import BadInput, Damaged, harmless_lines
 
 
 @click.command()
@@ -59,14 +59,14 @@ def runs(names: tuple[str, ...], compare: bool, out: Path | None, as_json: bool)
         if as_json:
             print(json.dumps({**compared.as_dict(), "page": shown(page)}, indent=2))
         else:
-            print("\n".join([*compared.lines(), f"curves: {shown(page)}"]))
+            print(harmless_lines("\n".join([*compared.lines(), f"curves: {shown(page)}"])))
         return
     if not names:
         found.sort(key=lambda run: run.changed, reverse=True)
     if as_json:
         print(json.dumps([run.as_dict() for run in found], indent=2))
     elif found:
-        print("\n".join(as_lines(found)))
+        print(harmless_lines("\n".join(as_lines(found))))
     else:
         print(f"no run in {shown(runs_dir())} yet; gpt2box train demo makes one")
 
@@ -90,7 +90,7 @@ def verify(run: str | None, start: str | None, steps: int | None, as_json: bool)
     from gpt2box.verify import verify as do_again
 
     verdict = do_again(find_run(run), start, steps)
-    print(json.dumps(verdict.as_dict(), indent=2) if as_json else "\n".join(verdict.lines()))
+    print(json.dumps(verdict.as_dict(), indent=2) if as_json else harmless_lines("\n".join(verdict.lines())))
     if not verdict.same:
         raise SystemExit(Damaged.exit_code)
 

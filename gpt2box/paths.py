@@ -80,6 +80,11 @@ def runs_dir() -> Path:
     return volumes() / "runs"
 
 
+def run_folders() -> list[Path]:
+    """All folders that are named as runs are; what else lies there is left alone."""
+    return [path for path in runs_dir().glob("*/") if NAME.fullmatch(path.name)]
+
+
 def bench_file() -> Path:
     """What `gpt2box bench --sweep` measured: beside the runs, since a container that trains sees these alone."""
     return runs_dir() / "bench.json"

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from gpt2box.errors import Gpt2boxError, harmless
+from gpt2box.errors import Gpt2boxError, harmless_lines
 from gpt2box.files import regular
 from gpt2box.ranks import ranks
 
@@ -27,7 +27,7 @@ _asides: list[Aside] = []
 
 def say(text: str = "") -> None:
     """A line for the user, on standard error: standard output is for results. Of several ranks the first speaks."""
-    text = "\n".join(map(harmless, text.split("\n")))  # names from outside may hold what steers a terminal
+    text = harmless_lines(text)  # names from outside may hold what steers a terminal
     if ranks().first:
         print(text, file=sys.stderr, flush=True)
     note(text)

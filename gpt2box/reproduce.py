@@ -97,6 +97,12 @@ def bring_dataset(config: Config, wanted: dict[str, Any]) -> None:
         BadInput: it is another, or what it was made from is missing.
     """
     if not has_dataset(config):
+        if "/" in config.dataset:  # a folder that someone else's file names is not written
+            raise BadInput(
+                f"no dataset in {config.dataset}",
+                "the run's own dataset there",
+                f"gpt2box prepare ITS_TEXT --name {Path(config.dataset).name}, and --dataset's value in the manifest",
+            )
         corpus = corpus_of(config.dataset)
         given = [corpus] if corpus else own_files(config.dataset, wanted)
         asked = replace(options_in(wanted), tokenizer=tokenizer_in(config, wanted))
@@ -144,9 +150,8 @@ def options_in(wanted: dict[str, Any]) -> Options:
     Raises:
         BadInput: the manifest does not say it rightly.
     """
-    asked = (
-        {**wanted.get("split", {}), **wanted.get("choices", {})} if isinstance(wanted.get("split", {}), dict) else {}
-    )
+    parts = [part for key in ("split", "choices") if isinstance(part := wanted.get(key), dict)]
+    asked = {key: value for part in parts for key, value in part.items()}
     known = {key: asked[key] for key in ("val_fraction", "text_column", "max_docs", "keep_duplicates") if key in asked}
     if isinstance(asked.get("split"), str):
         known["split"] = asked["split"]

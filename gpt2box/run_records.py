@@ -81,7 +81,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
     """manifest.json, or nothing where it is missing or unreadable."""
     try:
         content: dict[str, Any] = read_json(run / "manifest.json")
-        return content if "splits" in content["dataset"] else {}
+        return content if isinstance(content["dataset"]["splits"], dict) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -110,9 +110,16 @@ def write_records(
         "plan": asdict(plan),
         "weights": known or weights_source(config.init_from, weights),
         "dataset": {"folder": str(dataset.folder), **about_dataset(dataset)},
+        "checked": stamps_of(dataset),
         "sessions": [*before.get("sessions", []), session],
     }
     write_atomically(run / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def stamps_of(dataset: Dataset) -> dict[str, list[int]]:
+    """Bytes and time of change, in nanoseconds, of a dataset's files: while these stay, so does what was compared."""
+    files = sorted([*dataset.folder.glob("*.bin"), *dataset.folder.glob("*.mask")])
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
 def about_dataset(dataset: Dataset) -> dict[str, Any]:

@@ -10,16 +10,17 @@ from typing import Any
 
 from gpt2box.config import CHANGEABLE, Config
 from gpt2box.data.batches import check_long_enough
+from gpt2box.data.folder import check_content
 from gpt2box.data.tokenizer import prompt_ids
 from gpt2box.data.tokens import SPLITS, Dataset, open_dataset
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.files import locked
+from gpt2box.files import locked, read_object, whole
 from gpt2box.inputs import bring, has_dataset
-from gpt2box.paths import dataset_dir, make_writable
-from gpt2box.progress import kept_log, say
-from gpt2box.run_records import check_unchanged
+from gpt2box.paths import dataset_dir, make_writable, shown
+from gpt2box.progress import kept_log, say, size
+from gpt2box.run_records import check_unchanged, read_manifest, stamps_of
 from gpt2box.stop import raised
-from gpt2box.training import kept
+from gpt2box.training import kept, metrics
 from gpt2box.training.distributed import Group
 from gpt2box.training.state import TrainState, parse_state, write_state
 
@@ -47,6 +48,7 @@ def bring_dataset(config: Config, text: Path | None, group: Group) -> Dataset:
     return dataset
 
 
+WORTH_A_WORD = 1 << 30  # bytes: a second or more
 Found = tuple[Path, TrainState, list[Damaged]]
 
 
@@ -59,8 +61,12 @@ def take(config: Config, run: Path, held: ExitStack) -> None:
 
 def begin(config: Config, dataset: Dataset, run: Path, allow: Sequence[str]) -> tuple[Found | None, dict[str, Any]]:
     """The checkpoint to go on from, if there is one, and the settings that were changed."""
+    if stamps_of(dataset) != read_manifest(run).get("checked"):
+        check_dataset(dataset)
     found, changed = kept.newest(run / "checkpoints"), {}
-    if found:
+    if not found:
+        check_none_lost(run)
+    else:
         changed = check_unchanged(config, dataset, run, allow)
         if changed.keys() & set(CHANGEABLE):
             forget_losses(found[0])
@@ -68,6 +74,34 @@ def begin(config: Config, dataset: Dataset, run: Path, allow: Sequence[str]) -> 
         kept.point_to_last_and_best(run / "checkpoints", found[1])
         announce_resume(config, *found)
     return found, changed
+
+
+def check_dataset(dataset: Dataset) -> None:
+    """Whether its files are what was written: at a run's beginning, and after they were touched.
+
+    Raises:
+        Damaged: one is not.
+    """
+    size_bytes = sum(count for count, _ in stamps_of(dataset).values())
+    if dataset.manifest and size_bytes > WORTH_A_WORD:
+        say(f"comparing {size(size_bytes)} of tokens with their checksums")
+    check_content(dataset.folder, dataset.manifest)
+
+
+def check_none_lost(run: Path) -> None:
+    """Before a run begins that has no checkpoint: whether it had one.
+
+    Raises:
+        Damaged: it went so far that the first had been written.
+    """
+    interval = whole(read_object(run / "plan.json").get("save_interval"))
+    step = max((row["step"] for row in metrics.stream(run / "metrics.jsonl") if row["kind"] == "train"), default=0)
+    if 0 < 2 * interval < step:  # the second save waits for the first
+        raise Damaged(
+            f"{run.name} was trained to step {step:,}, and its checkpoints are gone",
+            f"them in {shown(run / 'checkpoints')}",
+            f"mount their disk or put them back; to begin anew: another --name, or remove {shown(run)}",
+        )
 
 
 def forget_losses(folder: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt2box import config_file
@@ -313,13 +313,16 @@ def first_difference(job: Job, folder: Path) -> tuple[str, str]:
     if state.optimizer_steps:
         files.append(("optimizer.safetensors", dict(checkpoint.optimizer_state(job.model, job.optimizer))))
     for name, tensors in files:
-        with safe_open(folder / name, framework="pt") as stored:
-            present = set(stored.keys())
-            for key, tensor in tensors.items():
-                if key not in present:
-                    return key, f"not in {folder / name}"
-                if amount := differing_numbers(stored.get_tensor(key), tensor.detach().cpu().contiguous()):
-                    return key, amount
+        try:
+            with safe_open(folder / name, framework="pt") as stored:
+                present = set(stored.keys())
+                for key, tensor in tensors.items():
+                    if key not in present:
+                        return key, f"not in {folder / name}"
+                    if amount := differing_numbers(stored.get_tensor(key), tensor.detach().cpu().contiguous()):
+                        return key, amount
+        except SafetensorError as error:
+            raise Damaged(f"{folder / name}: {error}", "a whole safetensors file") from error
     return "", ""
 
 

@@ -134,6 +134,7 @@ def test_verify_names_the_first_step_and_tensor_that_differ(
     save_file(tensors, path)
     content = json.loads((folder / "state.json").read_text())
     content["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    content["digest"] = digest_of(content["files"])
     (folder / "state.json").write_text(json.dumps(content))
     done = gpt2box("verify", "run")
     assert done.returncode == 4, done.stderr

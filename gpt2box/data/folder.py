@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import gpt2box
 from gpt2box.data import assets
 from gpt2box.data.tokenizer import Tokenizer, vocabulary_digest
 from gpt2box.data.tokens import ID_BYTES, SPLITS
-from gpt2box.errors import BadInput, VolumeUnwritable
+from gpt2box.errors import BadInput, Damaged, VolumeUnwritable
 from gpt2box.files import fsync_dir, locked, read_object
 from gpt2box.paths import fix_hint, make_writable
 from gpt2box.progress import say
@@ -118,10 +118,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return read_object(folder / "dataset.json")
 
 
-def damaged_splits(folder: Path, manifest: dict[str, Any]) -> list[str]:
+def damaged_splits(folder: Path, manifest: dict[str, Any], splits: Sequence[str] = SPLITS) -> list[str]:
     """The .bin files that do not hash to what the manifest says, or whose masks do not."""
     damaged = []
-    for split in SPLITS:
+    for split in splits:
         try:
             about = manifest["splits"][split]
             whole = assets.sha256_of(folder / f"{split}.bin") == about["sha256"]
@@ -132,6 +132,20 @@ def damaged_splits(folder: Path, manifest: dict[str, Any]) -> list[str]:
         if not whole:
             damaged.append(f"{split}.bin")
     return damaged
+
+
+def check_content(folder: Path, manifest: dict[str, Any], splits: Sequence[str] = SPLITS) -> None:
+    """Compare a dataset's files with its manifest; nanoGPT's folders have none.
+
+    Raises:
+        Damaged: they are not what was written.
+    """
+    if manifest and (damaged := damaged_splits(folder, manifest, splits)):
+        raise Damaged(
+            f"{folder}/{damaged[0]} does not hash to what dataset.json says",
+            str(manifest["splits"][damaged[0].removesuffix(".bin")].get("sha256")),
+            f"prepare it again, or remove {folder}",
+        )
 
 
 def described(folder: Path, encoder: Tokenizer, figures: dict[str, int]) -> dict[str, Any]:

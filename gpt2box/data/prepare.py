@@ -18,7 +18,7 @@ from gpt2box.config_file import load
 from gpt2box.data import collection, hub_model, tokenizer
 from gpt2box.data.corpora import CORPORA, KNOWN, OPENWEBTEXT, is_small, own_files, own_text
 from gpt2box.data.few import Request, prepare_few
-from gpt2box.data.folder import Made, damaged_splits, read_manifest
+from gpt2box.data.folder import Made, check_content, read_manifest
 from gpt2box.data.instructions import columns_in, prepare_instructions
 from gpt2box.data.many import Choices, prepare_many
 from gpt2box.data.parts import found_parts, make_part
@@ -228,6 +228,8 @@ def spooled(inputs: Sequence[str], column: str) -> Iterator[list[str]]:
     if STDIN not in inputs:
         yield list(inputs)
         return
+    if sys.stdin is None:
+        raise BadInput("standard input is closed", "a text")
     with tempfile.TemporaryDirectory(dir=make_writable(raw_dir()), prefix=".stdin-") as folder:
         path = Path(folder) / ("stdin.jsonl" if column else "stdin.txt")
         with open(path, "wb") as file:
@@ -298,13 +300,12 @@ def verify(name: str) -> None:
     if not manifest:
         say(f"{folder}: {dataset.tokens('train'):,} tokens, ids in range; no dataset.json to compare with")
         return
-    if damaged := damaged_splits(folder, manifest):
-        raise Damaged(
-            f"{folder}/{damaged[0]} does not hash to what dataset.json says",
-            str(manifest["splits"][damaged[0].removesuffix(".bin")]["sha256"]),
-            f"prepare it again, or remove {folder}",
-        )
-    say("\n".join([*summary(folder, manifest), "  whole: both files hash to what dataset.json says"]))
+    check_content(folder, manifest)
+    try:
+        said = summary(folder, manifest)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise Damaged(f"{folder}/dataset.json is damaged ({error!r})", "a manifest as `prepare` writes it") from error
+    say("\n".join([*said, "  whole: both files hash to what dataset.json says"]))
 
 
 def largest_id(path: Path) -> int:

@@ -259,7 +259,7 @@ def json_lines(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
             raise BadInput(f"{unit.path}, line {number}: {error}", "a JSON object a line") from error
         where = f"{unit.path}, line {number}"
         column = column or (column_of(list(record), "", unit.path) if isinstance(record, dict) else "")
-        yield checked(of_object(record, column, unit, where), where)
+        yield writable(checked(of_object(record, column, unit, where), where))
 
 
 def json_array(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
@@ -275,7 +275,7 @@ def json_array(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
     for number, record in enumerate(records if isinstance(records, list) else [records], 1):
         where = f"{unit.path}, element {number}"
         column = unit.column or (column_of(list(record), "", unit.path) if isinstance(record, dict) else "")
-        yield checked(of_object(record, column, unit, where), where)
+        yield writable(checked(of_object(record, column, unit, where), where))
 
 
 def of_object(record: object, column: str, unit: Unit, where: str) -> object:
@@ -324,3 +324,12 @@ def checked(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise BadInput(f"{where}: the text is {type(value).__name__} {str(value)[:40]!r}", "text", "--text-column NAME")
     return value
+
+
+def writable(text: str) -> str:
+    """With a replacement sign for half a surrogate pair, which JSON may name and UTF-8 has not."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -114,7 +114,8 @@ class CharTokenizer:
             ) from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return "".join(END_OF_TEXT if i == self.end_of_text else self.characters[i] for i in ids).encode()
+        text = "".join(END_OF_TEXT if i == self.end_of_text else self.characters[i] for i in ids)
+        return text.encode(errors="replace")
 
     def vocabulary(self) -> dict[str, int]:
         return self._ids | ({} if self.end_of_text is None else {END_OF_TEXT: self.end_of_text})

@@ -128,6 +128,8 @@ def open_dataset(folder: Path) -> Dataset:
         vocab_size = manifest["tokenizer"]["vocab_size"]
         version = manifest["format"]
         str(manifest["splits"]["val"]["sha256"][:12])
+        if "loss_on" in manifest and manifest["splits"]["train"].get("counted_tokens") == 0:
+            raise ValueError("no token counts")
         if not all(type(count) is int and count >= 0 for count in (*expected.values(), vocab_size)):
             raise ValueError(f"tokens {expected}, vocab_size {vocab_size!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:

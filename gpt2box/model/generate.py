@@ -21,11 +21,14 @@ class Choice:
     top_p: float = 1.0
 
 
+COLD = 1e-6  # below it no other token has a chance, and quotients are no longer numbers
+
+
 def pick(logits: Tensor, choice: Choice, generator: torch.Generator) -> int:
     """A token from float32 logits (V,) on the CPU, where one seed gives one text on any device."""
     if not logits.isfinite().all():
         raise Damaged("the model's logits are not finite", "weights without NaN or infinity")
-    if choice.temperature == 0:
+    if choice.temperature < COLD:
         return int(logits.argmax())
     logits = logits / choice.temperature
     if 0 < choice.top_k < logits.numel():

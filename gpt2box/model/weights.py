@@ -145,6 +145,10 @@ def copy_checked(model: GPT2, name: str, target: Tensor, stored: Tensor, rows: i
         stored = stored[: expected[0]]
     if list(stored.shape) != expected:
         return [f"{name}: found {list(stored.shape)}, expected {expected}"]
+    if not stored.is_floating_point():
+        return [
+            f"{name}: found numbers of type {str(stored.dtype).removeprefix('torch.')}, expected float32 or shorter"
+        ]
     wanted = model.shape.vocab_size
     copy_from_hub(name, target, stored[:wanted] if name == "wte.weight" else stored)
     if name == "wte.weight" and wanted > rows:
@@ -159,7 +163,10 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         files = [folder / "model.safetensors"]
     elif index.exists():
         try:
-            files = sorted({folder / Path(name).name for name in read_json(index)["weight_map"].values()})
+            names = set(read_json(index)["weight_map"].values())
+            if any(Path(name).name != name for name in names):
+                raise ValueError("it leads out of the folder")
+            files = sorted(folder / name for name in names)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"{index} is damaged ({error!r})") from error
     elif any(folder.glob("*.bin")):
@@ -177,5 +184,7 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118, not a dict
                     yield key, tensors.get_tensor(key)
-        except (SafetensorError, OSError) as error:
+        except PermissionError:
+            raise
+        except (SafetensorError, OSError, ValueError) as error:
             raise Damaged(f"{file} cannot be read: {error}", "a whole safetensors file", f"replace {file}") from error

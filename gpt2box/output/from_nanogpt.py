@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from gpt2box.data import assets, tokenizer
+from gpt2box.data.published import LARGEST
 from gpt2box.data.tokenizer import Tokenizer
-from gpt2box.errors import BadInput, Damaged
+from gpt2box.errors import BadInput, Damaged, printable
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.output.export import publish, write_folder
 from gpt2box.paths import raw_dir
@@ -37,12 +39,15 @@ def import_nanogpt(path: Path, out: Path, text: Path | None, gelu: str) -> Path:
     shape = shape_of(content["model_args"], gelu, path)
     words = words_of(shape, text, path)
     stored = {name.removeprefix(COMPILED).removeprefix("transformer."): t for name, t in content["model"].items()}
+    if len(stored) < len(content["model"]):
+        raise BadInput(f"{path} has tensors twice, with and without {COMPILED}", "each once")
     model = GPT2.empty(ModelShape(**{**vars(shape), "vocab_size": words.vocab_size}), 0.0, "cpu")
     fill(model, stored, shape.vocab_size, path)
-    step, loss = content.get("iter_num", 0), content.get("best_val_loss")
-    card = (
-        f"# {out.name}\n\nImported from nanoGPT's {path.name}: step {step}, best val_loss {float(loss or 'nan'):.4f}.\n"
-    )
+    step, loss = content.get("iter_num"), content.get("best_val_loss")
+    loss = loss.item() if isinstance(loss, Tensor) and loss.numel() == 1 else loss
+    figures = [f"step {step}"] if type(step) is int else []
+    figures += [f"best val_loss {loss:.4f}"] if isinstance(loss, float) else []
+    card = f"# {out.name}\n\nImported from nanoGPT's {path.name}: {', '.join(figures) or 'no figures'}.\n"
     publish(out, lambda beside: write_folder(beside, model, words, "float32", card))
     return out
 
@@ -55,16 +60,24 @@ def read(path: Path) -> dict[str, Any]:
         Damaged: it cannot be read.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(path)  # older versions of PyTorch wrote another form
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        first = str(error).splitlines()[0]
-        raise BadInput(f"{path} is not a checkpoint of tensors alone: {first}", "nanoGPT's ckpt.pt") from error
-    except (OSError, RuntimeError, EOFError) as error:
-        raise Damaged(
-            f"{path} cannot be read: {str(error).splitlines()[0]}", "a ckpt.pt as nanoGPT wrote it"
+        raise BadInput(
+            f"{path} is no checkpoint, or holds more than tensors and numbers", "nanoGPT's ckpt.pt"
         ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        why = (str(error).splitlines() or [repr(error)])[0]
+        raise Damaged(f"{path} cannot be read: {why}", "a ckpt.pt as nanoGPT wrote it") from error
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
         raise BadInput(f"{path} has no model and model_args", "nanoGPT's ckpt.pt")
+    model, sizes = content["model"], content["model_args"]
+    if not isinstance(model, dict) or not isinstance(sizes, dict) or not all(isinstance(name, str) for name in model):
+        raise BadInput(f"{path}: model is no dictionary of tensors, or model_args none of numbers", "nanoGPT's ckpt.pt")
+    for name, tensor in model.items():
+        usual = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not usual or not tensor.is_floating_point():
+            raise BadInput(f"{path}: {printable(name)} is no tensor of fractions", "nanoGPT's ckpt.pt")
     return content
 
 
@@ -72,11 +85,17 @@ def shape_of(sizes: dict[str, Any], gelu: str, path: Path) -> ModelShape:
     """The network, as nanoGPT describes it.
 
     Raises:
-        BadInput: sizes are missing.
+        BadInput: sizes are missing, or no network's.
     """
     try:
-        return ModelShape(**{key: int(sizes[key]) for key in SIZES}, bias=bool(sizes.get("bias", True)), gelu=gelu)
-    except (KeyError, TypeError, ValueError) as error:
+        if wrong := [key for key in SIZES if type(sizes[key]) is not int or not 1 <= sizes[key] <= LARGEST[key]]:
+            raise BadInput(
+                f"{path}: {wrong[0]} is {printable(repr(sizes[wrong[0]])[:80])}", f"1 to {LARGEST[wrong[0]]:,}"
+            )
+        if sizes["n_embd"] % sizes["n_head"]:
+            raise BadInput(f"{path}: n_embd {sizes['n_embd']} and n_head {sizes['n_head']}", "a multiple of n_head")
+        return ModelShape(**{key: sizes[key] for key in SIZES}, bias=sizes.get("bias") is not False, gelu=gelu)
+    except KeyError as error:
         raise BadInput(f"{path}: model_args lacks {error}", f"{', '.join(SIZES)}") from error
 
 

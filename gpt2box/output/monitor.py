@@ -12,7 +12,7 @@ from typing import Any
 from gpt2box.errors import BadInput
 from gpt2box.files import read_object, regular, whole
 from gpt2box.machine.gpu import Card, ask_driver
-from gpt2box.paths import run_dir, runs_dir
+from gpt2box.paths import run_dir, run_folders, runs_dir
 from gpt2box.progress import LINE_SECONDS, duration, size
 from gpt2box.training.metrics import parse
 
@@ -27,7 +27,7 @@ def monitor(name: str | None, once: bool) -> None:
         BadInput: no such run.
     """
     if name is not None and not run_dir(name).is_dir():
-        there = ", ".join(sorted(path.parent.name for path in runs_dir().glob("*/config.yaml"))) or "none yet"
+        there = ", ".join(sorted(path.name for path in run_folders() if (path / "config.yaml").exists())) or "none yet"
         raise BadInput(f"no run {name}", f"one of: {there}")
     if once:
         print("\n".join(lines(name)))
@@ -71,7 +71,7 @@ def card_line(card: Card) -> str:
 
 def newest_run() -> Path | None:
     """The run that was written to last."""
-    found = runs_dir().glob("*/metrics.jsonl")
+    found = [path / "metrics.jsonl" for path in run_folders() if (path / "metrics.jsonl").exists()]
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
     return newest.parent if newest else None
 

@@ -249,7 +249,9 @@ def path_title(path: Path) -> str:
 
 
 def excerpt(path: Path) -> str:
-    """A text, or its beginning."""
+    """A text, or its beginning; nothing of what only links to one, or cannot be read."""
+    if path.is_symlink():
+        return ""
     with open(path, encoding="utf-8", errors="replace", opener=regular) as file:
         text = file.read(SAMPLE_CHARACTERS + 1)
     return text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + "…"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+from gpt2box.files import write_atomically
 from gpt2box.output.curves import history
 
 
@@ -31,6 +33,7 @@ def loss_png(run: Path) -> Path:
         axes.legend()
     path = run / "loss.png"
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(drawn := io.BytesIO(), format="png")
+    write_atomically(path, drawn.getvalue())
     pyplot.close(figure)
     return path

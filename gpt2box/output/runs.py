@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,7 +14,7 @@ from gpt2box.config_file import read_yaml
 from gpt2box.errors import BadInput
 from gpt2box.files import is_locked, read_object, whole
 from gpt2box.output.monitor import newest_run, tail
-from gpt2box.paths import checkpoints, run_dir, runs_dir, shown
+from gpt2box.paths import checkpoints, run_dir, run_folders, runs_dir, shown
 from gpt2box.progress import duration, size
 from gpt2box.training.metrics import parse
 
@@ -67,9 +68,7 @@ def find_run(name: str | None) -> Path:
 
 def folders() -> list[Path]:
     """The runs' folders; one in which nothing was begun is none."""
-    if not runs_dir().is_dir():
-        return []
-    return [path for path in runs_dir().iterdir() if path.is_dir() and not path.name.startswith(".") and begun(path)]
+    return [path for path in run_folders() if begun(path)]
 
 
 def begun(folder: Path) -> bool:
@@ -89,7 +88,7 @@ def look_at(folder: Path) -> Run:
     fault = "" if training else (broken_settings(folder, plan) or fault)
     step = whole(found.get("step"))
     best, best_step = found.get("best_val_loss"), found.get("best_step")
-    measured = isinstance(best, int | float)
+    measured = isinstance(best, int | float) and math.isfinite(best)
     rows = [] if measured and not training else list(parse(tail(folder / "metrics.jsonl").splitlines()))
     if training:  # further than its checkpoint
         step = max((row["step"] for row in rows), default=step)

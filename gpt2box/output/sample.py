@@ -7,19 +7,22 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from gpt2box.config import MODEL_SHAPES
 from gpt2box.data import hub_model
 from gpt2box.data.published import pretrained_folder, shape_in
 from gpt2box.data.tokenizer import Tokenizer, of_model, prompt_ids
-from gpt2box.errors import BadInput, Damaged
+from gpt2box.errors import BadInput, Damaged, harmless_lines
+from gpt2box.files import parse_json
 from gpt2box.machine.device import choose_device
 from gpt2box.model.decode import Decoder
 from gpt2box.model.generate import Choice, generate, generate_together
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.weights import load_hub
-from gpt2box.paths import NAME, runs_dir
+from gpt2box.paths import NAME, checkpoints, run_folders, runs_dir
+from gpt2box.training.state import check_model
 
 
 def find_model(argument: str | None, which: str) -> Path:
@@ -30,8 +33,9 @@ def find_model(argument: str | None, which: str) -> Path:
     Raises:
         BadInput: nothing by that name, with what there is.
     """
-    runs = sorted(runs_dir().glob("*/checkpoints/last"), key=lambda path: path.lstat().st_mtime, reverse=True)
-    names = [path.parents[1].name for path in runs]
+    found = [(checkpoint_of(path, "last"), path.name) for path in run_folders()]
+    newest = sorted(((path.lstat().st_mtime, name) for path, name in found if path), reverse=True)
+    names = [name for _, name in newest]
     if argument is None:
         if not names:
             raise BadInput(
@@ -41,15 +45,11 @@ def find_model(argument: str | None, which: str) -> Path:
             )
         argument = names[0]
     if NAME.fullmatch(argument) and argument in names:
-        folder = runs_dir() / argument / "checkpoints"
-        if which == "best" and not (folder / "best").exists():
-            which = "last"
-        if not (folder / which).exists():
-            raise BadInput(
-                f"run {argument} has no checkpoint {which}",
-                ", ".join(sorted(path.name for path in folder.glob("[bls]*"))),
-            )
-        return folder / which
+        run = runs_dir() / argument
+        if there := checkpoint_of(run, which):
+            return there
+        have = sorted(path.name for path in (run / "checkpoints").glob("[bls]*"))
+        raise BadInput(f"run {argument} has no checkpoint {which}", ", ".join(have))
     if (Path(argument) / "config.json").is_file():
         return Path(argument)
     if argument in MODEL_SHAPES or hub_model.NAME.fullmatch(argument):
@@ -61,8 +61,21 @@ def find_model(argument: str | None, which: str) -> Path:
     )
 
 
+def checkpoint_of(run: Path, which: str) -> Path | None:
+    """That of a run, if it is there: for best the last where none is the best, for either the newest without links."""
+    folder = run / "checkpoints"
+    usual = ["best", "last"] if which == "best" else [which]
+    newest = checkpoints(folder)[-1:] if usual[-1] == "last" else []
+    return next((path for path in [*(folder / name for name in usual), *newest] if path.exists()), None)
+
+
 def load_model(folder: Path, device: str) -> tuple[GPT2, Tokenizer]:
-    """The model in `folder` on a device, and its tokenizer (GPT-2's where the folder has none)."""
+    """The model in `folder` on a device, and its tokenizer (GPT-2's where the folder has none).
+
+    Raises:
+        Damaged: it is a checkpoint that is not what was written; or see load_hub.
+    """
+    check_model(folder)
     shape = shape_in(folder)
     files = list(folder.glob("*.safetensors"))
     stored = sum(path.stat().st_size for path in files)
@@ -98,12 +111,14 @@ def sample(
     Raises:
         BadInput: a prompt has a character that the model lacks.
     """
-    jobs = [(prompt, prompt_ids(words, prompt), seed + i) for prompt in prompts for i in range(num_samples)]
-    for first in range(0, len(jobs), batch_size):
-        chosen = jobs[first : first + batch_size]
+    encoded = [(prompt, prompt_ids(words, prompt)) for prompt in prompts]
+    jobs = ((prompt, ids, seed + i) for prompt, ids in encoded for i in range(num_samples))
+    first = -batch_size
+    while chosen := list(islice(jobs, batch_size)):
+        first += batch_size
         if batch_size == 1 and not as_json:
             print("\n---------------\n" * (first > 0), end="")
-            sys.stdout.write(chosen[0][0])
+            sys.stdout.write(for_terminal(chosen[0][0]))
             stream(decoder, words, chosen[0][1], max_new_tokens, choice, chosen[0][2], [])
             print()
             continue
@@ -118,7 +133,7 @@ def sample(
                 about = {"prompt": prompt, "text": text, "seed": own_seed, "tokens": len(written), "ended": ended}
                 print(json.dumps(about, ensure_ascii=False), flush=True)
             else:
-                print("\n---------------\n" * (first + row > 0) + prompt + text, flush=True)
+                print("\n---------------\n" * (first + row > 0) + for_terminal(prompt + text), flush=True)
 
 
 def stream(
@@ -135,11 +150,16 @@ def stream(
     try:
         for token in generate(decoder, ids, max_new_tokens, choice, seed, stop_at=words.end_of_text):
             written.append(token)
-            sys.stdout.write(characters.decode(words.decode_bytes([token])))
+            sys.stdout.write(for_terminal(characters.decode(words.decode_bytes([token]))))
             sys.stdout.flush()
     finally:
         sys.stdout.write(characters.decode(b"", final=True))
         sys.stdout.flush()
+
+
+def for_terminal(text: str) -> str:
+    """On a terminal, what a model writes does not steer it; into a file or a pipe it goes as it is."""
+    return harmless_lines(text) if sys.stdout.isatty() else text
 
 
 def prompts_in(path: Path) -> list[str]:
@@ -150,7 +170,8 @@ def prompts_in(path: Path) -> list[str]:
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        prompts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
+        prompts = [parse_json(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
+        "".join(prompts).encode()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: {error!r}", 'a prompt a line, or in .jsonl {"prompt": "…"} a line') from error
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):

@@ -9,7 +9,7 @@ figures compare with published ones.
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import re
 import statistics
@@ -22,13 +22,15 @@ from typing import Any
 import torch
 
 from gpt2box.data import hub
-from gpt2box.data.records import kind_of, opened, parquet
+from gpt2box.data.records import UNREADABLE, kind_of, opened, parquet, unreadable
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.errors import BadInput
+from gpt2box.files import parse_json
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.progress import bytes_bar
 
 BATCH_TOKENS = 8192
+LARGEST_EXPONENT = 700  # of what a float holds
 ON_THE_HUB = {"hellaswag": ("Rowan/hellaswag", "validation"), "lambada": ("EleutherAI/lambada_openai", "test")}
 
 
@@ -83,27 +85,34 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises:
         BadInput: of another kind.
+        Damaged: it cannot be read.
     """
     kind = kind_of(path)
-    if kind == ".parquet":
-        with parquet(path) as file:
-            yield from file.read().to_pylist()
-    elif kind in (".jsonl", ".ndjson"):
-        with opened(path) as lines:
+    if kind not in (".parquet", ".jsonl", ".ndjson"):
+        raise BadInput(f"{path} ends in {kind or 'nothing'}", ".jsonl or .parquet")
+    try:
+        if kind == ".parquet":
+            with parquet(path) as file:
+                yield from file.read().to_pylist()
+            return
+        with opened(path) as packed, io.TextIOWrapper(packed, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     if line.strip():
-                        yield json.loads(line)
+                        yield parse_json(line)
                 except ValueError as error:
                     raise BadInput(f"{path}, line {number}: {error}", "a JSON object a line") from error
-    else:
-        raise BadInput(f"{path} ends in {kind or 'nothing'}", ".jsonl or .parquet")
+    except UNREADABLE as error:
+        raise unreadable(path, error) from error
 
 
 def hellaswag_parts(record: dict[str, Any]) -> Record:
     """A context with four endings."""
     context = tidied(f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}")
-    return [(context, " " + tidied(ending)) for ending in record["endings"]], int(record["label"])
+    endings, label = record["endings"], int(str(record["label"]))
+    if not isinstance(endings, list) or not 0 <= label < len(endings):
+        raise ValueError(f"label {label} of the endings {str(endings)[:80]}")
+    return [(context, " " + tidied(ending)) for ending in endings], label
 
 
 def tidied(text: str) -> str:
@@ -128,7 +137,7 @@ def lambada_parts(record: dict[str, Any]) -> Record:
 def lambada_figures(answered: Sequence[Answered]) -> dict[str, float]:
     """Whether the last word is the likeliest, and its perplexity."""
     first = [found[0][0] for found, _ in answered]
-    perplexity = math.exp(-statistics.fmean(answer.log_likelihood for answer in first))
+    perplexity = math.exp(min(-statistics.fmean(answer.log_likelihood for answer in first), LARGEST_EXPONENT))
     return mean("acc", [answer.is_greedy for answer in first]) | {"perplexity": perplexity}
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from gpt2box.data.assets import sha256_of
@@ -29,7 +28,7 @@ from gpt2box.model.lora import adapters
 from gpt2box.model.weights import PREFIX, copy_from_hub, hub_config, hub_view, hub_views, load_hub, stored_tensors
 from gpt2box.paths import fix_hint
 from gpt2box.progress import size
-from gpt2box.training.kept import folder_name, point_to_last_and_best, recover
+from gpt2box.training.kept import discard, folder_name, point_to_last_and_best, recover
 from gpt2box.training.lean import LeanAdamW, reset
 from gpt2box.training.shards import outline, whole
 from gpt2box.training.state import TrainState, read_state, write_state
@@ -69,7 +68,8 @@ def publish(folder: Path, files: Files, config: dict[str, Any], state: TrainStat
             os.rename(final, retired)
         os.rename(temporary, final)
         fsync_dir(folder)
-        shutil.rmtree(retired, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            discard(retired)
         point_to_last_and_best(folder, state)
     except (OSError, Damaged) as error:
         with suppress(OSError):
@@ -193,6 +193,7 @@ def load_weights(folder: Path, model: GPT2) -> None:
 
     Raises:
         BadInput: the model was given other weights than those; or see load_hub.
+        Damaged: the adapters are not this network's.
     """
     trained = adapters(model)
     if not trained:
@@ -206,9 +207,15 @@ def load_weights(folder: Path, model: GPT2) -> None:
                 f"the adapters in {folder} were trained on other weights than these: {name} differs",
                 "the weights that init_from had when the run began",
             )
-    with safe_open(folder / ADAPTERS, framework="pt") as tensors:
-        for name, parameter in trained.items():
-            parameter.copy_(tensors.get_tensor(name))
+    missing = dict(trained)
+    for name, tensor in read_tensors(folder / ADAPTERS):
+        parameter = missing.pop(name, None)
+        if parameter is None or parameter.shape != tensor.shape:
+            what = f"{folder / ADAPTERS}: {printable(name)} of shape {list(tensor.shape)}"
+            raise Damaged(what, "adapters as lora_rank has them")
+        parameter.copy_(tensor)
+    if missing:
+        raise Damaged(f"{folder / ADAPTERS}: without {next(iter(missing))}", "adapters of all matrices")
 
 
 @torch.no_grad()

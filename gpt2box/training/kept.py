@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 from gpt2box.errors import BadInput, Damaged, VolumeUnwritable
 from gpt2box.files import fsync_dir, read_text
 from gpt2box.paths import checkpoints, fix_hint, step_of
-from gpt2box.training.state import TrainState, parse_state, read_state
+from gpt2box.training.state import TrainState, check_file, parse_state, read_state
 
 
 def folder_name(step: int) -> str:
@@ -121,14 +122,31 @@ def anchors(paths: Sequence[Path], save_interval: int) -> Iterator[tuple[Path, T
             yield path, state
 
 
+def newest_config(folder: Path) -> Path | None:
+    """The newest checkpoint whose config.json is as it was written; the newest of all where none is."""
+    found = checkpoints(folder)
+    for path in reversed(found):
+        with suppress(Damaged):
+            check_file(path / "config.json", **parse_state(path)[1]["config.json"])
+            return path
+    return found[-1] if found else None
+
+
 def newest(folder: Path) -> tuple[Path, TrainState, list[Damaged]] | None:
     """The newest whole checkpoint, its state, and what was wrong with newer ones; None where there is none at all.
 
     Raises:
         Damaged: there are checkpoints, and not one is whole.
         BadInput: a later version of the program wrote it.
-        VolumeUnwritable: what a killed save left cannot be tidied up.
+        VolumeUnwritable: the folder is there and cannot be read, or what a killed save left cannot be tidied up.
     """
+    if os.path.lexists(folder):
+        try:
+            os.listdir(folder)  # glob takes one that it may not read, or a link that leads nowhere, for an empty one
+        except OSError as error:
+            raise VolumeUnwritable(
+                f"cannot read {folder}: {error.strerror}", "the run's checkpoints", "mount their disk, or see ls -ld"
+            ) from error
     try:
         recover(folder)
     except OSError as error:
@@ -144,6 +162,6 @@ def newest(folder: Path) -> tuple[Path, TrainState, list[Damaged]] | None:
     if passed_over:
         raise Damaged(
             f"no whole checkpoint in {folder}:\n    " + "\n    ".join(fault.found for fault in passed_over),
-            next_step=f"restore one from a backup, or remove {folder} to begin anew",
+            next_step=f"restore one from a backup; to begin anew: another --name, or remove {folder.parent}",
         )
     return None

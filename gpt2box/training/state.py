@@ -77,8 +77,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # leads n
 class Stored:
     """What state.json says beside a TrainState's fields."""
 
-    digest: str
     files: dict[Name, StoredFile]
+    digest: str | None = None  # there was none in the first format's beginning
 
 
 STATE = TypeAdapter(TrainState)
@@ -107,7 +107,8 @@ def parse_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
             content = {"bad_steps": 0, "rollbacks": [], "recent_losses": [], **content}
         own = {each.name: content[each.name] for each in fields(TrainState)}
         state = STATE.validate_json(json.dumps(own), strict=True)
-        stored = STORED.validate_json(json.dumps({key: content[key] for key in ("digest", "files")}), strict=True)
+        of_files = {key: content[key] for key in ("digest", "files") if key in content}
+        stored = STORED.validate_json(json.dumps(of_files), strict=True)
         files = {name: asdict(about) for name, about in stored.files.items()}
         check_together(folder, state, files, stored.digest)
     except ValidationError as error:
@@ -119,7 +120,7 @@ def parse_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
     return state, files
 
 
-def check_together(folder: Path, state: TrainState, files: dict[str, Any], digest: str) -> None:
+def check_together(folder: Path, state: TrainState, files: dict[str, Any], digest: str | None) -> None:
     """What its numbers and names say of each other.
 
     Raises:
@@ -133,7 +134,7 @@ def check_together(folder: Path, state: TrainState, files: dict[str, Any], diges
             raise ValueError(f"{key} {getattr(state, key):,} of step {state.step:,}")
     if missing := PARTS - files.keys():
         raise ValueError(f"nothing is said of {', '.join(sorted(missing))}")
-    if digest != digest_of(files):
+    if digest not in (None, digest_of(files)):
         raise ValueError("the digest is not that of its files")
 
 
@@ -149,6 +150,23 @@ def read_state(folder: Path) -> TrainState:
         for _ in pool.map(lambda name: check_file(folder / name, **described[name]), described):
             pass
     return state
+
+
+def check_model(folder: Path) -> None:
+    """Of a checkpoint, all but what only training needs; any other folder says nothing of itself.
+
+    Raises:
+        Damaged: which file, and how it differs.
+    """
+    if not (folder / "state.json").exists():
+        return
+    for name, about in parse_state(folder)[1].items():
+        if name != "optimizer.safetensors":
+            try:
+                check_file(folder / name, **about)
+            except Damaged as fault:
+                fault.next_step = f"another checkpoint; or, if it was changed on purpose, rm {folder / 'state.json'}"
+                raise
 
 
 def check_file(path: Path, bytes: int, sha256: str) -> None:

@@ -123,8 +123,11 @@ def read_header(file: FileIO, path: Path) -> list[Entry]:
         found = []
         end = 0
         for name, about in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
-            entry = Entry(name, kinds[about["dtype"]], [int(number) for number in about["shape"]])
-            if min(entry.shape, default=0) < 0 or about["data_offsets"] != [end, end + entry.bytes]:
+            entry = Entry(name, kinds[about["dtype"]], about["shape"])
+            if not all(type(number) is int and number >= 0 for number in entry.shape) or about["data_offsets"] != [
+                end,
+                end + entry.bytes,
+            ]:
                 raise ValueError(f"{name!r} of shape {entry.shape} lies at {about['data_offsets']}")
             end += entry.bytes
             found.append(entry)

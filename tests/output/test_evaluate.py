@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import math
@@ -16,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpt2box.job import run_job
 from gpt2box.model_commands import evaluate
 from gpt2box.output.evaluate import windows
+from gpt2box.output.tasks import Answer, lambada_figures
 from gpt2box.stop import StopRequest
 from tests.conftest import TINY, TINYSHAKESPEARE, Command
+from tests.test_bad_input import command
 
 Evaluate = Callable[..., dict[str, Any]]
 
@@ -207,6 +210,48 @@ def test_figures_are_those_of_lm_evaluation_harness(run: Path, measure: Evaluate
     ]:
         expected = theirs[f"ours_{name}"][f"{key},none"]
         assert ours[name][key] == pytest.approx(expected, rel=2e-6), (name, key)
+
+
+def test_a_benchmarks_file_may_be_packed_and_no_word_is_too_unlikely(
+    run: Path, measure: Evaluate, tmp_path: Path
+) -> None:
+    import pyarrow
+
+    assert lambada_figures([([(Answer(-2000.0, False), 3)], 0)])["perplexity"] > 1e300
+    lines = json.dumps({"text": "to be or not to be, that is the " + "\N{GRINNING FACE}" * 9}) + "\n"
+    (tmp_path / "plain.jsonl").write_text(lines)
+    with gzip.open(tmp_path / "packed.jsonl.gz", "wt") as file:
+        file.write(lines)
+    with pyarrow.output_stream(tmp_path / "packed.jsonl.zst", compression="zstd") as packed:
+        packed.write(lines.encode())
+    names = ("plain.jsonl", "packed.jsonl.gz", "packed.jsonl.zst")
+    found = [measure("--task", "lambada", "--file", str(tmp_path / name)) for name in names]
+    assert all(each["perplexity"] == found[0]["perplexity"] for each in found)
+
+
+def test_a_damaged_benchmark_is_said(run: Path, tmp_path: Path) -> None:
+    question: dict[str, Any] = {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e"], "label": "1"}
+    wrong: list[dict[str, Any]] = [
+        {"endings": []},
+        {"label": 9},
+        {"label": -1},
+        {"label": 1.9},
+        {"endings": "abcd"},
+        {"endings": {"d": 1}},
+    ]
+    cases = [(f"{json.dumps({**question, **change})}\n".encode(), "a.jsonl", 2) for change in wrong]
+    cases += [
+        (b"[" * 100_000, "a.jsonl", 2),
+        (b'{"label": Infinity}', "a.jsonl", 2),
+        (b"junk", "a.jsonl.gz", 4),
+        (b"junk", "a.jsonl.zst", 4),
+        (b"PAR1junkPAR1", "a.parquet", 4),
+    ]
+    for content, name, code in cases:
+        (tmp_path / name).write_bytes(content)
+        best = str(run / "checkpoints" / "best")
+        ended, said = command("eval", best, "--task", "hellaswag", "--file", str(tmp_path / name), "--device", "cpu")
+        assert ended == code and "Traceback" not in said, (content[:60], said)
 
 
 def test_bad_requests_are_a_few_lines(

@@ -170,7 +170,28 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path: Path, volum
     torch.save({"weights": 1}, tmp_path / "foreign.pt")
     refused(tmp_path / "foreign.pt", BadInput, "no model and model_args")
     torch.save({"model": Rogue(), "model_args": {}}, tmp_path / "rogue.pt")
-    refused(tmp_path / "rogue.pt", BadInput, "not a checkpoint of tensors alone")
+    refused(tmp_path / "rogue.pt", BadInput, "no checkpoint, or holds more than tensors")
+    older = tmp_path / "older.pt"  # the form before PyTorch 1.6, which cannot be mapped
+    torch.save({"weights": 1}, older, _use_new_zipfile_serialization=False)
+    refused(older, BadInput, "no model and model_args")
+    for key, value in (("n_layer", 10**9), ("n_embd", math.inf), ("block_size", "32"), ("n_head", 3), ("n_layer", 0)):
+        odd = checkpoint(tmp_path / "odd.pt", 65, model={}, model_args={**SIZES, "vocab_size": 65, key: value})
+        refused(odd, BadInput, key, TINYSHAKESPEARE)
+    odd_ones: list[Any] = [
+        [],
+        None,
+        {5: torch.zeros(1)},
+        {"a": 1},
+        {"a": torch.zeros(1, device="meta")},
+        {"a": torch.zeros(2).to_sparse()},
+        {"a": torch.zeros(1, dtype=torch.int32)},
+        {"a": torch.zeros(1, dtype=torch.bool)},
+        {"a": torch.zeros(1, dtype=torch.complex64)},
+    ]
+    for model in odd_ones:
+        refused(checkpoint(tmp_path / "odd.pt", 65, model=model), BadInput, "tensor", TINYSHAKESPEARE)
+    twice = nanogpt_state(65, True) | nanogpt_state(65, True, "_orig_mod.")
+    refused(checkpoint(tmp_path / "odd.pt", 65, model=twice), BadInput, "tensors twice", TINYSHAKESPEARE)
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"model": 1}))
     with pytest.raises((BadInput, Damaged)):
         import_nanogpt(tmp_path / "pickle.pt", out, None, "none")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,8 @@ from gpt2box.job import run_job
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.weights import load_hub
 from gpt2box.stop import StopRequest
-from tests.conftest import TINY, Command
+from tests.conftest import TINY, Command, options
+from tests.test_bad_input import command
 
 
 @pytest.fixture
@@ -102,6 +106,42 @@ def test_bad_requests_say_what_there_is(run: Path, gpt2box: Command) -> None:
     ]:
         done = gpt2box("sample", *arguments)
         assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_any_temperature_and_number_of_samples_is_begun_with(run: Path, tmp_path: Path) -> None:
+    for temperature in ("1e-50", "1e-320", "1e300"):
+        assert command("sample", "run", "--temperature", temperature, "--max-new-tokens", "3")[0] == 0
+    cold = [command("sample", "run", "--temperature", value, "--max-new-tokens", "9")[1] for value in ("0", "1e-9")]
+    assert cold[0] == cold[1]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "\\ud800"}\n')
+    for text in ('{"prompt": "\\ud800"}\n', "[" * 100_000 + "\n"):
+        (tmp_path / "prompts.jsonl").write_text(text)
+        code, said = command("sample", "run", "--prompts", str(tmp_path / "prompts.jsonl"))
+        assert code == 2 and "Traceback" not in said, said
+    endless = [sys.executable, "-m", "gpt2box", "sample", "run", "-n", str(10**30), "--max-new-tokens", "1"]
+    with subprocess.Popen(endless, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout and running.stdout.readline()
+        running.kill()
+
+
+def test_a_terminal_is_not_steered_by_what_is_written(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("to \x1b[31mbe\n")
+    source = [sys.executable, "-m", "gpt2box", "prepare", str(tmp_path / "text.txt"), "--name", "steering"]
+    (tmp_path / "text.txt").write_text("to be \x1b[31mor not\n" * 300)
+    subprocess.run([*source, "--tokenizer", "char"], check=True, capture_output=True)
+    settings = {**TINY, "dataset": "steering", "name": "steering", "max_steps": 1, "sample_tokens": 100}
+    code, said = command("train", *options(**settings))
+    assert code == 0 and "\x1b" not in said, said
+    words = [sys.executable, "-m", "gpt2box", "sample", "steering", "--prompts", str(tmp_path / "prompts.txt")]
+    assert b"\x1b" in subprocess.run(words, check=True, capture_output=True).stdout  # as it is, into a pipe
+    terminal, end = os.openpty()
+    subprocess.run(words, check=True, stdout=end, stderr=end)
+    os.close(end)
+    written = b""
+    with contextlib.suppress(OSError):
+        while piece := os.read(terminal, 1 << 16):
+            written += piece
+    assert b"\\x1b[31mbe" in written and b"\x1b" not in written
 
 
 def test_without_a_run_it_says_how_to_get_one(volumes: Path, gpt2box: Command) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -95,16 +94,29 @@ def until_gone(workers: list[str]) -> None:
         time.sleep(0.05)
 
 
+SLOW = """
+import time
+from gpt2box import cli, job
+
+write_records = job.write_records
+
+def slowly(*given):
+    write_records(*given)
+    time.sleep(100)
+
+job.write_records = slowly
+cli.main()
+"""
+
+
 @BOTH
-def test_when_the_network_is_made(volumes: Path, number: signal.Signals) -> None:
+def test_when_the_network_is_made(volumes: Path, tmp_path: Path, number: signal.Signals) -> None:
     run = volumes / "runs/run"
-    run.mkdir(parents=True)
-    os.mkfifo(run / "manifest.json")  # at which it waits between the network and the first step
-    running = process(volumes, name="run", max_steps=2)
-    wait_for(run / "plan.json", running)
+    (tmp_path / "program.py").write_text(SLOW)
+    running = process(volumes, str(tmp_path / "program.py"), name="run", max_steps=2)
+    wait_for(run / "manifest.json", running)
     assert "parameters, from scratch" in ended(running, number)
     assert BEFORE in (run / "log.txt").read_text()
-    (run / "manifest.json").unlink()
     again = process(volumes, name="run", max_steps=2)
     _, errors = again.communicate(timeout=120)
     assert again.returncode == 0 and "finished at step 2" in errors, errors

@@ -54,6 +54,9 @@ def letters(volumes: Path, noisy: range) -> None:
         begin = windows.start(sequence)
         ids[begin : begin + 33] = chance.integers(0, 27, 33)
     ids.tofile(folder / "train.bin")
+    manifest = json.loads((folder / "dataset.json").read_text())
+    manifest["splits"]["train"]["sha256"] = sha256_of(folder / "train.bin")
+    (folder / "dataset.json").write_text(json.dumps(manifest))
 
 
 def end(volumes: Path, name: str, step: int | None = None) -> list[str]:

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from gpt2box.data.assets import sha256_of
 from gpt2box.data.corpora import own_text
 from gpt2box.data.few import Request, prepare_few
-from gpt2box.errors import BadInput, Gpt2boxError
+from gpt2box.errors import BadInput, Damaged, Gpt2boxError
 from gpt2box.job import run_job
 from gpt2box.stop import StopRequest
 from gpt2box.training import kept, metrics
-from tests.conftest import TINY, Command, options
+from tests.conftest import ROOT, TINY, Command, options
 
 EXACT = {"max_steps": 60, "save_interval": 10, "dropout": 0.1, "name": "run", "log_interval": 1}
 
@@ -33,10 +33,11 @@ def train(name: str = "run", **changes: object) -> None:
     run_job(None, values, StopRequest())
 
 
-def process(volumes: Path, **changes: object) -> subprocess.Popen[str]:
+def process(volumes: Path, program: str = "", **changes: object) -> subprocess.Popen[str]:
     """In a process of its own, with one thread, as the runs it is compared with."""
-    command = [sys.executable, "-m", "gpt2box", "train", *options(**changes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GPT2BOX_VOLUMES": str(volumes)}
+    command = [sys.executable, *([program] if program else ["-m", "gpt2box"]), "train", *options(**changes)]
+    paths = {"GPT2BOX_VOLUMES": str(volumes), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | paths
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
@@ -299,6 +300,10 @@ def test_weights_that_give_nan_never_train_and_it_says_what_to_try(volumes: Path
     state = load_file(folder / "model.safetensors")
     state["transformer.h.0.mlp.c_fc.bias"][0] = torch.inf
     save_file(state, folder / "model.safetensors")
+    with pytest.raises(Damaged, match=r"model.safetensors has 116,872 bytes") as damaged:
+        train("next", init_from="broken", max_steps=100, eval_interval=100)
+    assert "rm " in damaged.value.next_step
+    (folder / "state.json").unlink()
     before = sha256_of(folder / "model.safetensors")
     with pytest.raises(BadInput, match=r"not finite, 5 steps in a row.*none reached the weights") as raised:
         train("next", init_from="broken", max_steps=100, eval_interval=100)

@@ -1,0 +1,71 @@
+"""What CUDA and its libraries say when a card fails or its memory runs out, as PyTorch 2.4 and 2.13 hand it on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gpt2box.errors import TryAgain
+from gpt2box.machine.device import card_memory_named
+from gpt2box.training.recovery import machine_fault
+
+ASYNC = """
+CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+"""
+ADVICE = ASYNC + "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"  # as 2.4 ends all of them
+
+
+def fault_of(text: str, folder: Path) -> object:
+    job: Any = SimpleNamespace(run=folder, state=SimpleNamespace(step=4))
+    return machine_fault(RuntimeError(text), job)
+
+
+@pytest.mark.parametrize("tail", [ASYNC, ADVICE])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: unspecified launch failure",
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: device-side assert triggered",
+        "CUDA error: uncorrectable ECC error encountered",
+        "CUDA error: no CUDA-capable device is detected",
+        "CUDA error: CUDA-capable device(s) is/are busy or unavailable",
+        "CUDA error: unknown error",
+        "NCCL error in: ../NCCLUtils.hpp:268, unhandled cuda error, NCCL version 2.20.5\n"
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+        "Cuda failure 'unspecified launch failure'",
+    ],
+)
+def test_a_card_that_failed_is_said(tmp_path: Path, said: str, tail: str) -> None:
+    fault = fault_of(said + tail, tmp_path)
+    assert isinstance(fault, TryAgain) and fault.found == f"the GPU failed in step 5: {said.splitlines()[0]}"
+
+
+@pytest.mark.parametrize("tail", [ASYNC, ADVICE])
+@pytest.mark.parametrize(
+    "said", ["out of memory", "invalid argument", "no kernel image is available for execution on the device"]
+)
+def test_what_is_no_failure_of_the_card_is_not_called_one(tmp_path: Path, said: str, tail: str) -> None:
+    assert fault_of(f"CUDA error: {said}{tail}", tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory" + ADVICE,
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_memory_that_a_library_misses_is_memory_that_ran_out(said: str) -> None:
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=r"ALLOC_FAILED|out of memory"), card_memory_named():
+        raise RuntimeError(said)
+    for other in (RuntimeError("CUDA error: invalid argument"), torch.cuda.OutOfMemoryError("CUDA out of memory.")):
+        with pytest.raises(type(other)) as raised, card_memory_named():
+            raise other
+        assert raised.value is other
