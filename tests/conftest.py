@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -95,23 +96,78 @@ def volumes(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
+    """What all commands of a test worker are forked from."""
+    found = Forked(tmp_path_factory.mktemp("forked"))
+    yield found
+    found.end()
+
+
+class Forked:
+    """Runs commands in processes of their own that need not import PyTorch anew (server.py)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"},
+            cwd=folder,
+        )
+        assert self.process.stdout is not None and json.loads(self.process.stdout.readline()) == "ready"
+
+    def run(self, arguments: Sequence[str], folder: Path, text: str = "") -> subprocess.CompletedProcess[str]:
+        """A command in that folder, with the environment that is this process's now; `text`: its standard input."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        paths = [self.folder / name for name in ("input", "output", "errors")]
+        paths[0].write_text(text, encoding="utf-8")
+        request = {
+            "arguments": arguments,
+            "environment": os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+            "all_of_it": True,
+            "folder": str(folder),
+            "input": str(paths[0]),
+            "outputs": [str(path) for path in paths[1:]],
+            "kill_after": 300,
+        }
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        code = json.loads(self.process.stdout.readline())["code"]
+        output, errors = (path.read_text(encoding="utf-8", errors="replace") for path in paths[1:])
+        return subprocess.CompletedProcess(["gpt2box", *arguments], code, output, errors)
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
 @pytest.fixture
-def gpt2box(tmp_path: Path) -> Command:
+def gpt2box(tmp_path: Path, forked: Forked) -> Command:
     """The command in a process of its own, in an empty folder."""
     work = tmp_path / "work"
     work.mkdir(exist_ok=True)
 
-    def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, input: str = "") -> subprocess.CompletedProcess[str]:
+        return forked.run(arguments, work, input)
+
+    return run
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Command:
+    """The same, started from nothing: for what is read while a process begins."""
+    work = tmp_path / "work"
+    work.mkdir(exist_ok=True)
+
+    def run(*arguments: str, preexec_fn: Callable[[], object] | None = None) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "gpt2box", *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
         return subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            cwd=work,
-            env=environment,
-            timeout=300,
-            **options,  # type: ignore[call-overload]
+            command, capture_output=True, text=True, cwd=work, env=environment, timeout=300, preexec_fn=preexec_fn
         )
 
     return run

@@ -96,7 +96,7 @@ def state_file(tmp_path: Path) -> Path:
     """state.json of a checkpoint of step 20."""
     folder = tmp_path / kept.folder_name(20)
     folder.mkdir()
-    files = {name: {"bytes": 1, "sha256": "0" * 64} for name in PARTS}
+    files = {name: {"bytes": 1, "sha256": "0" * 64} for name in sorted(PARTS)}
     state = TrainState(20, 18, 20, 2.5, 2.5, 10, recent_losses=[1.0], rollbacks=[Rollback(5, 3)])
     write_state(folder, state, files)
     assert parse_state(folder) == (state, files)
@@ -117,9 +117,9 @@ VALUES: dict[str, list[Any]] = {
     "digest": ["0" * 64, 3],
     "files": [
         *({}, [], None, {"config.json": FILE}),
-        *(dict.fromkeys((*PARTS, odd), FILE) for odd in ("/dev/zero", "../x", "a\0", "a\n", STEERING, "")),
-        {name: {"bytes": -1, "sha256": "0" * 64} for name in PARTS},
-        {name: {"bytes": 1, "sha256": "x"} for name in PARTS},
+        *(dict.fromkeys((*sorted(PARTS), odd), FILE) for odd in ("/dev/zero", "../x", "a\0", "a\n", STEERING, "")),
+        {name: {"bytes": -1, "sha256": "0" * 64} for name in sorted(PARTS)},
+        {name: {"bytes": 1, "sha256": "x"} for name in sorted(PARTS)},
     ],
 }
 WRONG: list[dict[str, Any]] = [{key: value} for key, values in VALUES.items() for value in values]

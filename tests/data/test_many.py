@@ -128,7 +128,7 @@ def is_alive(pid: str) -> bool:
         return False
 
 
-def test_a_full_disk_loses_nothing(tmp_path: Path, volumes: Path, gpt2box: Command) -> None:
+def test_a_full_disk_loses_nothing(tmp_path: Path, volumes: Path, started: Command) -> None:
     for name in "abc":
         rows = [json.dumps({"text": f"{name} {text}"}) for text in speeches()]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
@@ -138,12 +138,12 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, volumes: Path, gpt2box: Comma
     def small_files() -> None:  # the nearest that can be had without a disk of one's own
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
 
-    full = gpt2box(*command, preexec_fn=small_files)
+    full = started(*command, preexec_fn=small_files)
     assert full.returncode == 78 and "cannot write" in full.stderr and "free space" in full.stderr, full.stderr
     assert "Traceback" not in full.stderr
-    done = gpt2box(*command)
+    done = started(*command)
     assert done.returncode == 0 and "going on with a-first-1000000 where it was" in done.stderr, done.stderr
-    assert gpt2box(*command, "--name", "whole").returncode == 0
+    assert started(*command, "--name", "whole").returncode == 0
     assert bins(volumes / "data/a-first-1000000") == bins(volumes / "data/whole")
 
 

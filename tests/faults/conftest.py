@@ -37,7 +37,7 @@ class Server:
 
     def __init__(self, folder: Path, shim: Path) -> None:
         self.folder = folder
-        environment = os.environ | {
+        self.environment = {
             "LD_PRELOAD": str(shim),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
@@ -45,11 +45,11 @@ class Server:
             "MPLBACKEND": "agg",
         }
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "server.py")],
+            [sys.executable, str(ROOT / "tests" / "server.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=os.environ | self.environment,
             cwd=folder,
         )
         assert self.answer() == "ready"
@@ -61,7 +61,13 @@ class Server:
     def run(self, volumes: Path, *arguments: str, **more: object) -> Ended:
         """`kill_after` seconds; `fault`: folder, number of the call, errno, whether it stays, file for the calls."""
         log = self.folder / "log"
-        request = {"volumes": str(volumes), "log": str(log), "arguments": arguments, **more}
+        request: dict[str, Any] = {
+            "environment": {"GPT2BOX_VOLUMES": str(volumes)},
+            "folder": str(self.folder),
+            "outputs": [str(log)] * 2,
+            "arguments": arguments,
+            **more,
+        }
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()

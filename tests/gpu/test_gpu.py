@@ -125,13 +125,13 @@ BITS = {
 @pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": "full"}, {"optimizer": "muon"}, LEAN])
 @pytest.mark.parametrize("compiled", ["false", "true"])
 def test_deterministic_runs_come_to_the_same_bits(
-    volumes: Path, gpt2box: Command, compiled: str, settings: dict[str, object]
+    volumes: Path, started: Command, compiled: str, settings: dict[str, object]
 ) -> None:
     if compiled == "true" and "optimizer_in_backward" in settings:
         pytest.skip("is never compiled")
     digests, files = [], []
     for name in ("one", "two"):  # processes of their own: cuBLAS reads its variable before its first product alone
-        done = gpt2box("train", *options(name=name, compile=compiled, **{**BITS, **settings}))
+        done = started("train", *options(name=name, compile=compiled, **{**BITS, **settings}))
         assert done.returncode == 0, done.stderr
         run = volumes / "runs" / name
         plan = json.loads((run / "plan.json").read_text())
@@ -145,5 +145,5 @@ def test_deterministic_runs_come_to_the_same_bits(
         files.append(json.loads((run / "checkpoints/last/state.json").read_text())["digest"])
     assert digests[0] == digests[1] and len(set(digests[0])) == 10
     assert files[0] == files[1]
-    verified = gpt2box("verify", "one")
+    verified = started("verify", "one")
     assert verified.returncode == 0, verified.stdout + verified.stderr

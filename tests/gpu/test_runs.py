@@ -29,8 +29,8 @@ TRAINED = {**BITS, "name": "run", "max_steps": 60, "save_interval": 10, "keep_la
 GREEDY = Choice(temperature=0)
 
 
-def test_preflight_finds_the_card_and_nothing_wrong_with_it(volumes: Path, gpt2box: Command) -> None:
-    done = gpt2box("preflight", "--json")
+def test_preflight_finds_the_card_and_nothing_wrong_with_it(volumes: Path, started: Command) -> None:
+    done = started("preflight", "--json")
     found = {each["name"]: each for each in json.loads(done.stdout)["findings"]}
     for name in ("driver", "pytorch", "card", "architecture", "vram", "bfloat16", "torch.compile"):
         assert found[name]["status"] != "failure", found[name]
@@ -57,20 +57,20 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(volumes: Path, compile
     assert first == second and len(first) == 60
 
 
-def test_a_gpu_and_a_cpu_give_the_same_loss_and_text(volumes: Path, gpt2box: Command) -> None:
+def test_a_gpu_and_a_cpu_give_the_same_loss_and_text(volumes: Path, started: Command) -> None:
     settings = {**TRAINED, "deterministic": "false", "compile": "false"}
-    done = gpt2box("train", *options(**settings))
+    done = started("train", *options(**settings))
     assert done.returncode == 0, done.stderr
     losses = {}
     for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")):
         changed = {**settings, "device": device, "dtype": dtype}
-        done = gpt2box("train", *options(**changed), "--eval-only=true")
+        done = started("train", *options(**changed), "--eval-only=true")
         assert done.returncode == 0, done.stderr
         losses[device, dtype] = float(done.stdout.split()[1])
     assert losses["cuda", "float32"] == pytest.approx(losses["cpu", "float32"], abs=1e-3)
     assert losses["cuda", "bfloat16"] == pytest.approx(losses["cpu", "float32"], abs=1e-2)
     flags = ("--temperature", "0", "--max-new-tokens", "40", "--prompt", "The")
-    texts = [gpt2box("sample", "run", "--device", device, *flags) for device in ("cpu", "cuda")]
+    texts = [started("sample", "run", "--device", device, *flags) for device in ("cpu", "cuda")]
     assert texts[0].returncode == texts[1].returncode == 0, texts[1].stderr
     assert texts[0].stdout == texts[1].stdout
 
@@ -84,16 +84,16 @@ def test_tokens_one_by_one_are_those_of_a_cpu(weights: str | None) -> None:
     assert found == expected if weights is None else found[:6] == expected[:6]
 
 
-def test_a_sweep_is_kept_and_training_goes_by_it(volumes: Path, gpt2box: Command) -> None:
+def test_a_sweep_is_kept_and_training_goes_by_it(volumes: Path, started: Command) -> None:
     """With a micro-batch and a compiler left open."""
     left_open = {key: value for key, value in BITS.items() if key not in ("micro_batch_size", "deterministic")}
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in left_open.items()]
     flags += ["--n-layer=2", "--eval-windows=8", "--compile=false", "--name=run"]
-    done = gpt2box("bench", "--sweep", "--steps", "3", *flags)
+    done = started("bench", "--sweep", "--steps", "3", *flags)
     assert done.returncode == 0, done.stderr
     ways = read(volumes / "runs" / "bench.json", torch.cuda.get_device_name())
     assert len(ways) > 3 and all(way.fits and 0 < way.one_s < way.many_s and way.peak_bytes > 2**28 for way in ways)
-    done = gpt2box("train", *flags)
+    done = started("train", *flags)
     assert done.returncode == 0 and "measured here" in done.stderr, done.stderr
 
 
@@ -123,10 +123,10 @@ def test_a_card_that_fails_ends_the_run_in_words_and_it_goes_on(volumes: Path) -
     assert again.returncode == 0 and "resuming from" in errors, errors
 
 
-def test_logits_are_those_of_transformers(volumes: Path, gpt2box: Command) -> None:
+def test_logits_are_those_of_transformers(volumes: Path, started: Command) -> None:
     from transformers import GPT2LMHeadModel
 
-    done = gpt2box("train", *options(**{**TRAINED, "compile": "false", "max_steps": 5}))
+    done = started("train", *options(**{**TRAINED, "compile": "false", "max_steps": 5}))
     assert done.returncode == 0, done.stderr
     folder = volumes / "runs/run/checkpoints/last"
     theirs = GPT2LMHeadModel.from_pretrained(folder).cuda().eval()

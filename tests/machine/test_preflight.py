@@ -108,10 +108,10 @@ def findings(output: str) -> dict[str, dict[str, str]]:
     return {finding["name"]: finding for finding in json.loads(output)["findings"]}
 
 
-def test_preflight_with_a_card_that_pytorch_cannot_reach(scene: Scene, gpt2box: Command) -> None:
+def test_preflight_with_a_card_that_pytorch_cannot_reach(scene: Scene, started: Command) -> None:
     """The driver's stand-in lists a card, and PyTorch, which has no driver, cannot use it: found, not crashed."""
     scene("one")
-    done = gpt2box("preflight", "--json")
+    done = started("preflight", "--json")
     found = findings(done.stdout)
     assert done.returncode == 3 and json.loads(done.stdout)["ok"] is False
     too_old = (torch.version.cuda or "").startswith("13")  # the stand-in's driver runs CUDA up to 12.4
@@ -120,23 +120,23 @@ def test_preflight_with_a_card_that_pytorch_cannot_reach(scene: Scene, gpt2box: 
     assert found["pytorch"]["status"] == "failure" and found["pytorch"]["fix"]
 
 
-def test_preflight_names_every_fault_of_an_old_machine(scene: Scene, gpt2box: Command) -> None:
+def test_preflight_names_every_fault_of_an_old_machine(scene: Scene, started: Command) -> None:
     scene("old")
-    done = gpt2box("preflight", "--json", "--device", "cuda:0")
+    done = started("preflight", "--json", "--device", "cuda:0")
     found = findings(done.stdout)
     assert done.returncode == 3
     assert {found[name]["status"] for name in ("temperature", "power", "pcie")} == {"warning"}
     assert "nvidia-smi -pl 200" in found["power"]["fix"]
 
 
-def test_preflight_without_a_card(scene: Scene, gpt2box: Command) -> None:
+def test_preflight_without_a_card(scene: Scene, started: Command) -> None:
     scene("none")
-    done = gpt2box("preflight", "--device", "cuda:1")
+    done = started("preflight", "--device", "cuda:1")
     assert done.returncode == 3 and "no card with the number 1" in done.stdout and "Traceback" not in done.stderr
 
 
-def test_preflight_for_the_cpu_tries_things(gpt2box: Command, volumes: Path) -> None:
-    done = gpt2box("preflight", "demo", "--device", "cpu", "--json")
+def test_preflight_for_the_cpu_tries_things(started: Command, volumes: Path) -> None:
+    done = started("preflight", "demo", "--device", "cpu", "--json")
     found = findings(done.stdout)
     assert done.returncode == 0, done.stderr
     assert "a product was computed" in found["bfloat16"]["found"]
@@ -145,25 +145,25 @@ def test_preflight_for_the_cpu_tries_things(gpt2box: Command, volumes: Path) -> 
 
 
 def test_preflight_says_that_the_hub_is_needed_and_does_not_answer(
-    gpt2box: Command, volumes: Path, monkeypatch: pytest.MonkeyPatch
+    started: Command, volumes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    done = gpt2box("preflight", "finetune", "--device", "cpu")
+    done = started("preflight", "finetune", "--device", "cpu")
     assert done.returncode == 3 and "http://127.0.0.1:9 does not answer" in done.stdout
     assert "weights of gpt2-medium" in done.stdout
 
 
 def test_training_stops_at_the_card_before_any_work(
-    scene: Scene, gpt2box: Command, volumes: Path, monkeypatch: pytest.MonkeyPatch
+    scene: Scene, started: Command, volumes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A card that is listed but not usable is never silently replaced by the CPU, but by a PyTorch for the CPU."""
     scene("old")
-    done = gpt2box("train", "demo", "--dataset", "text", "--device", "cuda")
+    done = started("train", "demo", "--dataset", "text", "--device", "cuda")
     assert done.returncode == 3 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
-    done = gpt2box("train", "demo", "--dataset", "text", "--device", "auto", "--max-steps", "0", "--eval-only")
+    done = started("train", "demo", "--dataset", "text", "--device", "auto", "--max-steps", "0", "--eval-only")
     assert done.returncode == (3 if torch.version.cuda else 0), done.stderr
     monkeypatch.delenv("LD_LIBRARY_PATH")
-    done = gpt2box("train", "shakespeare")
+    done = started("train", "shakespeare")
     assert done.returncode == 3 and "driver" in done.stderr and "--device cpu" in done.stderr
     assert not list((volumes / "runs").glob("*"))
 
@@ -175,17 +175,17 @@ def test_card_numbers_follow_the_pci_bus() -> None:
     assert done.stdout == "PCI_BUS_ID\n"
 
 
-def test_preflight_with_a_broken_pytorch(gpt2box: Command, volumes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preflight_with_a_broken_pytorch(started: Command, volumes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = volumes / "broken" / "torch"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')")
     monkeypatch.setenv("PYTHONPATH", str(broken.parent))
-    done = gpt2box("preflight", "demo", "--json")
+    done = started("preflight", "demo", "--json")
     assert done.returncode == 3 and "libcudart.so.12" in findings(done.stdout)["pytorch"]["found"]
     assert findings(done.stdout)["disk"]["status"] == "ok"
 
 
-def test_plan_for_the_card_that_is_here_counts_what_is_free_now(gpt2box: Command, volumes: Path, scene: Scene) -> None:
+def test_plan_for_the_card_that_is_here_counts_what_is_free_now(started: Command, volumes: Path, scene: Scene) -> None:
     scene("one")
-    done = gpt2box("plan", "shakespeare")
+    done = started("plan", "shakespeare")
     assert done.returncode == 0 and "9.0 GiB of 12.0 GiB free now" in done.stdout and "tokens/s" in done.stdout

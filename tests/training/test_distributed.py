@@ -129,12 +129,12 @@ def test_a_step_that_cannot_be_shared_is_refused_with_what_could_be() -> None:
             target("rtx-4070", None, config.model_copy(update=change), gpus=2)
 
 
-def test_compiled_ranks_learn_what_others_do(volumes: Path) -> None:
-    settings = {**SAME, "max_steps": 4, "micro_batch_size": 2, "eval_interval": 100}
-    for name, compiled in (("eager", False), ("compiled", True)):
-        said = (running := train_on_two(name, **settings, compile=compiled)).communicate()[1]
-        assert running.returncode == 0, said
-    assert rows(volumes, "eager", "loss") == pytest.approx(rows(volumes, "compiled", "loss"), abs=1e-5)
+def test_compiled_ranks_learn_what_one_learns(volumes: Path) -> None:
+    settings = {**SAME, "n_layer": 1, "max_steps": 4, "micro_batch_size": 2, "eval_interval": 100}
+    train("one", **settings)
+    said = (running := train_on_two("two", **settings, compile=True)).communicate()[1]
+    assert running.returncode == 0, said
+    assert rows(volumes, "one", "loss") == pytest.approx(rows(volumes, "two", "loss"), abs=1e-5)
 
 
 def test_more_cards_share_the_steps_sequences_and_take_less_time() -> None:

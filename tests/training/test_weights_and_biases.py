@@ -87,7 +87,7 @@ def test_without_wandb_a_run_that_asks_for_it_begins_nothing(volumes: Path, gpt2
 
 
 def test_online_wants_a_key_and_a_key_alone_sends_nothing(
-    volumes: Path, gpt2box: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    volumes: Path, started: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     package = tmp_path / "packages/wandb"
     package.mkdir(parents=True)
@@ -96,12 +96,12 @@ def test_online_wants_a_key_and_a_key_alone_sends_nothing(
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    refused = gpt2box("train", *options(name="a"), "--wandb=online")
+    refused = started("train", *options(name="a"), "--wandb=online")
     assert refused.returncode == 2 and "wandb login" in refused.stderr and "--wandb offline" in refused.stderr
     (tmp_path / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
     (tmp_path / ".netrc").chmod(0o600)
-    assert "it was imported" in gpt2box("train", *options(name="b"), "--wandb=online").stderr
+    assert "it was imported" in started("train", *options(name="b"), "--wandb=online").stderr
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     config = tmp_path / "c.yaml"
     config.write_text("wandb: off\n")
-    assert gpt2box("train", str(config), *options(max_steps=2)).returncode == 0
+    assert started("train", str(config), *options(max_steps=2)).returncode == 0

@@ -8,6 +8,7 @@ its own, so that its workers are killed with it.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -15,18 +16,24 @@ import sys
 import time
 from typing import Any
 
-import matplotlib.pyplot  # noqa: F401, as the others: what the commands import, which takes seconds
-import torch._inductor
-import torch.utils.tensorboard  # noqa: F401
-
-import gpt2box.cli
-import gpt2box.data.prepare
-import gpt2box.job
-import gpt2box.output.export
+LOADED = [  # what the commands import, which takes seconds
+    "matplotlib.pyplot",
+    "torch._inductor",
+    "torch.utils.tensorboard",
+    "gpt2box.cli",
+    "gpt2box.data.prepare",
+    "gpt2box.job",
+    "gpt2box.output.export",
+    "gpt2box.output.learned",
+    "gpt2box.output.page",
+    "gpt2box.output.tasks",
+]
 
 
 def serve() -> None:
     """Until standard input ends."""
+    for module in LOADED:  # not at the top: workers that a command starts read this file
+        importlib.import_module(module)
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
@@ -56,11 +63,14 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 def become(request: dict[str, Any]) -> None:
     """The command; never returns."""
     os.setsid()
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for descriptor in (1, 2):
-        os.dup2(log, descriptor)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.environ["GPT2BOX_VOLUMES"] = request["volumes"]
+    os.dup2(os.open(request.get("input", os.devnull), os.O_RDONLY), 0)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115, the server's own has read ahead
+    for descriptor, path in enumerate(request["outputs"], 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644), descriptor)
+    if request.get("all_of_it"):
+        os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
     if poison := request.get("poison"):
         from tests.faults.poison import poison_data
 
@@ -71,7 +81,9 @@ def become(request: dict[str, Any]) -> None:
     sys.argv = ["gpt2box", *request["arguments"]]
     code = 1
     try:
-        gpt2box.cli.main()
+        from gpt2box.cli import main
+
+        main()
         code = 0
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else 1
