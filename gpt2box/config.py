@@ -25,6 +25,7 @@ MODEL_SHAPES: dict[str, dict[str, Any]] = {
 }
 SHORT = reprlib.Repr()  # of values that a file may have made endless
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 200
+MOST_GUESSES = 20  # at what a wrong name may have meant, each of a millisecond
 MOST = 10**15  # of anything that is counted
 DEVICES = r"auto|cpu|cuda(:(0|[1-9]\d?))?"
 
@@ -303,8 +304,8 @@ def validate(values: dict[str, Any], source: str) -> Config:
         BadInput: a list of every fault, each with what was found and what is expected.
     """
     faults = []
-    for key in values.keys() - Config.model_fields.keys():
-        near = difflib.get_close_matches(str(key), Config.model_fields, 1)
+    for number, key in enumerate(values.keys() - Config.model_fields.keys()):
+        near = difflib.get_close_matches(str(key), Config.model_fields, 1) if number < MOST_GUESSES else []
         faults.append(f"{key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
     known = {key: value for key, value in values.items() if key in Config.model_fields}
     for key, value in known.items():

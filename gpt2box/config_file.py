@@ -32,7 +32,7 @@ class _Loader(yaml.SafeLoader):
         """What the file says."""
         node = self.get_single_node()
         if node is not None and size_of(node, {}) > MOST_NODES:
-            raise yaml.MarkedYAMLError(problem="aliases of aliases", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"more than {MOST_NODES:,} values", problem_mark=node.start_mark)
         return None if node is None else self.construct_document(node)
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:

@@ -70,7 +70,7 @@ class Watch:
                 mark = trace(folder)
                 kept = self._seen.get(folder.name)
                 found[folder.name] = kept if kept and kept[0] == mark else (mark, look_at(folder))
-            except OSError:  # as above
+            except (OSError, ValueError):  # as above, or nothing that can be read
                 continue
         self._seen = found
         return sorted((run for _, run in found.values()), key=lambda run: (run.state != "training", -run.changed))
