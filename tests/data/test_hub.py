@@ -149,12 +149,12 @@ def pinned(server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 
 def test_two_jobs_that_need_the_same_files_do_not_take_them_from_each_other(
-    server: Hub, volumes: Path, gpt2box: Command
+    server: Hub, volumes: Path, started: Command
 ) -> None:
     results = {}
 
     def job(name: str) -> None:
-        results[name] = gpt2box("prepare", "hub:someone/speeches", "--name", name, "--workers", "1")
+        results[name] = started("prepare", "hub:someone/speeches", "--name", name, "--workers", "1")
 
     threads = [threading.Thread(target=job, args=[name]) for name in ("a", "b")]
     for thread in threads:
