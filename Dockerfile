@@ -67,7 +67,7 @@ RUN --mount=type=bind,source=requirements,target=/requirements \
 # whenever they are read.
 FROM deps AS assets
 WORKDIR /src
-COPY gpt2box/__init__.py gpt2box/errors.py gpt2box/paths.py gpt2box/progress.py gpt2box/ranks.py gpt2box/
+COPY gpt2box/__init__.py gpt2box/errors.py gpt2box/files.py gpt2box/paths.py gpt2box/progress.py gpt2box/ranks.py gpt2box/
 COPY gpt2box/data/__init__.py gpt2box/data/assets.py gpt2box/data/
 COPY tests/data_files/tinyshakespeare.txt /opt/gpt2box/assets/
 RUN python -c "from gpt2box.data.assets import bring_all; bring_all('/opt/gpt2box/assets')"

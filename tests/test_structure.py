@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,15 @@ def test_help_imports_nothing_heavy() -> None:
         "sys.exit(bool({'torch', 'numpy', 'pydantic', 'rich'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_the_image_has_what_brings_its_texts_when_it_does(tmp_path: Path) -> None:
+    """Its stage for them copies a few modules alone, so that it is not built anew with each change of another."""
+    stage = (PACKAGE.parent / "Dockerfile").read_text().partition("AS assets\n")[2].partition("\nFROM ")[0]
+    copies = [line.split()[1:] for line in stage.splitlines() if line.startswith("COPY gpt2box/")]
+    for *files, folder in copies:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for file in files:
+            shutil.copy(PACKAGE.parent / file, tmp_path / folder)
+    done = subprocess.run([sys.executable, "-c", "import gpt2box.data.assets"], cwd=tmp_path, capture_output=True)
+    assert copies and done.returncode == 0, done.stderr
