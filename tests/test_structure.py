@@ -90,5 +90,5 @@ def test_the_image_has_what_brings_its_texts_when_it_does(tmp_path: Path) -> Non
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         for file in files:
             shutil.copy(PACKAGE.parent / file, tmp_path / folder)
-    done = subprocess.run([sys.executable, "-c", "import gpt2box.data.assets"], cwd=tmp_path, capture_output=True)
+    done = subprocess.run([sys.executable, "-S", "-c", "import gpt2box.data.assets"], cwd=tmp_path, capture_output=True)
     assert copies and done.returncode == 0, done.stderr
