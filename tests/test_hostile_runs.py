@@ -84,6 +84,13 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(run: Path, name: str) -> No
     assert code in (0, 2) and "Traceback" not in said, (code, said)
 
 
+def test_a_file_in_place_of_the_events_folder_is_said(run: Path) -> None:
+    shutil.rmtree(run / "tensorboard")
+    (run / "tensorboard").write_text("")
+    code, said = train(**MORE)
+    assert code == 78 and "tensorboard" in said and "Traceback" not in said, said
+
+
 def test_a_pipe_in_place_of_a_checkpoint_is_passed_over_and_goes(run: Path) -> None:
     shutil.rmtree(newest(run))
     os.mkfifo(newest(run))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 from gpt2box.files import parse_json, regular, write_atomically
+from gpt2box.paths import make_writable
 from gpt2box.training.weights_and_biases import Tracker
 
 WORDS = ("kind", "digest", "val_set")  # all else that a line holds is a number or nothing
@@ -39,7 +40,8 @@ class Metrics:
         self._file = open(path, "a", encoding="utf-8", opener=regular)  # noqa: SIM115, closed with the run
         from torch.utils.tensorboard.writer import SummaryWriter  # a second to import
 
-        self._events = SummaryWriter(str(path.parent / "tensorboard"), purge_step=step + 1)
+        events = make_writable(path.parent / "tensorboard")  # else a thread of its own would say so
+        self._events = SummaryWriter(str(events), purge_step=step + 1)
         self._tracker = None if wandb == "off" else Tracker(path.parent, wandb)
 
     def write(self, step: int, kind: str, **values: Any) -> None:
