@@ -48,7 +48,7 @@ from gpt2box.options import Between
 )
 @click.option(
     "--batch-size",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 10_000),
     default=1,
     show_default=True,
     help="Texts written together: faster, the same but for rounding, seen when they are done.",

@@ -146,6 +146,17 @@ def check_content(folder: Path, manifest: dict[str, Any], splits: Sequence[str] 
             str(manifest["splits"][damaged[0].removesuffix(".bin")].get("sha256")),
             f"prepare it again, or remove {folder}",
         )
+    for split in splits if "loss_on" in manifest else ():
+        if not any_counts(folder / f"{split}.mask"):
+            raise Damaged(
+                f"{folder}/{split}.mask: no token counts", "some that do", f"prepare it again: rm -r {folder}"
+            )
+
+
+def any_counts(mask: Path) -> bool:
+    """Whether a mask has a byte that is not zero."""
+    with open(mask, "rb") as file:
+        return any(block.strip(b"\0") for block in iter(lambda: file.read(1 << 20), b""))
 
 
 def described(folder: Path, encoder: Tokenizer, figures: dict[str, int]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gpt2box.data.assets import sha256_of
 from gpt2box.data.batches import counted_targets, inputs_and_targets, read_windows
 from gpt2box.data.prepare import Options, prepare, verify
 from gpt2box.data.tokenizer import Gpt2Tokenizer
@@ -141,6 +142,12 @@ def test_a_damaged_mask_is_noticed(volumes: Path, tmp_path: Path) -> None:
     (folder / "val.mask").write_bytes(mask[:-1])
     with pytest.raises(Damaged, match=r"val\.mask is missing or not of"):
         open_dataset(folder)
+    (folder / "val.mask").write_bytes(bytes(len(mask)))
+    manifest = json.loads((folder / "dataset.json").read_text())
+    manifest["splits"]["val"]["mask_sha256"] = sha256_of(folder / "val.mask")
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(Damaged, match=r"val\.mask: no token counts"):
+        verify(str(folder))
 
 
 def test_a_step_is_the_mean_over_counted_tokens_however_it_is_dealt(volumes: Path, tmp_path: Path) -> None:
