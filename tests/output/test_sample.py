@@ -132,7 +132,17 @@ def test_a_terminal_is_not_steered_by_what_is_written(run: Path, tmp_path: Path)
     settings = {**TINY, "dataset": "steering", "name": "steering", "max_steps": 1, "sample_tokens": 100}
     code, said = command("train", *options(**settings))
     assert code == 0 and "\x1b" not in said, said
-    words = [sys.executable, "-m", "gpt2box", "sample", "steering", "--prompts", str(tmp_path / "prompts.txt")]
+    words = [
+        sys.executable,
+        "-m",
+        "gpt2box",
+        "sample",
+        "steering",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--max-new-tokens",
+        "50",
+    ]
     assert b"\x1b" in subprocess.run(words, check=True, capture_output=True).stdout  # as it is, into a pipe
     terminal, end = os.openpty()
     subprocess.run(words, check=True, stdout=end, stderr=end)
