@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.errors import BadInput, Damaged, VolumeUnwritable
-from gpt2box.files import fsync_dir, read_object
+from gpt2box.files import discard, fsync_dir, read_object
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.weights import hub_config, hub_state
 from gpt2box.output.card import model_card
@@ -80,7 +79,7 @@ def publish(final: Path, write: Callable[[Path], None]) -> None:
     temporary = final.with_name(f".{final.name}.tmp")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)
+        discard(temporary)
         write(temporary)
         for path in [*temporary.rglob("*"), temporary]:  # a folder after its files
             fsync_dir(path)
@@ -90,7 +89,7 @@ def publish(final: Path, write: Callable[[Path], None]) -> None:
         found = f"cannot write {final}: {error.strerror or error}"
         raise VolumeUnwritable(found, "free space and permission", fix_hint(final.parent)) from error
     finally:
-        remove(temporary)
+        discard(temporary)
 
 
 def usual_place(folder: Path, form: str, dtype: str) -> Path:
@@ -100,14 +99,6 @@ def usual_place(folder: Path, form: str, dtype: str) -> Path:
     name = real.parents[1].name if of_run else real.name
     place = real.parents[1] / "export" if of_run else real.parent
     return place / {"huggingface": f"{name}-{dtype}", "nanogpt": f"{name}.pt", "gguf": f"{name}-{dtype}.gguf"}[form]
-
-
-def remove(path: Path) -> None:
-    """A file or a folder, where it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def write_folder(folder: Path, model: GPT2, words: Tokenizer, dtype: str, card: str) -> None:

@@ -22,13 +22,13 @@ from torch import Tensor
 from gpt2box.data.assets import sha256_of
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.errors import BadInput, Damaged, VolumeUnwritable, printable
-from gpt2box.files import fsync_dir
+from gpt2box.files import discard, fsync_dir
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import adapters
 from gpt2box.model.weights import PREFIX, copy_from_hub, hub_config, hub_view, hub_views, load_hub, stored_tensors
 from gpt2box.paths import fix_hint
 from gpt2box.progress import size
-from gpt2box.training.kept import discard, folder_name, point_to_last_and_best, recover
+from gpt2box.training.kept import folder_name, point_to_last_and_best, recover
 from gpt2box.training.lean import LeanAdamW, reset
 from gpt2box.training.shards import outline, whole
 from gpt2box.training.state import TrainState, read_state, write_state
@@ -68,8 +68,7 @@ def publish(folder: Path, files: Files, config: dict[str, Any], state: TrainStat
             os.rename(final, retired)
         os.rename(temporary, final)
         fsync_dir(folder)
-        with suppress(FileNotFoundError):
-            discard(retired)
+        discard(retired)
         point_to_last_and_best(folder, state)
     except (OSError, Damaged) as error:
         with suppress(OSError):

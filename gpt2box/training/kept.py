@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from gpt2box.errors import BadInput, Damaged, VolumeUnwritable
-from gpt2box.files import fsync_dir, read_text
+from gpt2box.files import discard, fsync_dir, read_text
 from gpt2box.paths import checkpoints, fix_hint, step_of
 from gpt2box.training.state import TrainState, check_file, parse_state, read_state
 
@@ -30,14 +30,6 @@ def recover(folder: Path) -> None:
             os.rename(path, final)
     for path in [*folder.glob(".*.tmp"), *folder.glob("step-*/.*.tmp")]:  # also of a link or of a state
         discard(path)
-
-
-def discard(path: Path) -> None:
-    """A folder with what is in it; a link alone, for someone may have moved a checkpoint to another disk."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def point_to_last_and_best(folder: Path, state: TrainState) -> None:
