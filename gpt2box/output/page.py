@@ -249,7 +249,7 @@ def path_title(path: Path) -> str:
 
 
 def excerpt(path: Path) -> str:
-    """A text, or its beginning; nothing of what only links to one, or cannot be read."""
+    """A text, or its beginning; nothing of what only links to one."""
     if path.is_symlink():
         return ""
     with open(path, encoding="utf-8", errors="replace", opener=regular) as file:
