@@ -51,17 +51,31 @@ def test_while_the_program_is_loaded(volumes: Path, number: signal.Signals) -> N
     assert ended(running, number) == "" and not (volumes / "runs").exists()
 
 
-@pytest.mark.parametrize("delay_s", [0, 0.02, 0.05, 0.1])
-def test_while_the_commands_are_loaded(delay_s: float) -> None:
-    first = "import gpt2box.__main__ as program; print('here', flush=True); program.main()"
-    running = subprocess.Popen(
-        [sys.executable, "-c", first, "--version"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert running.stdout and running.stdout.readline() == "here\n"
-    time.sleep(delay_s)
-    running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
-    assert (running.returncode, errors) in ((130, "interrupted\n"), (0, "")), errors
+INTERRUPTED = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+import gpt2box.__main__ as program
+sys.meta_path.insert(0, Interrupt())
+program.main()
+"""
+
+
+@pytest.mark.parametrize("module", ["gpt2box.cli", "click", "gpt2box.ranks"])
+def test_while_the_commands_are_loaded(module: str) -> None:
+    run = subprocess.run([sys.executable, "-c", INTERRUPTED, module], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "interrupted\n")
+
+
+def test_what_a_shell_started_to_ignore_it_goes_on() -> None:
+    ignores = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + INTERRUPTED
+    command = [sys.executable, "-c", ignores, "click", "--version"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and "click" in run.stderr, run.stderr  # it went on to its arguments
 
 
 @BOTH
