@@ -50,6 +50,21 @@ def harmless(text: str) -> str:
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def why(error: Exception) -> str:
+    """What Python, or the system, found wrong with a file, in words for whoever has that file."""
+    if isinstance(error, Gpt2boxError):
+        return error.found
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    if isinstance(error, UnicodeError):
+        return f"no text in UTF-8: {error}"
+    if isinstance(error, TypeError | AttributeError):
+        return f"another form: {error}"
+    return str(error) or type(error).__name__
+
+
 class BadInput(Gpt2boxError):
     """Bad usage, a bad setting or a bad input file."""
 

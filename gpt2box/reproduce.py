@@ -11,7 +11,7 @@ from gpt2box.data.hub_model import NAME as HUB_NAME
 from gpt2box.data.prepare import Options, prepare
 from gpt2box.data.published import pretrained_folder
 from gpt2box.data.tokens import SPLITS, open_dataset
-from gpt2box.errors import BadInput
+from gpt2box.errors import BadInput, why
 from gpt2box.files import read_json
 from gpt2box.inputs import corpus_of, has_dataset, words_for
 from gpt2box.job import run_config
@@ -60,7 +60,7 @@ def read(path: Path) -> dict[str, Any]:
             raise ValueError("no settings, dataset or sessions")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(
-            f"{path} is no manifest to reproduce a run from ({error!r})",
+            f"{path} is no manifest to reproduce a run from ({why(error)})",
             "manifest.json in a run's folder, written by this version",
             "gpt2box reproduce volumes/runs/NAME/manifest.json",
         ) from error

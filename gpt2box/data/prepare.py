@@ -24,7 +24,7 @@ from gpt2box.data.many import Choices, prepare_many
 from gpt2box.data.parts import found_parts, make_part
 from gpt2box.data.shards import usual_workers
 from gpt2box.data.tokens import SPLITS, open_dataset
-from gpt2box.errors import BadInput, Damaged
+from gpt2box.errors import BadInput, Damaged, why
 from gpt2box.paths import checked_name, dataset_dir, make_writable, raw_dir, slug, title_of
 from gpt2box.progress import say
 
@@ -304,7 +304,9 @@ def verify(name: str) -> None:
     try:
         said = summary(folder, manifest)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise Damaged(f"{folder}/dataset.json is damaged ({error!r})", "a manifest as `prepare` writes it") from error
+        raise Damaged(
+            f"{folder}/dataset.json is damaged ({why(error)})", "a manifest as `prepare` writes it"
+        ) from error
     say("\n".join([*said, "  whole: both files hash to what dataset.json says"]))
 
 

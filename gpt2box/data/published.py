@@ -8,10 +8,10 @@ from pathlib import Path
 from gpt2box.config import MODEL_SHAPES, Config
 from gpt2box.data import assets, hub_model
 from gpt2box.data.tokenizer import GPT2_ROWS, Tokenizer, of_model
-from gpt2box.errors import BadInput, Damaged
+from gpt2box.errors import BadInput, Damaged, why
 from gpt2box.files import read_json
 from gpt2box.paths import model_dir, raw_dir
-from gpt2box.planning.shape import ModelShape
+from gpt2box.planning.shape import ModelShape, sizes_of
 
 HUB_REVISIONS = {
     "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
@@ -37,8 +37,6 @@ USUAL = {
     "add_cross_attention": False,
 }
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # by the names of transformers
-
-LARGEST = {"n_layer": 1000, "n_head": 1000, "n_embd": 100_000, "block_size": 1_048_576, "vocab_size": 1_000_000}
 
 
 def pretrained_folder(init_from: str) -> Path:
@@ -161,15 +159,11 @@ def shape_in(folder: Path) -> ModelShape:
             raise BadInput(
                 f"{path}: activation_function {config['activation_function']!r}", f"one of: {', '.join(GELU)}"
             )
+        sizes = sizes_of({**config, "block_size": config["n_positions"]})
         for key, expected in USUAL.items():
-            if config.get(key, expected) not in (expected, 4 * config["n_embd"] if key == "n_inner" else expected):
+            if config.get(key, expected) not in (expected, 4 * sizes["n_embd"] if key == "n_inner" else expected):
                 raise BadInput(f"{path}: {key} {config[key]!r}", f"{expected!r}, as in the published GPT-2")
-        sizes = {key: int(config[key]) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
-        sizes["block_size"] = int(config["n_positions"])
-        too_large = [key for key, most in LARGEST.items() if sizes[key] > most]
-        if min(sizes.values()) < 1 or sizes["n_embd"] % sizes["n_head"] or too_large:
-            raise ValueError(f"no network has the sizes {sizes}")
         bias = bool(config.get("gpt2box", {}).get("bias", True))
         return ModelShape(**sizes, bias=bias, gelu=gelu)
     except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{path} is damaged ({error!r})", "a GPT-2 config as transformers writes it") from error
+        raise Damaged(f"{path} is damaged ({why(error)})", "a GPT-2 config as transformers writes it") from error

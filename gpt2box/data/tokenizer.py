@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2box.data import assets
-from gpt2box.errors import BadInput, Damaged
+from gpt2box.errors import BadInput, Damaged, why
 from gpt2box.files import read_json
 from gpt2box.paths import raw_dir
 
@@ -194,7 +194,7 @@ def load(folder: Path) -> Tokenizer:
         return _from_vocabulary(vocabulary) if is_gpt2s(folder, vocabulary, content) else BpeTokenizer(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(
-            f"{folder}: the tokenizer's files are damaged ({error!r})", "files as they were written"
+            f"{folder}: the tokenizer's files are damaged ({why(error)})", "files as they were written"
         ) from error
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from gpt2box.data import assets, tokenizer
 from gpt2box.data.corpora import CORPORA, OPENWEBTEXT
 from gpt2box.data.tokenizer import Tokenizer, Tokens
-from gpt2box.errors import BadInput, Damaged
+from gpt2box.errors import BadInput, Damaged, why
 from gpt2box.files import read_json
 from gpt2box.paths import raw_dir
 
@@ -134,7 +134,7 @@ def open_dataset(folder: Path) -> Dataset:
             raise ValueError(f"tokens {expected}, vocab_size {vocab_size!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(
-            f"{path} is damaged ({error!r})", "a manifest as `prepare` writes it", "prepare it again"
+            f"{path} is damaged ({why(error)})", "a manifest as `prepare` writes it", "prepare it again"
         ) from error
     if version != FORMAT:
         raise BadInput(f"{path} has format {version}", f"format {FORMAT}", "prepare it again with this version")

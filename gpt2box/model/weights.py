@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gpt2box.errors import BadInput, Damaged
+from gpt2box.errors import BadInput, Damaged, why
 from gpt2box.files import check_regular, read_json
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import merged, own_parameters
@@ -168,7 +168,7 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 raise ValueError("it leads out of the folder")
             files = sorted(folder / name for name in names)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Damaged(f"{index} is damaged ({error!r})") from error
+            raise Damaged(f"{index} is damaged ({why(error)})") from error
     elif any(folder.glob("*.bin")):
         raise BadInput(
             f"{folder} has pickled weights, which can run any code and are not read",

@@ -11,17 +11,15 @@ import torch
 from torch import Tensor
 
 from gpt2box.data import assets, tokenizer
-from gpt2box.data.published import LARGEST
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.errors import BadInput, Damaged, printable
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.output.export import publish, write_folder
 from gpt2box.paths import raw_dir
-from gpt2box.planning.shape import ModelShape
+from gpt2box.planning.shape import ModelShape, sizes_of
 
 GPT2_VOCABULARY = 50_257
 PADDED = 50_304  # what nanoGPT rounds it up to; the rows beyond stand for no token
-SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 COMPILED = "_orig_mod."  # before the names of a compiled model
 
 
@@ -88,15 +86,9 @@ def shape_of(sizes: dict[str, Any], gelu: str, path: Path) -> ModelShape:
         BadInput: sizes are missing, or no network's.
     """
     try:
-        if wrong := [key for key in SIZES if type(sizes[key]) is not int or not 1 <= sizes[key] <= LARGEST[key]]:
-            raise BadInput(
-                f"{path}: {wrong[0]} is {printable(repr(sizes[wrong[0]])[:80])}", f"1 to {LARGEST[wrong[0]]:,}"
-            )
-        if sizes["n_embd"] % sizes["n_head"]:
-            raise BadInput(f"{path}: n_embd {sizes['n_embd']} and n_head {sizes['n_head']}", "a multiple of n_head")
-        return ModelShape(**{key: sizes[key] for key in SIZES}, bias=sizes.get("bias") is not False, gelu=gelu)
-    except KeyError as error:
-        raise BadInput(f"{path}: model_args lacks {error}", f"{', '.join(SIZES)}") from error
+        return ModelShape(**sizes_of(sizes), bias=sizes.get("bias") is not False, gelu=gelu)
+    except ValueError as error:
+        raise BadInput(f"{path}: model_args: {printable(str(error))}", "the sizes of a GPT-2") from error
 
 
 def words_of(shape: ModelShape, text: Path | None, path: Path) -> Tokenizer:

@@ -14,7 +14,7 @@ from gpt2box.config import MODEL_SHAPES
 from gpt2box.data import hub_model
 from gpt2box.data.published import pretrained_folder, shape_in
 from gpt2box.data.tokenizer import Tokenizer, of_model, prompt_ids
-from gpt2box.errors import BadInput, Damaged, harmless_lines
+from gpt2box.errors import BadInput, Damaged, harmless_lines, why
 from gpt2box.files import parse_json
 from gpt2box.machine.device import choose_device
 from gpt2box.model.decode import Decoder
@@ -173,7 +173,7 @@ def prompts_in(path: Path) -> list[str]:
         prompts = [parse_json(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
         "".join(prompts).encode()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: {error!r}", 'a prompt a line, or in .jsonl {"prompt": "…"} a line') from error
+        raise BadInput(f"{path}: {why(error)}", 'a prompt a line, or in .jsonl {"prompt": "…"} a line') from error
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise BadInput(f"{path}: no prompts", 'a prompt a line, or in .jsonl {"prompt": "…"} a line')
     return prompts

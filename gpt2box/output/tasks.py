@@ -24,7 +24,7 @@ import torch
 from gpt2box.data import hub
 from gpt2box.data.records import UNREADABLE, kind_of, opened, parquet, unreadable
 from gpt2box.data.tokenizer import Tokenizer
-from gpt2box.errors import BadInput
+from gpt2box.errors import BadInput, why
 from gpt2box.files import parse_json
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.progress import bytes_bar
@@ -74,7 +74,7 @@ def read_task(task: str, path: Path, most: int | None) -> list[Record]:
         records = [parts_of[task](record) for record in islice(read(path), most)]
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         expected = f"the form of {ON_THE_HUB[task][0]} on the Hub"
-        raise BadInput(f"{path} is not {task}: {error!r}", expected) from error
+        raise BadInput(f"{path} is not {task}: {why(error)}", expected) from error
     if not records:
         raise BadInput(f"{path} is empty", "records")
     return records
@@ -118,7 +118,7 @@ def hellaswag_parts(record: dict[str, Any]) -> Record:
 def tidied(text: str) -> str:
     """Without the marks that WikiHow's articles left in the data."""
     text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+    return re.sub(r"\[[^\]\n]*\]", "", text).replace("  ", " ")
 
 
 def hellaswag_figures(answered: Sequence[Answered]) -> dict[str, float]:

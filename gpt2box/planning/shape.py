@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+LARGEST = {"n_layer": 1000, "n_head": 1000, "n_embd": 100_000, "block_size": 1_048_576, "vocab_size": 1_000_000}
 PAD_TO = 64  # vocabulary rows: matrix units want multiples of 64 (nanoGPT measured 50,304 against 50,257)
 
 EIGHT_BIT_BLOCK = 256  # numbers in 8 bits that share a scale of 4 bytes
@@ -51,3 +53,19 @@ class ModelShape:
     def flops_per_token(self) -> int:
         """Operations to train on one token: 6·N + 12·n_layer·n_embd·T (Chowdhery et al. 2022, appendix B)."""
         return 6 * self.parameters + 12 * self.n_layer * self.n_embd * self.block_size
+
+
+def sizes_of(values: Mapping[str, object]) -> dict[str, int]:
+    """ModelShape's sizes among what a file says of a network.
+
+    Raises:
+        ValueError: one of them is missing, or no network has it.
+    """
+    for key, most in LARGEST.items():
+        size = values.get(key)
+        if type(size) is not int or not 1 <= size <= most:
+            raise ValueError(f"{key} is {repr(size)[:80] if key in values else 'missing'}, not 1 to {most:,}")
+    sizes = {key: size for key in LARGEST if isinstance(size := values[key], int)}
+    if sizes["n_embd"] % sizes["n_head"]:
+        raise ValueError(f"n_embd {sizes['n_embd']} is no multiple of n_head {sizes['n_head']}")
+    return sizes

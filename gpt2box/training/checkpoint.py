@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gpt2box.data.assets import sha256_of
 from gpt2box.data.tokenizer import Tokenizer
-from gpt2box.errors import BadInput, Damaged, VolumeUnwritable, printable
+from gpt2box.errors import BadInput, Damaged, VolumeUnwritable, printable, why
 from gpt2box.files import discard, fsync_dir
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import adapters
@@ -79,8 +79,7 @@ def publish(folder: Path, files: Files, config: dict[str, Any], state: TrainStat
 
 def unwritable(final: Path, error: Exception, needed: int) -> VolumeUnwritable:
     """What to say where a checkpoint could not be saved."""
-    reason = getattr(error, "strerror", None) or getattr(error, "found", None) or error
-    return VolumeUnwritable(f"cannot save {final}: {reason}", f"{size(needed)} free", fix_hint(final.parent))
+    return VolumeUnwritable(f"cannot save {final}: {why(error)}", f"{size(needed)} free", fix_hint(final.parent))
 
 
 def make_folder(folder: Path) -> None:

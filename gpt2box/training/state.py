@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from gpt2box.data.assets import sha256_of
-from gpt2box.errors import BadInput, Damaged, printable
+from gpt2box.errors import BadInput, Damaged, printable, why
 from gpt2box.files import check_regular, read_json, write_atomically
 from gpt2box.training.digest import digest_of
 
@@ -116,7 +116,7 @@ def parse_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
         what = printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
         raise Damaged(f"{folder}/state.json: {what}", "a checkpoint as it was written") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{folder}: {error!r}", "a checkpoint as it was written") from error
+        raise Damaged(f"{folder}: {why(error)}", "a checkpoint as it was written") from error
     return state, files
 
 
@@ -182,4 +182,4 @@ def check_file(path: Path, bytes: int, sha256: str) -> None:
         if sha256_of(path) != sha256:
             raise Damaged(f"{path} has other content than was written", f"sha256 {sha256}")
     except OSError as error:
-        raise Damaged(f"{path}: {error!r}", "a checkpoint as it was written") from error
+        raise Damaged(f"{path}: {why(error)}", "a checkpoint as it was written") from error

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt2box.errors import Damaged
+from gpt2box.errors import Damaged, why
 from gpt2box.files import parse_json, regular
 from gpt2box.training.shards import outline, whole
 
@@ -134,5 +134,7 @@ def read_header(file: FileIO, path: Path) -> list[Entry]:
         if 8 + length + end != size:
             raise ValueError(f"{8 + length + end:,} bytes are described of {size:,}")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise Damaged(f"{path} does not hold what its header says ({error!r})", "a whole safetensors file") from error
+        raise Damaged(
+            f"{path} does not hold what its header says ({why(error)})", "a whole safetensors file"
+        ) from error
     return found

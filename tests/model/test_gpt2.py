@@ -196,6 +196,24 @@ def test_another_network_with_the_same_tensors_is_refused(tmp_path: Path) -> Non
             load_hub(tiny_model(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("n_layer", 2.5, "n_layer is 2.5"),
+        ("n_layer", True, "n_layer is True"),
+        ("n_positions", 0, "block_size is 0"),
+        ("vocab_size", 10**30, "vocab_size is 10"),
+        ("n_head", 3, "no multiple of n_head 3"),
+        ("n_embd", None, "n_embd is None"),
+    ],
+)
+def test_sizes_that_no_network_has_are_named(tmp_path: Path, key: str, value: object, said: str) -> None:
+    path = saved(tiny_model(), tmp_path) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(Damaged, match=said):
+        shape_in(path.parent)
+
+
 def test_a_shorter_context_takes_the_first_positions(tmp_path: Path) -> None:
     model = tiny_model()
     folder = saved(model, tmp_path)
