@@ -134,7 +134,7 @@ def run_in(
                 run, plan, model, optimizer, dataset, dataset.tokenizer, state, stop, sampler, pretrained, group, ways
             )
             try:
-                with stop.awaited():
+                with stop.awaited(), card_memory_named():
                     train_and_go_back(job)
             except torch.cuda.OutOfMemoryError as error:
                 raise out_of_memory(job.plan) from error

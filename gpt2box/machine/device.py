@@ -26,11 +26,16 @@ os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 SINCE_2_9 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 if not is_wsl():
     os.environ.setdefault("PYTORCH_ALLOC_CONF" if SINCE_2_9 else "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-NO_CARD_MEMORY = re.compile(r"CU(BLAS|DNN)_STATUS_ALLOC_FAILED|(CUDA error|Triton Error \[CUDA\]): out of memory")
+# As cuBLAS, cuDNN, CUDA, its driver, Triton, NCCL and a compiler that tries kernels out have it.
+NO_CARD_MEMORY = re.compile(
+    r".*(CU(BLAS|DNN)_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED when calling .?cublasCreate|"
+    r"(CUDA( driver)? error|Triton Error \[CUDA\]|OutOfMemoryError): (CUDA )?out of memory|Cuda failure .*out of memory).*"
+)
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda` or `cuda:N`.
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`; a card always with its number, as PyTorch 2.4's
+    mem_get_info and set_device want it.
 
     Raises:
         BadInput: none of these.
@@ -38,10 +43,10 @@ def choose_device(wanted: str) -> torch.device:
     """
     if not re.fullmatch(DEVICES, wanted):
         raise BadInput(f"device {wanted!r}", "auto, cpu, cuda or cuda:N")
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(wanted)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    device = torch.device("cuda", int(wanted.partition(":")[2] or 0))
+    if device.index >= torch.cuda.device_count():
         raise MachineCannot(
             f"device {wanted}: PyTorch sees {torch.cuda.device_count()} GPUs",
             "an NVIDIA GPU with its driver (nvidia-smi lists it)",
@@ -89,9 +94,10 @@ def card_memory_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError) or not NO_CARD_MEMORY.search(str(error)):
+        said = NO_CARD_MEMORY.search(str(error))
+        if isinstance(error, torch.cuda.OutOfMemoryError) or not said:
             raise
-        raise torch.cuda.OutOfMemoryError(str(error).strip().splitlines()[0]) from None
+        raise torch.cuda.OutOfMemoryError(said[0].strip()) from None
 
 
 def describe(device: torch.device) -> str:

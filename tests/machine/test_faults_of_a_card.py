@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpt2box.errors import TryAgain
-from gpt2box.machine.device import card_memory_named
+from gpt2box.machine.device import card_memory_named, choose_device
 from gpt2box.training.recovery import machine_fault
 
 ASYNC = """
@@ -46,6 +46,14 @@ def test_a_card_that_failed_is_said(tmp_path: Path, said: str, tail: str) -> Non
     assert isinstance(fault, TryAgain) and fault.found == f"the GPU failed in step 5: {said.splitlines()[0]}"
 
 
+@pytest.mark.parametrize(("wanted", "number"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_card_has_its_number(wanted: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mem_get_info and set_device of PyTorch 2.4 refuse a device without."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device(wanted) == torch.device("cuda", number)
+
+
 @pytest.mark.parametrize("tail", [ASYNC, ADVICE])
 @pytest.mark.parametrize(
     "said", ["out of memory", "invalid argument", "no kernel image is available for execution on the device"]
@@ -60,10 +68,15 @@ def test_what_is_no_failure_of_the_card_is_not_called_one(tmp_path: Path, said: 
         "CUDA error: out of memory" + ADVICE,
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "Triton Error [CUDA]: out of memory",
+        "CUDA driver error: out of memory",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB",
+        "NCCL error in: ../NCCLUtils.hpp:268, unhandled cuda error, NCCL version 2.20.5\n"
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'",
     ],
 )
 def test_memory_that_a_library_misses_is_memory_that_ran_out(said: str) -> None:
-    with pytest.raises(torch.cuda.OutOfMemoryError, match=r"ALLOC_FAILED|out of memory"), card_memory_named():
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=r"ALLOC_FAILED|cublasCreate|out of memory"), card_memory_named():
         raise RuntimeError(said)
     for other in (RuntimeError("CUDA error: invalid argument"), torch.cuda.OutOfMemoryError("CUDA out of memory.")):
         with pytest.raises(type(other)) as raised, card_memory_named():
