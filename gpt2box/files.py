@@ -9,12 +9,13 @@ import os
 import shutil
 import stat
 import time
+import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gpt2box.errors import BadInput
+from gpt2box.errors import BadInput, VolumeUnwritable
 
 
 def regular(path: str | Path, flags: int) -> int:
@@ -106,8 +107,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file; the system frees it with the process, however that ends.
+def locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file; the system frees it with the process, however that ends. `wait`: until another has done.
 
     Raises:
         BadInput: another process holds it.
@@ -115,7 +116,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             time.sleep(0.1)  # it may have been is_locked, which holds it for an instant
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -169,16 +170,84 @@ def discard(path: Path) -> None:
 def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:
     """Replace `path` with a text, its parts, or bytes; a reader or a crash sees the old content or the new, never half.
 
-    A link that lies there is replaced, not followed.
+    A link that lies there is replaced, not followed. Processes that write one path do so one after the other.
+
+    Raises:
+        BadInput: a pipe, a socket or a device lies there.
+        OSError: nothing was replaced, and nothing is left.
     """
+    if is_odd(path):
+        raise BadInput(f"{path} is no file", "a file, or nothing, where one is to be written")
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    with open(temporary, "xb") as file:
-        if isinstance(content, bytes):
-            file.write(content)
-        else:
-            file.writelines(part.encode("utf-8") for part in ([content] if isinstance(content, str) else content))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with open(temporary, "wb", opener=alone) as file:
+        try:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                file.writelines(part.encode("utf-8") for part in ([content] if isinstance(content, str) else content))
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
     fsync_dir(path.parent)
+
+
+def is_odd(path: Path) -> bool:
+    """Whether what lies there is a pipe, a socket or a device, which is not to be replaced."""
+    mode = path.lstat().st_mode if os.path.lexists(path) else stat.S_IFREG
+    return not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode))
+
+
+def alone(name: str, flags: int) -> int:
+    """For open(): a file that no other process writes meanwhile; what a killed one left there is begun anew."""
+    path = Path(name)
+    for _ in range(100):
+        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+            path.unlink(missing_ok=True)
+        descriptor = os.open(path, (flags & ~os.O_TRUNC) | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(descriptor), path.lstat()):
+                os.ftruncate(descriptor, 0)
+                return descriptor
+        except FileNotFoundError:
+            pass  # the one before has given it its name
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    raise OSError(errno.EAGAIN, "other processes write it, one after the other", name)
+
+
+def mark(lock: Path) -> str:
+    """Write a word into a lock file that is held, by which to know it again (`check_mark`)."""
+    word = uuid.uuid4().hex
+    with open(lock, "w", encoding="utf-8", opener=regular) as file:
+        file.write(word)
+    return word
+
+
+def check_mark(lock: Path, word: str) -> None:
+    """Before something is written or removed beside a lock file that this process holds: whether it still lies there.
+
+    The folder may have been removed, or another disk mounted over it, and have another owner by now. Not by the file's
+    number: some network file systems change it.
+
+    Raises:
+        VolumeUnwritable: another lies there, or none.
+    """
+    if not word:
+        return  # nothing is held
+    try:
+        same = read_text(lock) == word
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        raise VolumeUnwritable(
+            f"{lock.parent} is {'not the folder any more that this began in' if lock.parent.is_dir() else 'gone'}",
+            "that folder until the end",
+            "put it back, or mount its disk again; the same command then goes on from its last checkpoint",
+        )

@@ -37,7 +37,7 @@ from gpt2box.progress import duration, kept_log, say, size
 from gpt2box.ranks import ALONE
 from gpt2box.run_records import checked_allowance, say_what_may_change_bits, write_records
 from gpt2box.sessions import session_of
-from gpt2box.start import begin, bring_dataset, take
+from gpt2box.start import begin, bring_dataset, take, unchanged
 from gpt2box.stop import StopRequest
 from gpt2box.training import checkpoint, kept, weights_and_biases
 from gpt2box.training.display import Display
@@ -103,7 +103,7 @@ def run_in(
         return evaluate_only(config, plan, dataset, weights) if group.first else None
     run = run_dir(config.name)
     with ExitStack() as held:
-        group.from_first(lambda: take(config, run, held))
+        mark = group.from_first(lambda: take(config, run, held))
         describe_plan(config, plan, place.name)
         found, changed = group.from_first(lambda: begin(config, dataset, run, allow))
         state = found[1] if found else TrainState()
@@ -133,6 +133,7 @@ def run_in(
             job = Job(
                 run, plan, model, optimizer, dataset, dataset.tokenizer, state, stop, sampler, pretrained, group, ways
             )
+            job.mark, job.check_dataset = mark, unchanged(dataset)
             try:
                 with stop.awaited(), card_memory_named():
                     train_and_go_back(job)

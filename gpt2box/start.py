@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from gpt2box.data.folder import check_content
 from gpt2box.data.tokenizer import prompt_ids
 from gpt2box.data.tokens import SPLITS, Dataset, open_dataset
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.files import locked, read_object, whole
+from gpt2box.files import locked, mark, read_object, whole
 from gpt2box.inputs import bring, has_dataset
 from gpt2box.paths import dataset_dir, make_writable, shown
 from gpt2box.progress import kept_log, say, size
@@ -52,11 +52,12 @@ WORTH_A_WORD = 1 << 30  # bytes: a second or more
 Found = tuple[Path, TrainState, list[Damaged]]
 
 
-def take(config: Config, run: Path, held: ExitStack) -> None:
-    """Take the run's lock and keep its log, as long as `held` is."""
+def take(config: Config, run: Path, held: ExitStack) -> str:
+    """Take the run's lock and keep its log, as long as `held` is; returns the lock's mark."""
     make_writable(run)
     held.enter_context(locked(run / ".lock", f"the run {config.name} is being trained"))
     held.enter_context(kept_log(run / "log.txt"))
+    return mark(run / ".lock")
 
 
 def begin(config: Config, dataset: Dataset, run: Path, allow: Sequence[str]) -> tuple[Found | None, dict[str, Any]]:
@@ -86,6 +87,31 @@ def check_dataset(dataset: Dataset) -> None:
     if dataset.manifest and size_bytes > WORTH_A_WORD:
         say(f"comparing {size(size_bytes)} of tokens with their checksums")
     check_content(dataset.folder, dataset.manifest)
+
+
+def unchanged(dataset: Dataset) -> Callable[[], None]:
+    """What looks, while a run goes on, whether the dataset is still the one that it began with.
+
+    Raises:
+        Damaged: its files were touched, and are not what they were.
+    """
+    known = stamps_of(dataset)
+
+    def check() -> None:
+        nonlocal known
+        now = stamps_of(dataset)
+        if now == known:
+            return
+        if not dataset.manifest or not now:
+            raise Damaged(
+                f"the dataset {dataset.folder} was changed or removed while the run trained",
+                "the same tokens until the end",
+                "put it back; the same command then goes on from the last checkpoint",
+            )
+        check_content(dataset.folder, dataset.manifest)
+        known = now
+
+    return check
 
 
 def check_none_lost(run: Path) -> None:

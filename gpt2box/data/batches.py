@@ -14,6 +14,7 @@ import hashlib
 import queue
 import threading
 from collections.abc import Generator
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 
@@ -110,6 +111,18 @@ def read_windows(file: TokenFile, starts: list[int], block_size: int, vocab_size
     return torch.from_numpy(windows)
 
 
+def page_locked(batch: torch.Tensor) -> torch.Tensor:
+    """The batch in page-locked memory, or as it is where the system has none left: WSL2 has half a GiB, or one.
+
+    Not verified on a GPU. That lack is said as the card's own ("CUDA error: out of memory"), and has nothing to do
+    with it.
+    """
+    try:
+        return batch.pin_memory()
+    except RuntimeError:
+        return batch
+
+
 def upload(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The batch on the device. From page-locked memory the copy runs beside what the device has to do, unwaited for.
 
@@ -167,18 +180,16 @@ def micro_batches(
                 continue
 
     def read_ahead() -> None:
-        file = TokenFile(path)
         sequence = first_sequence
         try:
-            while not stop.is_set():
-                starts = [windows.start(sequence + i) for i in range(micro_batch_size)]
-                batch = read_windows(file, starts, windows.block_size, vocab_size)
-                put(batch.pin_memory() if pin else batch)
-                sequence += micro_batch_size * ranks
+            with closing(TokenFile(path)) as file:
+                while not stop.is_set():
+                    starts = [windows.start(sequence + i) for i in range(micro_batch_size)]
+                    batch = read_windows(file, starts, windows.block_size, vocab_size)
+                    put(page_locked(batch) if pin else batch)
+                    sequence += micro_batch_size * ranks
         except BaseException as error:  # handed over, not lost with the thread
             put(error)
-        finally:
-            file.close()
 
     thread = threading.Thread(target=read_ahead, name="batches", daemon=True)
     thread.start()

@@ -29,7 +29,8 @@ if not is_wsl():
 # As cuBLAS, cuDNN, CUDA, its driver, Triton, NCCL and a compiler that tries kernels out have it.
 NO_CARD_MEMORY = re.compile(
     r".*(CU(BLAS|DNN)_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED when calling .?cublasCreate|"
-    r"(CUDA( driver)? error|Triton Error \[CUDA\]|OutOfMemoryError): (CUDA )?out of memory|Cuda failure .*out of memory).*"
+    r"(CUDA( driver)? error|Triton Error \[CUDA\]|OutOfMemoryError): (CUDA )?out of memory|"
+    r"Cuda failure .*out of memory).*"
 )
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from torch import Tensor
 from gpt2box.data.assets import sha256_of
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.errors import BadInput, Damaged, VolumeUnwritable, printable, why
-from gpt2box.files import discard, fsync_dir
+from gpt2box.files import check_mark, discard, fsync_dir, locked
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import adapters
 from gpt2box.model.weights import PREFIX, copy_from_hub, hub_config, hub_view, hub_views, load_hub, stored_tensors
 from gpt2box.paths import fix_hint
 from gpt2box.progress import size
+from gpt2box.ranks import ranks
 from gpt2box.training.kept import folder_name, point_to_last_and_best, recover
 from gpt2box.training.lean import LeanAdamW, reset
 from gpt2box.training.shards import outline, whole
@@ -48,8 +49,12 @@ def save(folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: Tra
     return publish(folder, files, config, state, tokenizer)
 
 
-def publish(folder: Path, files: Files, config: dict[str, Any], state: TrainState, tokenizer: Tokenizer) -> Path:
+def publish(
+    folder: Path, files: Files, config: dict[str, Any], state: TrainState, tokenizer: Tokenizer, mark: str = ""
+) -> Path:
     """Write a checkpoint, read it back, and only then give it its name; point `last` at it, `best` if it is the best.
+
+    `mark`: of the run's lock; where another lies there by now, nothing in the folder is touched any more.
 
     Raises:
         VolumeUnwritable: no space, no permission, or what is read back is not what was written. Earlier checkpoints are
@@ -58,28 +63,51 @@ def publish(folder: Path, files: Files, config: dict[str, Any], state: TrainStat
     final = folder / folder_name(state.step)
     temporary = folder / f".{final.name}.tmp"
     retired = folder / f".{final.name}.old"
-    try:
-        make_folder(folder)
-        recover(folder)
-        temporary.mkdir()
-        write_into(temporary, files, config, state, tokenizer)
-        read_state(temporary)
-        if final.exists():  # the same step once more, after its evaluation
-            os.rename(final, retired)
-        os.rename(temporary, final)
-        fsync_dir(folder)
-        discard(retired)
-        point_to_last_and_best(folder, state)
-    except (OSError, Damaged) as error:
-        with suppress(OSError):
+    lock = folder.parent / ".lock"
+    check_mark(lock, mark)
+    with turn(folder):
+        try:
+            make_folder(folder)
             recover(folder)
-        raise unwritable(final, error, bytes_of(files)) from error
+            temporary.mkdir()
+            write_into(temporary, files, config, state, tokenizer)
+            read_state(temporary)
+            check_mark(lock, mark)
+            if final.exists():  # the same step once more, after its evaluation
+                os.rename(final, retired)
+            os.rename(temporary, final)
+            fsync_dir(folder)
+            discard(retired)
+            point_to_last_and_best(folder, state)
+        except (OSError, Damaged) as error:
+            check_mark(lock, mark)
+            with suppress(OSError):
+                recover(folder)
+            raise unwritable(final, error, bytes_of(files)) from error
     return final
+
+
+@contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """Of several ranks whose memory runs out, each saves, and would tidy up what another writes."""
+    if ranks().count == 1:
+        yield
+        return
+    with locked(folder.parent / ".saving.lock", "a checkpoint is written", wait=True):
+        yield
 
 
 def unwritable(final: Path, error: Exception, needed: int) -> VolumeUnwritable:
     """What to say where a checkpoint could not be saved."""
-    return VolumeUnwritable(f"cannot save {final}: {why(error)}", f"{size(needed)} free", fix_hint(final.parent))
+    code = getattr(error, "errno", None)
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        expected, next_step = "permission to write", fix_hint(final.parent)
+    elif code in (errno.ENOSPC, errno.EDQUOT):
+        expected, next_step = f"{size(needed)} free", "make room; the same command goes on from the last checkpoint"
+    else:
+        expected = "a disk that takes what is written, and gives it back"
+        next_step = "the system's log may say more; the same command goes on from the last checkpoint"
+    return VolumeUnwritable(f"cannot save {final}: {why(error)}", expected, next_step)
 
 
 def make_folder(folder: Path) -> None:

@@ -22,6 +22,7 @@ from gpt2box.data.batches import (
 )
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.data.tokens import Dataset
+from gpt2box.errors import Gpt2boxError
 from gpt2box.machine.device import card_memory_named, peak_memory_bytes
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.choose import Option
@@ -38,7 +39,7 @@ from gpt2box.training.metrics import Interval, Metrics, finite_or_none
 from gpt2box.training.network import through_compiler
 from gpt2box.training.optim import GuardedStep, Optimizer, learning_rate, make_update
 from gpt2box.training.recovery import HalfDoneStep, TooManyBad
-from gpt2box.training.saver import Companion, Saver
+from gpt2box.training.saver import Companion, Saver, Snapshot
 from gpt2box.training.state import TrainState
 from gpt2box.training.validation import autocast, evaluate
 
@@ -64,6 +65,9 @@ class Job:
     left: list[Option] = field(default_factory=list)  # the ways that were given up, the first at the beginning
     retry_steps: int = 0  # until the way before is tried again
     retry_at: int = 0
+    mark: str = ""  # of the run's lock (files.check_mark), where it has one
+    check_dataset: Callable[[], None] = lambda: None  # whether it is still what the run began with
+    snapshot: Snapshot | None = None  # room for a checkpoint's copy, kept over returns to one
 
 
 def train(job: Job) -> None:
@@ -82,12 +86,13 @@ def train(job: Job) -> None:
     job.model.train()
     compiled = job.plan.compile and not job.plan.shard  # else its blocks are, each by itself
     forward = job.group.parallel(job.model, through_compiler(job.model) if compiled else job.model)
-    metrics, display = open_displays(job)
-    saver = open_saver(job, display)
     # LeanAdamW's step may break off half-way: then one must be there to go back to (several ranks end).
     saved_step = -1 if isinstance(job.optimizer, LeanAdamW) and job.group.alone and state.step == 0 else state.step
     saved_at = time.monotonic()
-    with ExitStack() as stack, closing(metrics), closing(display), closing(saver):
+    with ExitStack() as stack:
+        display = stack.enter_context(closing(open_display(job)))
+        metrics = stack.enter_context(closing(open_metrics(job, display)))
+        saver = stack.enter_context(closing(open_saver(job, display)))
         rehearse(job, forward, display)
         note_way(job, display)
         plan = job.plan
@@ -164,7 +169,10 @@ def open_saver(job: Job, display: Display) -> Saver:
     """What writes checkpoints; of other ranks than the first, nothing, or what hands it their rows."""
     if not job.group.first:
         return cast(Saver, Companion(job.model, job.optimizer) if job.plan.shard else Silence())
-    return Saver(job.run / "checkpoints", job.model, job.optimizer, job.tokenizer, job.plan, display.line)
+    folder = job.run / "checkpoints"
+    saver = Saver(folder, job.model, job.optimizer, job.tokenizer, job.plan, display.line, job.mark, job.snapshot)
+    job.snapshot = saver.snapshot
+    return saver
 
 
 def save_in_need(job: Job, saver: Saver) -> None:
@@ -176,12 +184,14 @@ def save_in_need(job: Job, saver: Saver) -> None:
     if job.plan.shard:
         return
     if not job.group.first and (job.run / "plan.json").exists():
-        checkpoint.save(job.run / "checkpoints", job.model, job.optimizer, job.state, job.tokenizer)
+        with suppress(Gpt2boxError):  # what ends the run is that memory ran out
+            checkpoint.save(job.run / "checkpoints", job.model, job.optimizer, job.state, job.tokenizer)
     saver.save(job.state)
 
 
 def open_batches(job: Job) -> Generator[Tensor, None, None]:
     """The micro-batches from the present step on."""
+    job.check_dataset()
     plan = job.plan
     windows = TrainWindows(job.dataset.tokens("train"), plan.shape.block_size, plan.seed)
     return micro_batches(
@@ -195,13 +205,18 @@ def open_batches(job: Job) -> Generator[Tensor, None, None]:
     )
 
 
-def open_displays(job: Job) -> tuple[Metrics, Display]:
-    """Where the run's figures go; those of other ranks than the first, nowhere."""
+def open_display(job: Job) -> Display:
+    """Where the run's progress is shown; that of other ranks than the first, nowhere."""
+    return Display(job.run.name, job.state.step, job.plan) if job.group.first else cast(Display, Silence())
+
+
+def open_metrics(job: Job, display: Display) -> Metrics:
+    """Where the run's figures go."""
     if not job.group.first:
-        return cast(Metrics, Silence()), cast(Display, Silence())
+        return cast(Metrics, Silence())
     state, echo = job.state, job.plan.log_format == "json"
-    metrics = Metrics(job.run / "metrics.jsonl", state.step, state.evaluated_step, echo, job.plan.wandb)
-    return metrics, Display(job.run.name, state.step, job.plan)
+    path = job.run / "metrics.jsonl"
+    return Metrics(path, state.step, state.evaluated_step, echo, job.plan.wandb, display.line)
 
 
 @card_memory_named()
@@ -304,6 +319,7 @@ def evaluation_due(job: Job) -> bool:
 def evaluate_and_note(job: Job, metrics: Metrics, display: Display) -> bool:
     """Evaluate, update the state's best, write metrics and a sample; returns whether it is the best so far."""
     state, plan = job.state, job.plan
+    job.check_dataset()
     val_loss, val_set = evaluate(job.model, job.dataset, plan, job.group)
     improved = math.isfinite(val_loss) and (state.best_val_loss is None or val_loss < state.best_val_loss)
     state.evaluated_step, state.val_loss = state.step, val_loss

@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.utils.tensorboard.writer import SummaryWriter
 
+from gpt2box.errors import why
 from gpt2box.files import parse_json, regular, write_atomically
 from gpt2box.paths import make_writable
+from gpt2box.progress import say
 from gpt2box.training.weights_and_biases import Tracker
 
 WORDS = ("kind", "digest", "val_set")  # all else that a line holds is a number or nothing
@@ -31,17 +35,27 @@ class Metrics:
     """Appends to metrics.jsonl; begins by dropping lines from steps that will be done again, and a torn last line.
 
     Every number goes to TensorBoard's events beside it, too, under the same name. With `echo` each line is also
-    written to standard output; with `wandb` other than "off" the numbers go to Weights & Biases, as well.
+    written to standard output; with `wandb` other than "off" the numbers go to Weights & Biases, as well. A run does
+    not end for the events: where they cannot be written it is said, by `line`, and there are no more of them.
     """
 
-    def __init__(self, path: Path, step: int, evaluated_step: int, echo: bool = False, wandb: str = "off") -> None:
-        self._echo = echo
+    def __init__(
+        self,
+        path: Path,
+        step: int,
+        evaluated_step: int,
+        echo: bool = False,
+        wandb: str = "off",
+        line: Callable[[str], None] = say,
+    ) -> None:
+        self._echo, self._line = echo, line
         drop_later(path, step, evaluated_step)
         self._file = open(path, "a", encoding="utf-8", opener=regular)  # noqa: SIM115, closed with the run
         from torch.utils.tensorboard.writer import SummaryWriter  # a second to import
 
         events = make_writable(path.parent / "tensorboard")  # else a thread of its own would say so
-        self._events = SummaryWriter(str(events), purge_step=step + 1)
+        threading.excepthook = quiet_about_events
+        self._events: SummaryWriter | None = SummaryWriter(str(events), purge_step=step + 1)
         self._tracker = None if wandb == "off" else Tracker(path.parent, wandb)
 
     def write(self, step: int, kind: str, **values: Any) -> None:
@@ -56,16 +70,35 @@ class Metrics:
             for name, value in values.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
-        for name, value in numbers.items():
-            self._events.add_scalar(name, value, step)
+
+        def add(events: SummaryWriter) -> None:
+            for name, value in numbers.items():
+                events.add_scalar(name, value, step)
+
+        self._have_events(add)
         if self._tracker is not None:
             self._tracker.log(step, numbers)
 
     def close(self) -> None:
         self._file.close()
-        self._events.close()
+        self._have_events(lambda events: events.close())
         if self._tracker is not None:
             self._tracker.close()
+
+    def _have_events(self, do: Callable[[SummaryWriter], object]) -> None:
+        if self._events is None:
+            return
+        try:
+            do(self._events)
+        except Exception as error:  # what its thread met: a full disk, a folder that is gone
+            self._events = None
+            self._line(f"no more events for TensorBoard: {why(error)}")
+
+
+def quiet_about_events(arguments: threading.ExceptHookArgs) -> None:
+    """For threading.excepthook: what TensorBoard's thread meets its caller raises; it need not print it as well."""
+    if not type(arguments.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(arguments)
 
 
 def drop_later(path: Path, step: int, evaluated_step: int) -> None:

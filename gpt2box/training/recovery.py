@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2box.errors import BadInput, Damaged, Gpt2boxError, MachineCannot, TryAgain, VolumeUnwritable
+from gpt2box.files import check_mark
 from gpt2box.machine.host import memory_ran_out
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.paths import checkpoints, shown, step_of
@@ -69,6 +70,7 @@ def back_to_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState]:
         BadInput: there is none, or it and the one before were gone back to MOST_ROLLBACKS times.
         VolumeUnwritable: its state cannot be written.
     """
+    check_mark(job.run / ".lock", job.mark)
     folder, state, past = newest_good(job, trouble)
     left_out = trouble.step + job.state.data_step - job.state.step - state.data_step
     state.rollbacks.append(Rollback(state.step, left_out, past))
@@ -169,13 +171,11 @@ def machine_fault(error: BaseException, job: Job) -> Gpt2boxError | None:
     """
     text = str(error)
     if isinstance(error, OSError):
-        if job.run.is_dir():
-            return None  # cli.py knows what disks say
-        return VolumeUnwritable(
-            f"{job.run} is gone",
-            "the folder that the run began in",
-            "mount its disk again; the same command then goes on from its last checkpoint",
-        )
+        try:
+            check_mark(job.run / ".lock", job.mark)
+        except VolumeUnwritable as fault:
+            return fault
+        return None  # cli.py knows what disks say
     last = job.run / "checkpoints" / "last"
     resumes = f"from {shown(last.resolve())}" if last.exists() else "from the beginning"
     if memory_ran_out(error):

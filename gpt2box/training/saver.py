@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gpt2box.data.tokenizer import Tokenizer
-from gpt2box.errors import Gpt2boxError
+from gpt2box.files import check_mark
 from gpt2box.machine.host import memory_bytes
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planning.plan import RunPlan
@@ -132,18 +132,23 @@ class Saver:
         tokenizer: Tokenizer,
         plan: RunPlan,
         say: Callable[[str], None],
+        mark: str = "",
+        snapshot: Snapshot | None = None,
     ) -> None:
+        """`mark`: of the run's lock, where it has one; `snapshot`: that of a saver before, of the same tensors."""
         self.folder, self.model, self.optimizer, self.tokenizer, self.plan = folder, model, optimizer, tokenizer, plan
-        self._say = say
+        self._say, self._mark = say, mark
         self._writer: Thread | None = None
         self._fault: BaseException | None = None
-        self._snapshot: Snapshot | None = None
+        self.snapshot = snapshot
+        if snapshot:
+            return
         needed = checkpoint.checkpoint_bytes(model, optimizer, TrainState(optimizer_steps=1))
         if memory_bytes()[1] < needed + needed // 4 + SPARE_BYTES:
             self._without_snapshot(needed)
         else:
             files = checkpoint.contents(model, optimizer, TrainState(optimizer_steps=1))
-            self._snapshot = Snapshot(files, pin=torch.device(plan.device).type == "cuda")
+            self.snapshot = Snapshot(files, pin=torch.device(plan.device).type == "cuda")
 
     def save(self, state: TrainState) -> None:
         """Save a checkpoint of what is there now, and remove those that are not kept; waits for the one before.
@@ -152,17 +157,18 @@ class Saver:
             VolumeUnwritable: no space for this one; or what befell the one before.
         """
         self.finish()
+        check_mark(self.folder.parent / ".lock", self._mark)
         needed = checkpoint.checkpoint_bytes(self.model, self.optimizer, state)
         checkpoint.check_space(self.folder, needed, state.step)
         files = checkpoint.contents(self.model, self.optimizer, state)
         config = checkpoint.config_of(self.model, self.tokenizer)
         state = replace(state, rollbacks=list(state.rollbacks))
-        if self._snapshot:
+        if self.snapshot:
             try:
-                files = self._snapshot.take(files)
+                files = self.snapshot.take(files)
             except MemoryError:
                 self._without_snapshot(needed)
-        if not self._snapshot:
+        if not self.snapshot:
             return self._publish(files, config, state)
         self._writer = Thread(target=self._write, args=(files, config, state), name="saver", daemon=True)
         self._writer.start()
@@ -192,8 +198,8 @@ class Saver:
         """The same where another failure is on its way already: this one is only said."""
         try:
             self.finish()
-        except Gpt2boxError as fault:
-            self._say(str(fault))
+        except Exception as fault:
+            self._say(str(fault) or type(fault).__name__)
 
     def _write(self, files: Files, config: dict[str, object], state: TrainState) -> None:
         try:
@@ -202,10 +208,11 @@ class Saver:
             self._fault = fault
 
     def _publish(self, files: Files, config: dict[str, object], state: TrainState) -> None:
-        checkpoint.publish(self.folder, files, config, state, self.tokenizer)
+        checkpoint.publish(self.folder, files, config, state, self.tokenizer, self._mark)
+        check_mark(self.folder.parent / ".lock", self._mark)
         kept.prune(self.folder, self.plan.keep_last, state, self.plan.save_interval)
 
     def _without_snapshot(self, needed: int) -> None:
-        self._snapshot = None
+        self.snapshot = None
         free = memory_bytes()[1]
         self._say(f"checkpoints are written while training waits: a copy takes {size(needed)}, {size(free)} are free")

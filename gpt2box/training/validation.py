@@ -6,7 +6,14 @@ from contextlib import AbstractContextManager, closing, suppress
 
 import torch
 
-from gpt2box.data.batches import counted_targets, inputs_and_targets, read_windows, upload, val_window_starts
+from gpt2box.data.batches import (
+    counted_targets,
+    inputs_and_targets,
+    page_locked,
+    read_windows,
+    upload,
+    val_window_starts,
+)
 from gpt2box.data.tokens import Dataset, TokenFile
 from gpt2box.machine.device import card_memory_named
 from gpt2box.model.gpt2 import GPT2
@@ -37,7 +44,7 @@ def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan, group: Group) -> tupl
             chosen = [int(start) for start in starts[begin : begin + count]]
             batch = read_windows(file, chosen or [int(windows[0])], plan.shape.block_size, plan.shape.vocab_size)
             # The device works on the windows before while these are read: nothing here waits for it.
-            inputs, targets = inputs_and_targets(upload(batch.pin_memory() if device.type == "cuda" else batch, device))
+            inputs, targets = inputs_and_targets(upload(page_locked(batch) if device.type == "cuda" else batch, device))
             loss = None
             halves = [torch.cuda.OutOfMemoryError] if count > 1 and not is_split(model) else []
             with suppress(*halves), card_memory_named():

@@ -76,7 +76,8 @@ def test_what_is_no_failure_of_the_card_is_not_called_one(tmp_path: Path, said: 
     ],
 )
 def test_memory_that_a_library_misses_is_memory_that_ran_out(said: str) -> None:
-    with pytest.raises(torch.cuda.OutOfMemoryError, match=r"ALLOC_FAILED|cublasCreate|out of memory"), card_memory_named():
+    said_so = r"ALLOC_FAILED|cublasCreate|out of memory"
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=said_so), card_memory_named():
         raise RuntimeError(said)
     for other in (RuntimeError("CUDA error: invalid argument"), torch.cuda.OutOfMemoryError("CUDA out of memory.")):
         with pytest.raises(type(other)) as raised, card_memory_named():
