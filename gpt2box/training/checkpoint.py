@@ -36,8 +36,6 @@ from gpt2box.training.state import TrainState, read_state, write_state
 from gpt2box.training.tensor_file import Tensors, read_tensors, write_tensors
 
 ADAPTERS = "adapters.safetensors"
-AVERAGE = "exp_avg"  # what every optimizer keeps of every parameter
-
 
 Files = dict[str, Tensors]  # tensors by the name of their file
 
@@ -104,6 +102,8 @@ def unwritable(final: Path, error: Exception, needed: int) -> VolumeUnwritable:
         expected, next_step = "permission to write", fix_hint(final.parent)
     elif code in (errno.ENOSPC, errno.EDQUOT):
         expected, next_step = f"{size(needed)} free", "make room; the same command goes on from the last checkpoint"
+    elif code == errno.EFBIG:
+        expected, next_step = f"files of up to {size(needed)}", "see ulimit -f; a disk with FAT has none above 4 GiB"
     else:
         expected = "a disk that takes what is written, and gives it back"
         next_step = "the system's log may say more; the same command goes on from the last checkpoint"

@@ -284,8 +284,7 @@ def log(
         "digest": checksum(job.model, job.optimizer),
     }
     metrics.write(state.step, "train", **row)
-    left = (plan.max_steps - state.step) * plan.tokens_per_step / tokens_per_sec
-    display.train(state.step, row, left)
+    display.train(state.step, row, (plan.max_steps - state.step) * interval.step_seconds())
 
 
 def check_bad_steps(job: Job, update: Update) -> None:

@@ -14,6 +14,7 @@ import json
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,6 +157,7 @@ class Interval:
     def __init__(self) -> None:
         self._loss: Tensor | float = 0.0
         self._steps = 0
+        self._recent: deque[tuple[int, float]] = deque(maxlen=20)  # intervals
         self._begun = time.monotonic()
 
     def add(self, loss: Tensor) -> None:
@@ -171,7 +173,12 @@ class Interval:
         loss = float(self._loss) / max(steps, 1)
         seconds = time.monotonic() - self._begun
         self._loss, self._steps, self._begun = 0.0, 0, time.monotonic()
+        self._recent.append((steps, seconds))
         return loss, steps, seconds
+
+    def step_seconds(self) -> float:
+        """Of a step, over the last intervals: what other programs do to one of them does not move the time left."""
+        return sum(seconds for _, seconds in self._recent) / max(sum(steps for steps, _ in self._recent), 1)
 
 
 def finite_or_none(value: float) -> float | None:
