@@ -101,6 +101,13 @@ def train(job: Job) -> None:
         interval = Interval()
         stack.callback(lambda: batches.close())
         stack.callback(lambda: update.close())
+
+        def save() -> None:
+            nonlocal saved_step, saved_at
+            check_bad_steps(job, update)
+            saver.save(state)
+            saved_step, saved_at = state.step, time.monotonic()
+
         while True:
             begun = time.monotonic()
             saver.check()
@@ -117,9 +124,7 @@ def train(job: Job) -> None:
             over = agreed.stop or state.step >= plan.max_steps or state.stopped_early
             new = state.step != saved_step and (over or agreed.late or state.step % plan.save_interval == 0)
             if new or (improved and (state.step > 0 or job.pretrained)):
-                check_bad_steps(job, update)
-                saver.save(state)
-                saved_step, saved_at = state.step, time.monotonic()
+                save()
             if over:
                 agreed.settle()
                 saver.finish()
@@ -144,12 +149,8 @@ def train(job: Job) -> None:
                 state.step += 1
                 interval.add(loss)
             if done is not None and job.left and state.step >= job.retry_at:
-                if (
-                    isinstance(job.optimizer, LeanAdamW) and state.step != saved_step
-                ):  # if it fails half-way, back to here
-                    check_bad_steps(job, update)
-                    saver.save(state)
-                    saved_step = state.step
+                if isinstance(job.optimizer, LeanAdamW) and state.step != saved_step:
+                    save()  # if it fails half-way, back to here
                 step_up(job, display)
             if plan is not job.plan:
                 plan = job.plan
