@@ -16,7 +16,7 @@ from gpt2box.data import assets, tokenizer
 from gpt2box.data.corpora import CORPORA, OPENWEBTEXT
 from gpt2box.data.tokenizer import Tokenizer, Tokens
 from gpt2box.errors import BadInput, Damaged, why
-from gpt2box.files import read_json
+from gpt2box.files import read_json, regular
 from gpt2box.paths import raw_dir
 
 FORMAT = 1
@@ -56,18 +56,28 @@ class Dataset:
 
 
 class TokenFile:
-    """Random access to a .bin file, and to the .mask file beside it where there is one. Thread-safe.
+    """Random access to a .bin file, and to the .mask file beside it where the manifest there has one. Thread-safe.
 
     Read with pread and not through a memory map: a map's pages count as the process's memory as it
     walks through the file (nanoGPT's issue 287); the page cache serves both alike.
+
+    Raises:
+        Damaged: see manifest_in; or there is no mask where there should be one.
     """
 
     def __init__(self, path: Path) -> None:
+        masked = "loss_on" in manifest_in(path.parent)
+        self._path, self._mask = path, None
         self._descriptor = os.open(path, os.O_RDONLY)
-        self._path = path
         self.tokens = os.fstat(self._descriptor).st_size // ID_BYTES
-        mask = path.with_suffix(".mask")
-        self._mask = os.open(mask, os.O_RDONLY) if mask.is_file() else None
+        if masked:
+            try:
+                self._mask = regular(path.with_suffix(".mask"), os.O_RDONLY)
+            except OSError as error:
+                self.close()
+                raise Damaged(
+                    f"{path.with_suffix('.mask')}: {why(error)}", "a byte a token", "prepare it again"
+                ) from error
 
     def read(self, start: int, count: int) -> Tokens:
         """`count` ids from position `start`."""
@@ -83,12 +93,61 @@ class TokenFile:
         content = os.pread(self._mask, count, start)
         if len(content) != count:
             raise Damaged(f"{self._path.with_suffix('.mask')} ends too early", f"{start + count:,} bytes or more")
-        return np.frombuffer(content, dtype=np.bool_)
+        marks = np.frombuffer(content, dtype=np.uint8)
+        if (largest := int(marks.max(initial=0))) > 1:
+            raise Damaged(f"{self._path.with_suffix('.mask')} has a byte {largest}", "0 or 1", "prepare it again")
+        return marks.view(np.bool_)
 
     def close(self) -> None:
         os.close(self._descriptor)
         if self._mask is not None:
             os.close(self._mask)
+
+
+def manifest_in(folder: Path) -> dict[str, Any]:
+    """What dataset.json says; empty for a folder that nanoGPT wrote, which has none.
+
+    Raises:
+        Damaged: it is unreadable, or gone from a folder that `prepare` wrote.
+    """
+    path = folder / "dataset.json"
+    if not os.path.lexists(path) and not (folder / "tokenizer").exists():
+        return {}
+    try:
+        manifest = read_json(path)
+        if not isinstance(manifest, dict) or not manifest:
+            raise ValueError("no object, or an empty one")
+    except FileNotFoundError as error:
+        raise Damaged(
+            f"{path} is gone, which says in which tokens {folder} is",
+            "a manifest as `prepare` writes it",
+            f"rm -r {folder}, and prepare it again",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise Damaged(
+            f"{path} is damaged ({why(error)})", "a manifest as `prepare` writes it", "prepare it again"
+        ) from error
+    return manifest
+
+
+def check_nanogpt(folder: Path) -> None:
+    """Whether a folder that says nothing of itself can be taken as nanoGPT's: GPT-2's ids, two bytes each.
+
+    Raises:
+        BadInput: its vocabulary is another.
+        Damaged: half an id.
+    """
+    if (folder / "meta.pkl").exists():
+        raise BadInput(
+            f"{folder} has its vocabulary in meta.pkl, a pickle, which can run any code and is not read",
+            "a folder written by `gpt2box prepare`",
+            "gpt2box prepare INPUT.txt --tokenizer char, with the text it was made from",
+        )
+    for split in SPLITS:
+        if (found := (folder / f"{split}.bin").stat().st_size) % ID_BYTES:
+            raise Damaged(
+                f"{folder}/{split}.bin has {found:,} bytes", "an even number: two for each token", "write it again"
+            )
 
 
 def prepare_hint(folder: Path) -> str:
@@ -113,23 +172,19 @@ def open_dataset(folder: Path) -> Dataset:
             "a folder written by `gpt2box prepare`",
             prepare_hint(folder),
         )
-    path = folder / "dataset.json"
-    if not path.exists():
-        if (folder / "meta.pkl").exists():
-            raise BadInput(
-                f"{folder} has its vocabulary in meta.pkl, a pickle, which can run any code and is not read",
-                "a folder written by `gpt2box prepare`",
-                "gpt2box prepare INPUT.txt --tokenizer char, with the text it was made from",
-            )
+    path, manifest = folder / "dataset.json", manifest_in(folder)
+    if not manifest:
+        check_nanogpt(folder)
         return Dataset(folder, {})
     try:
-        manifest = read_json(path)
         expected = {split: manifest["splits"][split]["tokens"] for split in SPLITS}
         vocab_size = manifest["tokenizer"]["vocab_size"]
         version = manifest["format"]
         str(manifest["splits"]["val"]["sha256"][:12])
         if "loss_on" in manifest and manifest["splits"]["train"].get("counted_tokens") == 0:
             raise ValueError("no token counts")
+        if any(("mask_sha256" in manifest["splits"][split]) != ("loss_on" in manifest) for split in SPLITS):
+            raise ValueError("loss_on without mask_sha256, or the other way round")
         if not all(type(count) is int and count >= 0 for count in (*expected.values(), vocab_size)):
             raise ValueError(f"tokens {expected}, vocab_size {vocab_size!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,32 @@ def test_a_damaged_mask_is_noticed(volumes: Path, tmp_path: Path) -> None:
     (folder / "dataset.json").write_text(json.dumps(manifest))
     with pytest.raises(Damaged, match=r"val\.mask: no token counts"):
         verify(str(folder))
+
+
+def test_a_stray_mask_is_not_used_and_one_of_other_bytes_refused(volumes: Path, tmp_path: Path) -> None:
+    for split in SPLITS:
+        (volumes / "data" / "text" / f"{split}.mask").write_bytes(bytes(2_000_000))
+    with closing(TokenFile(volumes / "data" / "text" / "train.bin")) as file:
+        assert file.counted(0, 10) is None
+    folder = made_of(write_jsonl(tmp_path / "chat.jsonl", RECORDS))
+    mask = bytearray((folder / "val.mask").read_bytes())
+    mask[3] = 2
+    (folder / "val.mask").write_bytes(mask)
+    with closing(TokenFile(folder / "val.bin")) as file, pytest.raises(Damaged, match="has a byte 2"):
+        file.counted(0, 10)
+    (folder / "val.mask").unlink()
+    with pytest.raises(Damaged, match=r"val\.mask: No such file"):
+        TokenFile(folder / "val.bin")
+
+
+@pytest.mark.parametrize("key", ["loss_on", "mask_sha256"])
+def test_what_counts_is_said_in_whole_or_not_at_all(volumes: Path, tmp_path: Path, key: str) -> None:
+    folder = made_of(write_jsonl(tmp_path / "chat.jsonl", RECORDS))
+    manifest = json.loads((folder / "dataset.json").read_text())
+    (manifest if key == "loss_on" else manifest["splits"]["val"]).pop(key)
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(Damaged, match="loss_on"):
+        open_dataset(folder)
 
 
 def test_a_step_is_the_mean_over_counted_tokens_however_it_is_dealt(volumes: Path, tmp_path: Path) -> None:

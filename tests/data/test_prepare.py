@@ -15,7 +15,7 @@ from gpt2box.data.few import Request, prepare_few, split
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.data.tokens import open_dataset
 from gpt2box.errors import BadInput, Damaged
-from tests.conftest import TINYSHAKESPEARE, Command
+from tests.conftest import TINYSHAKESPEARE, Command, options
 
 # What nanoGPT's data/shakespeare/prepare.py and data/shakespeare_char/prepare.py write (run at its
 # commit 3adf61e on the pinned text).
@@ -208,6 +208,27 @@ def test_nanogpts_own_folder_is_read_but_never_its_pickle(volumes: Path) -> None
     (folder / "meta.pkl").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     with pytest.raises(BadInput, match="a pickle"):
         open_dataset(folder)
+
+
+def test_half_a_token_is_no_dataset_of_nanogpts(volumes: Path) -> None:
+    folder = volumes / "data" / "foreign"
+    folder.mkdir()
+    for name in ("train", "val"):
+        (folder / f"{name}.bin").write_bytes(bytes(1001))
+    with pytest.raises(Damaged, match=r"train\.bin has 1,001 bytes"):
+        open_dataset(folder)
+
+
+@pytest.mark.parametrize("how", ["removed", "a link that leads nowhere"])
+def test_without_its_manifest_a_dataset_is_not_taken_for_nanogpts(volumes: Path, gpt2box: Command, how: str) -> None:
+    folder = volumes / "data" / "text"
+    (folder / "dataset.json").unlink()
+    if how == "a link that leads nowhere":
+        (folder / "dataset.json").symlink_to("gone.json")
+    for command in (["prepare", "--verify", "text"], ["train", *options(name="new", max_steps=1)]):
+        done = gpt2box(*command)
+        assert done.returncode == 4 and "dataset.json is gone" in done.stderr, done.stderr
+    assert not (volumes / "runs" / "new").exists()
 
 
 @pytest.mark.parametrize(
