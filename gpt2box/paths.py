@@ -100,6 +100,19 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*") if CHECKPOINT.fullmatch(path.name)), key=step_of)
 
 
+def checkpoint_of(run: Path, which: str) -> Path | None:
+    """That of a run, if it is there: for best the last where none is the best, for either the newest without links.
+
+    `which`: best, last or step-N; no other name, which might lead out of the run.
+    """
+    folder = run / "checkpoints"
+    if which not in ("best", "last") and not CHECKPOINT.fullmatch(which):
+        return None
+    usual = ["best", "last"] if which == "best" else [which]
+    newest = checkpoints(folder)[-1:] if usual[-1] == "last" else []
+    return next((path for path in [*(folder / name for name in usual), *newest] if path.exists()), None)
+
+
 def step_of(checkpoint: Path) -> int:
     """By its name."""
     return int(checkpoint.name.removeprefix("step-"))

@@ -106,7 +106,7 @@ def load_hub(
 
     Raises:
         BadInput: pickled weights, or tensors that do not fit: which, expected, found.
-        Damaged: a file is not safetensors.
+        Damaged: a file is not safetensors, or has numbers that are not finite.
     """
     wanted = own_parameters(model)
     faults = []
@@ -127,6 +127,7 @@ def load_hub(
             faults.append(f"{key}: not in a GPT-2 of {model.shape.n_layer} layers")
             continue
         seen.add(name)
+        check_finite(name, tensor, str(folder))
         faults += copy_checked(model, name, target.data, tensor, rows or model.shape.vocab_size)
     faults += [f"{name}: missing" for name in wanted.keys() - seen]
     if len(ends) == 2 and not torch.equal(ends["wte.weight"], ends[OUTPUT]):
@@ -134,6 +135,17 @@ def load_hub(
     if faults:
         shown = sorted(faults)[:8] + (["…"] if len(faults) > 8 else [])
         raise BadInput(f"the weights in {folder} do not fit:\n    " + "\n    ".join(shown), f"{model.shape}")
+
+
+def check_finite(name: str, tensor: Tensor, where: str) -> None:
+    """Whether all of a tensor are numbers that a network can calculate with.
+
+    Raises:
+        Damaged: one is not.
+    """
+    # A sum is a thirtieth of the work, and finite only where all are; of large numbers it may be endless all the same.
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        raise Damaged(f"{where}: {name} has numbers that are not finite", "weights of a training that went well")
 
 
 def copy_checked(model: GPT2, name: str, target: Tensor, stored: Tensor, rows: int) -> list[str]:

@@ -6,7 +6,9 @@ Each export is written beside its place, read back and compared with the model, 
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,7 @@ DTYPES = {
     "nanogpt": ("float32",),
     "gguf": ("float16", "float32", "q8_0"),
 }
+LARGEST = {"float16": 65_504.0, "q8_0": 127 * 65_504.0}  # beyond it is infinity; bfloat16 reaches as far as float32
 ROUNDING = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}  # of a number, at most
 SMALLEST_NORMAL = 2**-14  # of float16; below it the steps are equal
 
@@ -41,7 +44,8 @@ def export(folder: Path, form: str, dtype: str | None, out: Path | None, licence
     """Write the model in `folder` for others; returns what was written. `title`: of the model card, if not the run's.
 
     Raises:
-        BadInput: a format that has no such numbers or no such tokenizer, or a place that is taken.
+        BadInput: a format that has no such numbers or no such tokenizer, or cannot hold the weights, or a place that is
+            taken.
         Damaged: what was read back is not the model.
         VolumeUnwritable: no space or no permission.
     """
@@ -50,6 +54,7 @@ def export(folder: Path, form: str, dtype: str | None, out: Path | None, licence
         raise BadInput(f"--format {form} in {dtype}", f"one of: {', '.join(DTYPES[form])}")
     model, words = load_model(folder, "cpu")
     model.eval()
+    check_range(model, form, dtype)
     final = (out or usual_place(folder, form, dtype)).absolute()
     if form == "huggingface":
         card = model_card(folder, model.shape, licence, title)
@@ -67,6 +72,22 @@ def export(folder: Path, form: str, dtype: str | None, out: Path | None, licence
     return final
 
 
+def check_range(model: GPT2, form: str, dtype: str) -> None:
+    """Whether these numbers reach as far as the weights.
+
+    Raises:
+        BadInput: which are too large.
+    """
+    for name, parameter in model.named_parameters():
+        if (largest := float(parameter.detach().abs().max())) > LARGEST.get(dtype, math.inf):
+            other = "float32" if form == "gguf" else "bfloat16"
+            raise BadInput(
+                f"{name} has a number of {largest:,.6g}, which {dtype} cannot hold",
+                f"numbers up to {LARGEST[dtype]:,.6g}",
+                f"--dtype {other}",
+            )
+
+
 def publish(final: Path, write: Callable[[Path], None]) -> None:
     """Let `write` make a file or folder beside its place, and give it its name when that has worked.
 
@@ -74,7 +95,7 @@ def publish(final: Path, write: Callable[[Path], None]) -> None:
         BadInput: the place is taken.
         VolumeUnwritable: no space or no permission.
     """
-    if final.exists():
+    if os.path.lexists(final):
         raise BadInput(f"{final} is there already", "a new name", "--out ANOTHER, or move it away")
     temporary = final.with_name(f".{final.name}.tmp")
     try:
@@ -114,6 +135,7 @@ def write_folder(folder: Path, model: GPT2, words: Tokenizer, dtype: str, card: 
     (folder / "README.md").write_text(card, encoding="utf-8")
     state = {name: tensor.to(number) for name, tensor in hub_state(model).items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors leaves it to its owner alone
     again, _ = load_model(folder, "cpu")
     compare(dict(model.named_parameters()), dict(again.named_parameters()), ROUNDING[dtype], folder)
     if dtype == "float32":
@@ -153,5 +175,5 @@ def compare(wanted: dict[str, Tensor], found: dict[str, Tensor], rounding: float
         if other is None or other.shape != tensor.shape:
             raise Damaged(f"{where}: {name} was not written", f"a tensor {list(tensor.shape)}")
         bound = rounding * tensor.abs().clamp(min=SMALLEST_NORMAL)
-        if ((tensor - other.float()).abs() > bound).any():
+        if not ((tensor - other.float()).abs() <= bound).all():
             raise Damaged(f"{where}: {name} is not what was written", "the same numbers", "try again on another disk")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ from torch import Tensor
 
 from gpt2box.data import assets, tokenizer
 from gpt2box.data.tokenizer import Tokenizer
-from gpt2box.errors import BadInput, Damaged, printable
+from gpt2box.errors import BadInput, Damaged, printable, why
+from gpt2box.files import check_regular
 from gpt2box.model.gpt2 import GPT2
+from gpt2box.model.weights import check_finite
 from gpt2box.output.export import publish, write_folder
 from gpt2box.paths import raw_dir
 from gpt2box.planning.shape import ModelShape, sizes_of
@@ -30,7 +31,7 @@ def import_nanogpt(path: Path, out: Path, text: Path | None, gelu: str) -> Path:
 
     Raises:
         BadInput: not nanoGPT's, or of a vocabulary that the text does not give.
-        Damaged: it cannot be read.
+        Damaged: it cannot be read, or has numbers that are not finite.
         VolumeUnwritable: no space or no permission.
     """
     content = read(path)
@@ -56,17 +57,19 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         BadInput: not nanoGPT's.
         Damaged: it cannot be read.
+        OSError: see files.regular.
     """
+    check_regular(path)
     try:
         mapped = zipfile.is_zipfile(path)  # older versions of PyTorch wrote another form
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise Damaged(f"{path} cannot be read: {reason}", "a ckpt.pt as nanoGPT wrote it") from error
+    except Exception as error:  # UnpicklingError, and of foreign bytes whatever PyTorch's own reader comes to
         raise BadInput(
             f"{path} is no checkpoint, or holds more than tensors and numbers", "nanoGPT's ckpt.pt"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        why = (str(error).splitlines() or [repr(error)])[0]
-        raise Damaged(f"{path} cannot be read: {why}", "a ckpt.pt as nanoGPT wrote it") from error
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
         raise BadInput(f"{path} has no model and model_args", "nanoGPT's ckpt.pt")
     model, sizes = content["model"], content["model_args"]
@@ -108,7 +111,7 @@ def words_of(shape: ModelShape, text: Path | None, path: Path) -> Tokenizer:
     try:
         words = tokenizer.from_texts([text.read_text(encoding="utf-8")], end_of_text=False)
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {text}: {error}", "plain text in UTF-8") from error
+        raise BadInput(f"cannot read {text}: {why(error)}", "plain text in UTF-8") from error
     if words.vocab_size != shape.vocab_size:
         raise BadInput(f"{text} has {words.vocab_size:,} different characters", f"{shape.vocab_size:,}, as {path}")
     return words
@@ -120,6 +123,7 @@ def fill(model: GPT2, stored: dict[str, Tensor], rows: int, path: Path) -> None:
 
     Raises:
         BadInput: which do not fit.
+        Damaged: numbers that are not finite.
     """
     wanted = dict(model.named_parameters())
     extra = {name for name in stored.keys() - wanted.keys() if not name.endswith((".attn.bias", "lm_head.weight"))}
@@ -130,7 +134,9 @@ def fill(model: GPT2, stored: dict[str, Tensor], rows: int, path: Path) -> None:
             expected[0] = rows
         if name not in stored:
             faults.append(f"{name}: missing")
-        elif list(stored[name].shape) != expected:
+            continue
+        check_finite(name, stored[name], str(path))
+        if list(stored[name].shape) != expected:
             faults.append(f"{name}: found {list(stored[name].shape)}, expected {expected}")
         elif name == "wte.weight":
             parameter[: model.shape.vocab_size].copy_(stored[name][: model.shape.vocab_size])

@@ -21,7 +21,7 @@ from gpt2box.model.decode import Decoder
 from gpt2box.model.generate import Choice, generate, generate_together
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.weights import load_hub
-from gpt2box.paths import NAME, checkpoints, run_folders, runs_dir
+from gpt2box.paths import NAME, checkpoint_of, run_folders, runs_dir
 from gpt2box.training.state import check_model
 
 
@@ -59,14 +59,6 @@ def find_model(argument: str | None, which: str) -> Path:
         f"a run ({', '.join(names) or 'none yet'}), a folder with config.json, OWNER/NAME of the Hub, "
         f"or one of {', '.join(MODEL_SHAPES)}",
     )
-
-
-def checkpoint_of(run: Path, which: str) -> Path | None:
-    """That of a run, if it is there: for best the last where none is the best, for either the newest without links."""
-    folder = run / "checkpoints"
-    usual = ["best", "last"] if which == "best" else [which]
-    newest = checkpoints(folder)[-1:] if usual[-1] == "last" else []
-    return next((path for path in [*(folder / name for name in usual), *newest] if path.exists()), None)
 
 
 def load_model(folder: Path, device: str) -> tuple[GPT2, Tokenizer]:
@@ -169,7 +161,8 @@ def prompts_in(path: Path) -> list[str]:
         BadInput: none, or not of that form.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [line.rstrip("\n") for line in file if line.strip()]
         prompts = [parse_json(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
         "".join(prompts).encode()
     except (OSError, ValueError, KeyError, TypeError) as error:

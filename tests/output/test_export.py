@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpt2box.data.tokenizer import Gpt2Tokenizer, Tokenizer
+from gpt2box.data.tokenizer import Gpt2Tokenizer, Tokenizer, from_texts
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.model.decode import Decoder
 from gpt2box.model.generate import Choice, generate
@@ -115,6 +116,32 @@ def test_a_failed_check_leaves_nothing(
     with pytest.raises(Damaged, match=r"h\.0\.ln_1\.weight is not what was written"):
         export(folder, "huggingface", None, tmp_path / "out", "")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("number, form, dtype, part", [
+    (math.nan, "huggingface", "float16", "wte.weight has numbers that are not finite"),
+    (math.inf, "nanogpt", None, "wte.weight has numbers that are not finite"),
+    (1e6, "huggingface", "float16", "--dtype bfloat16"),
+    (-1e6, "gguf", "float16", "--dtype float32"),
+])  # fmt: skip
+def test_numbers_that_are_none_or_too_large_are_not_exported(
+    tmp_path: Path, number: float, form: str, dtype: str | None, part: str
+) -> None:
+    words = from_texts(["abc"], end_of_text=True)
+    model, folder = saved(tmp_path / "model", words)
+    with torch.no_grad():
+        model.wte.weight[1, 1] = number
+    (folder / "state.json").unlink()
+    write_checkpoint(folder, model, words)
+    with pytest.raises(Damaged if abs(number) != 1e6 else BadInput) as raised:
+        export(folder, form, dtype, tmp_path / "out", "")
+    assert part in str(raised.value) and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_export_may_be_read_by_whoever_may_read_its_config(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path / "model", from_texts(["abc"], end_of_text=True))
+    made = export(folder, "huggingface", None, tmp_path / "out", "")
+    assert len({path.stat().st_mode for path in made.iterdir()}) == 1
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,12 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path: Path, volum
         refused(checkpoint(tmp_path / "odd.pt", 65, model=model), BadInput, "tensor", TINYSHAKESPEARE)
     twice = nanogpt_state(65, True) | nanogpt_state(65, True, "_orig_mod.")
     refused(checkpoint(tmp_path / "odd.pt", 65, model=twice), BadInput, "tensors twice", TINYSHAKESPEARE)
+    (tmp_path / "passwd").write_bytes(Path("/etc/passwd").read_bytes())
+    refused(tmp_path / "passwd", BadInput, "no checkpoint")
+    state = nanogpt_state(65, True)
+    state["transformer.ln_f.bias"][3] = math.nan
+    endless = checkpoint(tmp_path / "endless.pt", 65, model=state)
+    refused(endless, Damaged, "ln_f.bias has numbers that are not finite", TINYSHAKESPEARE)
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"model": 1}))
     with pytest.raises((BadInput, Damaged)):
         import_nanogpt(tmp_path / "pickle.pt", out, None, "none")

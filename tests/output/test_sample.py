@@ -16,6 +16,7 @@ from gpt2box.data.published import shape_in
 from gpt2box.job import run_job
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.weights import load_hub
+from gpt2box.output.sample import prompts_in
 from gpt2box.stop import StopRequest
 from tests.conftest import TINY, Command, options
 from tests.test_bad_input import command
@@ -93,11 +94,21 @@ def test_instruct_puts_the_prompt_as_instruction_data_has_it(run: Path, gpt2box:
     assert refused.returncode == 2 and "'#' (U+0023)" in refused.stderr  # Shakespeare has none
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_prompt_ends_with_its_line(tmp_path: Path, name: str) -> None:
+    """Which neither U+2028 nor another sign ends, but for Python; a byte-order mark is no part of the first."""
+    prompts = ["a\u2028b\x0c\x85c", "d"]
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in prompts] if name == "a.jsonl" else prompts
+    (tmp_path / name).write_bytes(("\ufeff" + "\r\n\n".join(lines)).encode())
+    assert prompts_in(tmp_path / name) == prompts
+
+
 def test_bad_requests_say_what_there_is(run: Path, gpt2box: Command) -> None:
     for arguments, part in [
         (["--prompt", "naïve"], "'ï' (U+00EF)"),
         (["nothing"], "a run (run), a folder"),
         (["run", "--checkpoint", "step-7"], "last, step-00000010, step-00000020"),
+        (["run", "--checkpoint", "../../other/checkpoints/best"], "last, step-00000010, step-00000020"),
         (["--prompt", "a", "--prompt-file", "-"], "one of the two"),
         (["--top-p", "0"], "top-p"),
         (["--interactive", "--json"], "--interactive with"),
