@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2box.errors import BadInput
 from gpt2box.files import read_object, whole, write_atomically
 from gpt2box.output.curves import History, history
 from gpt2box.output.markup import Chart, Line, document, plots, section, table, tag
@@ -116,8 +117,11 @@ def write_page(compared: Comparison, path: Path) -> None:
     """The same as a page, with the curves of all runs over each other.
 
     Raises:
+        BadInput: it is not a file's place.
         VolumeUnwritable: no page can be written there.
     """
+    if not path.name or (path.exists() and not path.is_file()):
+        raise BadInput(f"{path} is not a file", "a place for a page, or an earlier page's", "--out PAGE.html")
     names = [run.name for run in compared.runs]
     charts = [
         overlaid(compared, "val_loss", "Validation loss, nats a token"),

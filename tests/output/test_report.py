@@ -140,6 +140,12 @@ def test_runs_side_by_side(volumes: Path, gpt2box: Command, tmp_path: Path) -> N
     }
     page = Page(tmp_path / "page.html")
     assert page.addresses == [] and set(page.charts["Training loss, nats a token"]) == {"a", "b"}
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for out in (str(tmp_path / "pipe"), str(tmp_path / "link"), ""):
+        refused = gpt2box("runs", "--compare", "a", "b", "--out", out)
+        assert refused.returncode == 2 and "is not a file" in refused.stderr, refused.stderr
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
 
 
 def test_no_peak_of_a_long_run_is_lost(tmp_path: Path) -> None:
