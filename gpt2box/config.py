@@ -27,13 +27,16 @@ SHORT = reprlib.Repr()  # of values that a file may have made endless
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 200
 MOST_GUESSES = 20  # at what a wrong name may have meant, each of a millisecond
 MOST = 10**15  # of anything that is counted
+WHOLE = re.compile(r"[+-]?\d+(_\d+)*(\.\d*)?([eE]\+?\d+)?", re.ASCII)
 DEVICES = r"auto|cpu|cuda(:(0|[1-9]\d?))?"
 
 
-def _whole(value: object) -> object:
+def whole_number(value: object) -> object:
     """Accept 1e5 and 100_000 for a whole number, as people write them in YAML and on a command line."""
     if isinstance(value, str):
-        value = float(value) if re.fullmatch(r"[\d_]+(\.\d*)?[eE]\+?\d+", value.strip()) else value.replace("_", "")
+        if not WHOLE.fullmatch(value.strip()):
+            raise ValueError("a whole number is expected")
+        value = float(value)  # exact up to MOST
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or (isinstance(value, int) and abs(value) > MOST):
@@ -58,13 +61,13 @@ def _off(value: object) -> object:
 def _auto_or_whole(value: object) -> object:
     if value == "auto":
         return value
-    number = _whole(value)
+    number = whole_number(value)
     if not 1 <= int(str(number)) <= 1_000_000:
         raise ValueError("a positive number is expected")
     return int(str(number))
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+Whole = Annotated[int, BeforeValidator(whole_number)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 AutoWhole = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_whole)]
 Tracking = Annotated[Literal["off", "offline", "online"], BeforeValidator(_off)]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from gpt2box import nanogpt, paths
-from gpt2box.config import Config, validate
+from gpt2box.config import MODEL_SHAPES, Config, validate
 from gpt2box.errors import BadInput
 from gpt2box.files import read_text
 
@@ -40,6 +41,9 @@ class _Loader(yaml.SafeLoader):
         value = super().construct_scalar(node)
         if node.tag in NUMBERS and len(value) > MOST_DIGITS:
             raise yaml.MarkedYAMLError(problem=f"a number of {len(value):,} digits", problem_mark=node.start_mark)
+        if node.tag in NUMBERS and ODD.match(value):
+            problem = f"{value}, which YAML takes for another number; write it plainly, or a text in quotes"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -52,6 +56,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# 010 is 8 in YAML 1.1, and 1:30 is 90. Underscores belong between digits, one at a time.
+ODD = re.compile(r"[-+]?0[0-9_]|.*(:|__|_$|_\.|\._)")
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
@@ -118,6 +124,12 @@ def load(argument: str | None, flags: dict[str, Any]) -> tuple[Config, list[str]
     if isinstance(values.get("dataset"), str):
         values["dataset"] = paths.dataset_name(values["dataset"])
     config = validate(values, str(path or "flags"))
+    if flags.get("model") not in (None, config.init_from) and config.init_from in MODEL_SHAPES:
+        raise BadInput(
+            f"--model {flags['model']} with init_from {config.init_from}, whose weights decide the shape",
+            "one of the two",
+            f"--init-from {flags['model']}",
+        )
     name = config.name or default_name(config, path, base.get("dataset"))
     return config.model_copy(update={"name": paths.checked_name(name, "run")}), notes + translated
 

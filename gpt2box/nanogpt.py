@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpt2box.config import Config, whole_number
 from gpt2box.errors import BadInput
 from gpt2box.files import read_text
 
@@ -45,6 +46,9 @@ NO_MEANING = {
 DATASETS = {"shakespeare": "tinyshakespeare", "shakespeare_char": "tinyshakespeare-char"}
 FLAGS = [*RENAMED, *TRANSLATED, *NO_MEANING]
 
+SETTINGS = Config.model_fields.keys() | DEFAULTS.keys() | set(FLAGS) - NO_MEANING.keys()
+PLAIN = "lines such as `batch_size = 4`: a number, a string, True or False, or arithmetic; the file is read, not run"
+
 OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -58,7 +62,7 @@ def parse(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The assignments of a nanoGPT config file, and notes on statements that were passed over.
 
     Raises:
-        BadInput: not Python, or an assignment whose value is not a plain expression.
+        BadInput: not Python, an assignment whose value is not a plain expression, or one in another statement.
     """
     try:
         tree = ast.parse(read_text(path), filename=str(path))
@@ -70,22 +74,42 @@ def parse(path: Path) -> tuple[dict[str, Any], list[str]]:
     values: dict[str, Any] = {}
     notes = []
     for statement in tree.body:
-        if isinstance(statement, ast.Assign) and all(isinstance(t, ast.Name) for t in statement.targets):
-            names = [target.id for target in statement.targets if isinstance(target, ast.Name)]
+        if given := assigned(statement):
+            names, expression = given
             try:
-                value = evaluate(statement.value, values)
+                value = evaluate(expression, values)
             except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
                 if set(names) <= NO_MEANING.keys():
                     value = None  # wandb_run_name = 'x' + str(time.time()) is usual
                 else:
                     raise BadInput(
-                        f"{path}, line {statement.lineno}: {names[0]} = {ast.unparse(statement.value)}",
-                        "a number, a string, True or False, or arithmetic on such; the file is read, not run",
+                        f"{path}, line {statement.lineno}: {names[0]} = {ast.unparse(expression)}", PLAIN
                     ) from error
             values.update(dict.fromkeys(names, value))
         elif not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Constant):
-            notes.append(f"{path.name}, line {statement.lineno}: passed over: {ast.unparse(statement).splitlines()[0]}")
+            first = ast.unparse(statement).splitlines()[0]
+            if lost := stored_in(statement) & (SETTINGS | values.keys()):
+                raise BadInput(f"{path}, line {statement.lineno}: {first}, which sets {min(lost)}", PLAIN)
+            notes.append(f"{path.name}, line {statement.lineno}: passed over: {first}")
     return values, notes
+
+
+def assigned(statement: ast.stmt) -> tuple[list[str], ast.expr] | None:
+    """The names that a plain assignment gives a value, and the value; nothing of another statement."""
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    if isinstance(statement, ast.AnnAssign):
+        targets = [statement.target]
+    names = [target.id for target in targets if isinstance(target, ast.Name)]
+    value = statement.value if isinstance(statement, ast.Assign | ast.AnnAssign) else None
+    return (names, value) if value and len(names) == len(targets) else None
+
+
+def stored_in(statement: ast.stmt) -> set[str]:
+    """The names that a statement would set, or delete, were it run. A function's own are left out with it."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return set()
+    names = (node for node in ast.walk(statement) if isinstance(node, ast.Name))
+    return {name.id for name in names if not isinstance(name.ctx, ast.Load)}
 
 
 def evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
@@ -119,15 +143,15 @@ def rename(values: dict[str, Any], source: str) -> dict[str, Any]:
         ours = RENAMED.get(key, key)
         if ours in renamed:
             raise BadInput(f"{source}: {key} and another name of {ours} are both given", "one of the two")
-        renamed[ours] = (
-            folder_path(value) if key == "data_dir" else Path(str(value)).name if key == "out_dir" else value
-        )
+        if isinstance(value, str):
+            value = folder_path(value) if key == "data_dir" else Path(value).name if key == "out_dir" else value
+        renamed[ours] = value
     return renamed
 
 
-def folder_path(folder: Any) -> str:
+def folder_path(folder: str) -> str:
     """data_dir is a folder even where it is written without a slash."""
-    return str(folder) if "/" in str(folder) else f"./{folder}"
+    return folder if "/" in folder else f"./{folder}"
 
 
 def numeric(micro_batch_size: Any) -> Any:
@@ -201,10 +225,11 @@ def whole(value: Any, name: str) -> int:
     Raises:
         BadInput: it is none, or below 1.
     """
+    fault = BadInput(f"{name}: found {value!r}", "a whole number of at least 1")
     try:
-        number = int(value)
-        if number < 1 or number != float(value):
-            raise ValueError
-    except (TypeError, ValueError, OverflowError) as error:
-        raise BadInput(f"{name}: found {value!r}", "a whole number of at least 1") from error
+        number = whole_number(value)
+    except ValueError as error:
+        raise fault from error
+    if not isinstance(number, int) or number < 1:
+        raise fault
     return number

@@ -175,6 +175,29 @@ def test_a_nanogpt_config_is_read_and_never_run(tmp_path: Path, line: str, monke
     assert not (tmp_path / "pwned").exists()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "max_iters += 5",
+        "max_iters, seed = 5, 6",
+        "(max_iters := 5)",
+        "if True: max_iters = 5",
+        "for max_iters in [5]: pass",
+        "mine *= 2",
+        "del mine",
+    ],
+)
+def test_a_setting_in_a_statement_that_is_not_run_is_refused(tmp_path: Path, line: str) -> None:
+    with pytest.raises(BadInput, match=r"line 2: .*, which sets (max_iters|mine)"):
+        nanogpt.parse(Path(write(tmp_path / "c.py", f"mine = 1\n{line}\n")))
+
+
+def test_a_setting_with_its_type_is_a_setting(tmp_path: Path) -> None:
+    text = "max_iters: int = 5\ndef f():\n    seed = 6\nif True: wandb_log = True\n"
+    values, notes = nanogpt.parse(Path(write(tmp_path / "c.py", text)))
+    assert values == {"max_iters": 5} and len(notes) == 2
+
+
 def test_statements_that_are_no_settings_are_named(tmp_path: Path) -> None:
     values, notes = nanogpt.parse(
         Path(write(tmp_path / "c.py", "'''doc'''\nimport time\nwandb_run_name = 'a' + str(time.time())\nseed = 5\n"))
@@ -237,6 +260,48 @@ def test_numbers_and_notations_of_no_use_are_refused(tmp_path: Path, text: str, 
     with pytest.raises(BadInput) as raised:
         config_file.load(write(tmp_path / "c.yaml", text), {})
     assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "number", ["010", "1:30", "1:30.5", "-0_7", "1__0", "10_", "_10", "1_0_", "'1__0'", "١٢", "1e٣", "'1.5'", "true"]
+)
+@pytest.mark.parametrize("key", ["max_steps", "micro_batch_size", "save_minutes"])
+def test_a_number_that_may_be_read_as_another_is_refused(tmp_path: Path, key: str, number: str) -> None:
+    if (key, number) == ("save_minutes", "'1.5'"):
+        return
+    with pytest.raises(BadInput):
+        config_file.load(write(tmp_path / "c.yaml", f"dataset: x\n{key}: {number}\n"), {})
+
+
+@pytest.mark.parametrize("number", ["10", "+10", "1_0", "1e1", "1.0E+1", "10.0", "0xa", "' 10 '"])
+@pytest.mark.parametrize("key", ["max_steps", "eval_interval", "micro_batch_size"])
+def test_a_whole_number_may_be_written_as_people_do(tmp_path: Path, key: str, number: str) -> None:
+    text = f"dataset: x\ntokens_per_step: 10_240\n{key}: {number}\n"
+    assert getattr(config_file.load(write(tmp_path / "c.yaml", text), {})[0], key) == 10
+
+
+@pytest.mark.parametrize("steps", ["'١'", "True", "'1__0'", "None", "0", "1.5"])
+def test_nanogpts_accumulation_is_a_whole_number(tmp_path: Path, steps: str) -> None:
+    path = write(tmp_path / "c.py", f"batch_size = 2\ngradient_accumulation_steps = {steps}\n")
+    if steps == "None":
+        assert config_file.load(path, {})[0].tokens_per_step == 65_536
+        return
+    with pytest.raises(BadInput, match="gradient_accumulation_steps"):
+        config_file.load(path, {})
+
+
+@pytest.mark.parametrize("key", ["out_dir", "data_dir"])
+def test_nothing_is_called_none(tmp_path: Path, key: str) -> None:
+    with pytest.raises(BadInput, match="found None"):
+        config_file.load(write(tmp_path / "c.py", f"{key} = None\n"), {})
+
+
+def test_a_size_beside_weights_of_another_is_refused() -> None:
+    with pytest.raises(BadInput, match="--model gpt2-xl with init_from gpt2-medium"):
+        config_file.load("finetune", {"dataset": "x", "model": "gpt2-xl"})
+    same = {"dataset": "x", "model": "gpt2-medium"}
+    assert config_file.load("finetune", {**same, "model": "gpt2", "init_from": "./mine"})[0].init_from == "./mine"
+    assert config_file.load("finetune", same)[0] == config_file.load("finetune", {"dataset": "x"})[0]
 
 
 def test_a_nanogpt_config_with_a_number_of_no_use_is_refused(tmp_path: Path) -> None:
