@@ -89,7 +89,7 @@ class Config(BaseModel):
     dataset: str = setting("", "a prepared dataset, by name or by folder (a path with a slash)", group="Run")
     init_from: str = setting(
         "scratch",
-        "scratch, a published size (gpt2-medium, …), a Hugging Face folder, or OWNER/NAME of the Hub",
+        "scratch, a published size (gpt2-medium, …), a run, a Hugging Face folder, or OWNER/NAME of the Hub",
         group="Run",
     )
     seed: Whole = setting(1337, "of the initial weights, the batches' order and dropout", group="Run", ge=0, lt=2**32)

@@ -10,7 +10,7 @@ from gpt2box.data import assets, hub_model
 from gpt2box.data.tokenizer import GPT2_ROWS, Tokenizer, of_model
 from gpt2box.errors import BadInput, Damaged, why
 from gpt2box.files import read_json
-from gpt2box.paths import model_dir, raw_dir
+from gpt2box.paths import checkpoint_of, model_dir, raw_dir, run_dir
 from gpt2box.planning.shape import ModelShape, sizes_of
 
 HUB_REVISIONS = {
@@ -40,8 +40,8 @@ GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # by t
 
 
 def pretrained_folder(init_from: str) -> Path:
-    """The folder an `init_from` means; a published size or a model of the Hub is downloaded
-    unless it is there.
+    """The folder an `init_from` means: of a run its best checkpoint; a published size or a model of the Hub is
+    downloaded unless it is there.
 
     Raises:
         BadInput: no such folder, or no such model on the Hub.
@@ -49,12 +49,14 @@ def pretrained_folder(init_from: str) -> Path:
     """
     if init_from not in MODEL_SHAPES:
         folder = Path(init_from) if "/" in init_from else model_dir(init_from)
+        if "/" not in init_from and not folder.exists() and (of_run := checkpoint_of(run_dir(init_from), "best")):
+            return of_run
         if not folder.is_dir() and hub_model.NAME.fullmatch(init_from):
             return hub_model.hub_model(init_from)
         if not (folder / "config.json").is_file():
             raise BadInput(
                 f"init_from {init_from}: no config.json in {folder}",
-                f"scratch, one of {', '.join(MODEL_SHAPES)}, a Hugging Face folder, or OWNER/NAME of the Hub",
+                f"scratch, one of {', '.join(MODEL_SHAPES)}, a run, a Hugging Face folder, or OWNER/NAME of the Hub",
             )
         return folder
     folder = model_dir(init_from)

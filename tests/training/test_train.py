@@ -304,6 +304,10 @@ def test_weights_that_give_nan_never_train_and_it_says_what_to_try(volumes: Path
         train("next", init_from="broken", max_steps=100, eval_interval=100)
     assert "rm " in damaged.value.next_step
     (folder / "state.json").unlink()
+    with pytest.raises(Damaged, match=r"h\.0\.mlp\.c_fc\.bias has numbers that are not finite"):
+        train("next", init_from="broken")
+    state["transformer.h.0.mlp.c_fc.bias"][0] = 1e30  # whose square is more than a float holds
+    save_file(state, folder / "model.safetensors")
     before = sha256_of(folder / "model.safetensors")
     with pytest.raises(BadInput, match=r"not finite, 5 steps in a row.*none reached the weights") as raised:
         train("next", init_from="broken", max_steps=100, eval_interval=100)
@@ -384,6 +388,16 @@ def test_samples_are_written_at_each_evaluation(volumes: Path) -> None:
     train(sample_tokens=20, sample_prompt="ROMEO:")
     texts = [path.read_text() for path in sorted((volumes / "runs/run/samples").glob("step-*.txt"))]
     assert len(texts) == 3 and all(text.startswith("ROMEO:") and len(text) == 27 for text in texts)
+
+
+def test_a_run_begins_from_the_best_weights_of_another(volumes: Path) -> None:
+    train(max_steps=10)
+    train("tuned", init_from="run", max_steps=0)
+    began = json.loads((volumes / "runs/tuned/manifest.json").read_text())["weights"]
+    best = (volumes / "runs/run/checkpoints/best").resolve()
+    assert sha256_of(best / "model.safetensors") in json.dumps(began), began
+    with pytest.raises(BadInput, match="no config.json"):
+        train("other", init_from="nothing")
 
 
 def test_a_finetune_goes_on_without_its_first_weights(volumes: Path, capsys: pytest.CaptureFixture[str]) -> None:
