@@ -121,17 +121,21 @@ def own_collection(files: list[tuple[Path, str]]) -> Collection:
     return Collection(source, identity, sources, len(files), None, plain and len(files) < WHOLE_DOCUMENTS)
 
 
-def rows_in(sources: list[Source]) -> int:
-    """Documents in Parquet files, by their own account.
+def check_counted(sources: list[Source]) -> None:
+    """Whether these files can be put into nanoGPT's order.
 
     Raises:
-        BadInput: other files.
+        BadInput: one says not how many documents it holds.
     """
+    if others := [source.name for source in sources if kind_of(Path(source.name)) != ".parquet"]:
+        expected = "Parquet files, which say how many documents they hold"
+        raise BadInput(f"--split nanogpt with {others[0]}", expected)
+
+
+def rows_in(sources: list[Source]) -> int:
+    """Documents in Parquet files, by their own account."""
     total = 0
     for source in sources:
-        if kind_of(Path(source.name)) != ".parquet":
-            expected = "Parquet files, which say how many documents they hold"
-            raise BadInput(f"--split nanogpt with {source.name}", expected)
         with parquet(source.bring()) as file:
             total += file.metadata.num_rows
         source.leave()

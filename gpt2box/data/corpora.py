@@ -65,13 +65,20 @@ CORPORA = {"tinyshakespeare": tinyshakespeare, "shakespeare": shakespeare}
 KNOWN = (*CORPORA, *OPENWEBTEXT)
 
 
-def own_text(inputs: Sequence[str], column: str = "", keep_duplicates: bool = False) -> Corpus:
+Files = list[tuple[Path, str]]  # with their names
+
+
+def own_text(
+    inputs: Sequence[str], column: str = "", keep_duplicates: bool = False, files: Files | None = None
+) -> Corpus:
     """The user's files and folders as one corpus in memory: each plain text a document, and each record of the others.
+
+    `files`: that were found in them, where that is known.
 
     Raises:
         BadInput: nothing there, or a file that is empty, binary, not UTF-8 or not of its format.
     """
-    files = own_files(inputs)
+    files = own_files(inputs) if files is None else files
     found: list[str] = []
     blank = []
     for path, name in files:
@@ -92,13 +99,13 @@ def own_text(inputs: Sequence[str], column: str = "", keep_duplicates: bool = Fa
     return Corpus(title_of(Path(inputs[0])), source, identity, kept, True, *left_out)
 
 
-def own_files(inputs: Sequence[str]) -> list[tuple[Path, str]]:
+def own_files(inputs: Sequence[str]) -> Files:
     """The user's files with their names: files as given, those of known kinds in folders, patterns.
 
     Raises:
         BadInput: nothing there, or a file that cannot be read.
     """
-    found: list[tuple[Path, str]] = []
+    found: Files = []
     for item in inputs:
         path = Path(item)
         if path.is_dir():
@@ -147,7 +154,7 @@ def refuse(error: OSError) -> None:
     raise BadInput(f"cannot read {error.filename}: {error.strerror}", "a folder that may be read") from error
 
 
-def is_small(files: list[tuple[Path, str]]) -> bool:
+def is_small(files: Files) -> bool:
     """Whether the texts of these files can be held in memory without a thought."""
     sizes = [(path.stat().st_size, is_compressed(path)) for path, _ in files]
     plain, squeezed = (sum(size for size, is_packed in sizes if is_packed == wanted) for wanted in (False, True))

@@ -51,10 +51,12 @@ def columns_in(files: list[tuple[Path, str]], text: str, prompt: str, response: 
     """The columns of prompts and responses, where they are asked for or the files are of such a kind; else None.
 
     Raises:
-        BadInput: one of the two without the other, or files that have no columns.
+        BadInput: one of the two without the other, one column for both, or files that have no columns.
     """
     if bool(prompt) != bool(response):
         raise BadInput("one of --prompt-column and --response-column without the other", "both, or neither")
+    if prompt and prompt == response:
+        raise BadInput(f"--prompt-column and --response-column are both {prompt}", "two columns")
     of_records = all(kind_of(path) in RECORD_SUFFIXES for path, _ in files)
     if prompt and not of_records:
         raise BadInput("--prompt-column with a plain text", f"files that end in {' '.join(RECORD_SUFFIXES)}")
@@ -130,7 +132,10 @@ def write(
     random.Random(SPLIT_SEED).shuffle(order)
     held_out = max(1, round(len(order) * val_fraction))
     for split, chosen in zip(SPLITS, (order[held_out:], order[:held_out]), strict=True):
-        figures |= {f"{split} documents": len(chosen), f"{split} characters": sum(len(p) + len(r) for p, r in chosen)}
+        figures |= {
+            f"{split} documents": len(chosen),
+            f"{split} characters": sum(len(as_asked(p)) + len(r) for p, r in chosen),
+        }
         of_split = [documents[pair] for pair in chosen]
         with open(folder / f"{split}.bin", "wb") as tokens, open(folder / f"{split}.mask", "wb") as mask:
             for ids, of_prompt in of_split:
@@ -147,7 +152,12 @@ def write(
     return manifest
 
 
+def as_asked(prompt: str) -> str:
+    """A prompt as it is put to the model."""
+    return TEMPLATE.format(prompt=prompt)
+
+
 def encoded(pair: Sequence[str], bulk: BulkEncoder, end_of_text: int | None) -> tuple[Tokens, int]:
     """A document's ids, and how many are the prompt's. Encoded apart, as a prompt is when the model is asked."""
-    before, after = (np.concatenate(list(bulk.encode((text,)))) for text in (TEMPLATE.format(prompt=pair[0]), pair[1]))
+    before, after = (np.concatenate(list(bulk.encode((text,)))) for text in (as_asked(pair[0]), pair[1]))
     return np.concatenate([before, after, np.array([end_of_text])]).astype(np.uint16), len(before)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2box.data.collection import Collection, rows_in
+from gpt2box.data.collection import Collection, check_counted, rows_in
 from gpt2box.data.encoder import source_of
 from gpt2box.data.folder import SPLIT_SEED, Made, described, make
 from gpt2box.data.parts import merge
@@ -49,6 +49,8 @@ def prepare_many(collection: Collection, choices: Choices, folder: Path, parts: 
         BadInput: too little text, or files that are not as they should be.
         VolumeUnwritable: no space or no permission.
     """
+    if choices.split == "nanogpt" and not collection.documents:
+        check_counted(collection.sources)
     asked = {key: value for key, value in asdict(choices).items() if key not in ("workers", "tokenizer")}
     if choices.tokenizer != "gpt2":
         asked["tokenizer"] = identity_of(choices.tokenizer)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2box.config_file import load
+from gpt2box.config_file import load, shipped
 from gpt2box.data import collection, hub_model, tokenizer
 from gpt2box.data.corpora import CORPORA, KNOWN, OPENWEBTEXT, is_small, own_files, own_text
 from gpt2box.data.few import Request, prepare_few
@@ -22,10 +22,11 @@ from gpt2box.data.folder import Made, check_content, read_manifest
 from gpt2box.data.instructions import columns_in, prepare_instructions
 from gpt2box.data.many import Choices, prepare_many
 from gpt2box.data.parts import found_parts, make_part
+from gpt2box.data.records import kind_of
 from gpt2box.data.shards import usual_workers
 from gpt2box.data.tokens import SPLITS, open_dataset
 from gpt2box.errors import BadInput, Damaged, why
-from gpt2box.paths import checked_name, dataset_dir, make_writable, raw_dir, slug, title_of
+from gpt2box.paths import RECORD_SUFFIXES, checked_name, dataset_dir, make_writable, raw_dir, slug, title_of
 from gpt2box.progress import say
 
 HUB = "hub:"
@@ -36,6 +37,7 @@ VAL_FRACTION_OF_FEW, VAL_FRACTION_OF_MANY, VAL_FRACTION_OF_INSTRUCTIONS = 0.1, 0
 # text (Muennighoff et al. 2023).
 ENOUGH_FOR_MEDIUM = 355_000_000 * 20 // 4
 ENOUGH_TO_TUNE = 100_000
+MOST_PASSES = 1000  # over a text, of which there is a point in speaking
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def prepare(inputs: Sequence[str], options: Options, name: str | None = None, fo
     manifest, written = made
     if not written:
         say("nothing to do: it is there already, made from the same text")
-    say("\n".join(summary(target, manifest)))
+    say("\n".join([*summary(target, manifest), *([] if folder else [next_command(target, manifest)])]))
     return made
 
 
@@ -209,6 +211,9 @@ def own(item: str, inputs: Sequence[str], options: Options, target: Path) -> Mad
         return prepare_few(CORPORA[item](), request, target)
     with spooled(inputs, options.text_column or options.prompt_column) as given:
         files = own_files(given)
+        if options.text_column and all(kind_of(path) not in RECORD_SUFFIXES for path, _ in files):
+            expected = f"files that end in {' '.join(RECORD_SUFFIXES)}"
+            raise BadInput(f"--text-column {options.text_column} with plain texts", expected)
         if columns := columns_in(files, options.text_column, options.prompt_column, options.response_column):
             refused = {"--tokenizer char": options.in_characters, "--max-docs": options.max_docs is not None}
             for words, given_so in (refused | {"--split nanogpt": options.split == "nanogpt"}).items():
@@ -218,7 +223,7 @@ def own(item: str, inputs: Sequence[str], options: Options, target: Path) -> Mad
             return prepare_instructions(files, columns, fraction, options.tokenizer, target)
         in_order = options.split == "nanogpt" or options.max_docs is not None
         if options.in_characters or (is_small(files) and not in_order):
-            return prepare_few(own_text(given, options.text_column, options.keep_duplicates), request, target)
+            return prepare_few(own_text(given, options.text_column, options.keep_duplicates, files), request, target)
         return prepare_many(collection.own_collection(files), choices_of(item, options), target)
 
 
@@ -249,9 +254,8 @@ def summary(folder: Path, manifest: dict[str, Any]) -> list[str]:
     lines = [
         f"{folder}: train {train['tokens']:,} tokens, val {val['tokens']:,} tokens;"
         f" vocabulary {manifest['tokenizer']['vocab_size']:,}",
-        f"  documents: {train['documents']:,} to train on, {val['documents']:,} to validate on"
-        + (", each cut in two" if train["documents"] == val["documents"] else "")
-        + f"; the longest has {manifest.get('longest_document', 0):,} tokens",
+        f"  documents: {documents_of(train['documents'], val['documents'])}"
+        f"; the longest has {manifest.get('longest_document', 0):,} tokens",
         f"  {characters / tokens:.2f} characters a token; windows are cut from the documents in a row, none is padded",
     ]
     if "loss_on" in manifest:
@@ -266,6 +270,8 @@ def summary(folder: Path, manifest: dict[str, Any]) -> list[str]:
         settings, _ = load(config, {})
         steps, per_step = settings.max_steps, settings.tokens_per_step
         passes = steps * per_step / train["tokens"]
+        if passes > MOST_PASSES:
+            continue
         read = f"read it {passes:,.{passes < 10:d}f} times" if passes >= 1 else f"read {passes:.1%} of it"
         lines.append(f"  {steps:,} steps of {per_step:,} tokens, as in the config {config}, {read}")
     if train["tokens"] < ENOUGH_TO_TUNE:
@@ -273,10 +279,27 @@ def summary(folder: Path, manifest: dict[str, Any]) -> list[str]:
     elif train["tokens"] < ENOUGH_FOR_MEDIUM:
         lines.append(
             f"  too little to train Medium from scratch ({ENOUGH_FOR_MEDIUM / 1e9:.1f} billion tokens would do):"
-            f" fine-tune, gpt2box train finetune --dataset {folder.name}"
-            + (" --init-from MODEL" if manifest["tokenizer"]["kind"] == "bpe" else "")
+            " fine-tune"
         )
     return lines
+
+
+def documents_of(train: int, val: int) -> str:
+    """How many are in each split; as many in both are the same ones."""
+    if train != val:
+        return f"{train:,} to train on, {val:,} to validate on"
+    each = "" if train == 1 else "each "
+    return f"{train:,}, {each}cut: its beginning to train on, its end to validate on"
+
+
+def next_command(folder: Path, manifest: dict[str, Any]) -> str:
+    """What to do with a dataset."""
+    if folder.name in shipped():
+        return f"  next  gpt2box train {folder.name}"
+    kind, tokens = manifest["tokenizer"]["kind"], manifest["splits"]["train"]["tokens"]
+    config = "demo" if kind == "char" else "finetune" if tokens < ENOUGH_FOR_MEDIUM else "openwebtext"
+    weights = " --init-from MODEL" if kind == "bpe" and config == "finetune" else ""
+    return f"  next  gpt2box train {config} --dataset {folder.name}{weights}"
 
 
 def verify(name: str) -> None:

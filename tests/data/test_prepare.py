@@ -198,6 +198,31 @@ def test_bad_arguments_are_refused(tmp_path: Path, volumes: Path, gpt2box: Comma
         assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+def test_options_without_a_meaning_are_refused_and_leave_nothing(
+    tmp_path: Path, volumes: Path, gpt2box: Command
+) -> None:
+    pairs = text_file(tmp_path / "p.jsonl", '{"prompt": "a", "response": "b"}\n' * 3)
+    plain = text_file(tmp_path / "a.txt", "text\n" * 500)
+    before = sorted((volumes / "data").iterdir())
+    for arguments, part in [
+        ([str(plain), "--text-column", "x"], "--text-column x with plain texts"),
+        ([str(pairs), "--prompt-column", "response", "--response-column", "response"], "are both response"),
+        ([str(pairs), "--text-column", "prompt", "--split", "nanogpt"], "--split nanogpt with p.jsonl"),
+    ]:
+        done = gpt2box("prepare", *arguments)
+        assert done.returncode == 2 and part in done.stderr, done.stderr
+    assert sorted((volumes / "data").iterdir()) == before
+
+
+def test_what_a_dataset_is_is_said_once_with_the_next_command(tmp_path: Path, volumes: Path, gpt2box: Command) -> None:
+    (tmp_path / "mine").mkdir()
+    text_file(tmp_path / "mine" / "a.txt", TINYSHAKESPEARE.read_bytes()[:9000])
+    text_file(tmp_path / "mine" / "b.jsonl", "{}")
+    said = gpt2box("prepare", str(tmp_path / "mine")).stderr
+    assert said.count("note: beside texts") == 1 and "documents: 1, cut: its beginning" in said
+    assert said.rstrip().endswith("gpt2box train finetune --dataset mine") and "times" not in said
+
+
 def test_nanogpts_own_folder_is_read_but_never_its_pickle(volumes: Path) -> None:
     folder = volumes / "data" / "foreign"
     folder.mkdir()
