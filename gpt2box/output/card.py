@@ -19,10 +19,10 @@ LEADING_FOLDERS = re.compile(r"(?<![\w:/.])(?:/[^/,|]+)+/")
 SETTINGS = ("init_from", "learning_rate", "lr_schedule", "tokens_per_step", "dropout", "weight_decay", "seed")
 
 
-def model_card(folder: Path, shape: ModelShape, licence: str, title: str = "") -> str:
+def model_card(folder: Path, shape: ModelShape, licence: str, title: str, place: str) -> str:
     """README.md of the model in `folder`, from the records of its run where it is a run's checkpoint.
 
-    `title`: what it is called, if not as its run or folder.
+    `title`: what it is called on the Hub, if it goes there. `place`: the folder that it is written to.
     """
     run = folder.resolve().parent.parent
     manifest, state = read_object(run / "manifest.json"), read_object(folder / "state.json")
@@ -41,7 +41,8 @@ def model_card(folder: Path, shape: ModelShape, licence: str, title: str = "") -
         "",
         "```python",
         "from transformers import pipeline",
-        f'print(pipeline("text-generation", model="{name}")("It was", max_new_tokens=100)[0]["generated_text"])',
+        f'write = pipeline("text-generation", model="{title or place}")',
+        'print(write("It was", max_new_tokens=100)[0]["generated_text"])',
         "```",
         "",
         "It goes on with text in the manner of what it was trained on. What it says may be false, biased or copied"

@@ -57,7 +57,7 @@ def export(folder: Path, form: str, dtype: str | None, out: Path | None, licence
     check_range(model, form, dtype)
     final = (out or usual_place(folder, form, dtype)).absolute()
     if form == "huggingface":
-        card = model_card(folder, model.shape, licence, title)
+        card = model_card(folder, model.shape, licence, title, final.name)
         write = partial(write_folder, model=model, words=words, dtype=dtype, card=card)
     elif form == "nanogpt":
         write = partial(write_nanogpt, model=model, state=read_object(folder / "state.json"))
@@ -68,8 +68,15 @@ def export(folder: Path, form: str, dtype: str | None, out: Path | None, licence
         write = partial(write_gguf, model=model, words=words, dtype=dtype, title=final.stem)
     publish(final, write)
     if form == "gguf":
-        write_modelfile(final, model.shape.block_size)
+        write_modelfile(final, model.shape.block_size, form_of(folder))
     return final
+
+
+def form_of(folder: Path) -> str:
+    """How a prompt is put to a model: as in the instruction data that its run was trained on, else as it is."""
+    dataset = read_object(folder.resolve().parent.parent / "manifest.json").get("dataset")
+    form = dataset.get("template") if isinstance(dataset, dict) else None
+    return form if isinstance(form, str) and '"' not in form else "{prompt}"
 
 
 def check_range(model: GPT2, form: str, dtype: str) -> None:

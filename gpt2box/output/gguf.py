@@ -14,6 +14,7 @@ import numpy as np
 from gpt2box.data.bpe import BpeTokenizer
 from gpt2box.data.tokenizer import Gpt2Tokenizer, Tokenizer, printable
 from gpt2box.errors import BadInput, Damaged
+from gpt2box.files import write_atomically
 from gpt2box.model.gpt2 import GPT2
 
 NAMES = {
@@ -33,7 +34,7 @@ WHOLE = {
 Q8_BLOCK = 32
 NORMAL, CONTROL = 1, 3  # kinds of token
 MODELFILE = """FROM ./{file}
-TEMPLATE \"\"\"{{{{ .Prompt }}}}\"\"\"
+TEMPLATE \"\"\"{template}\"\"\"
 PARAMETER temperature 0.8
 PARAMETER top_k 200
 PARAMETER num_ctx {block_size}
@@ -140,7 +141,8 @@ def merges_in(words: Gpt2Tokenizer | BpeTokenizer) -> list[str]:
     return [f"{printable(a)} {printable(b)}" for a, b in words.merges]
 
 
-def write_modelfile(path: Path, block_size: int) -> None:
-    """Ollama's description of a .gguf, beside it."""
+def write_modelfile(path: Path, block_size: int, form: str) -> None:
+    """Ollama's description of a .gguf, beside it. `form`: how a prompt is put to the model."""
+    template = form.replace("{prompt}", "{{ .Prompt }}")
     beside = path.with_name(f"{path.stem}.Modelfile")
-    beside.write_text(MODELFILE.format(file=path.name, block_size=block_size), encoding="utf-8")
+    write_atomically(beside, MODELFILE.format(file=path.name, template=template, block_size=block_size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gpt2box.data.instructions import TEMPLATE
 from gpt2box.data.tokenizer import Gpt2Tokenizer, Tokenizer, from_texts
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.model.decode import Decoder
 from gpt2box.model.generate import Choice, generate
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.output import export as module
-from gpt2box.output.export import export
+from gpt2box.output.export import export, form_of
+from gpt2box.output.gguf import write_modelfile
 from gpt2box.planning.shape import ModelShape
 from tests.conftest import Command, options, write_checkpoint
 
@@ -71,7 +74,15 @@ def test_a_run_is_exported_with_its_story(volumes: Path, gpt2box: Command) -> No
     made = volumes / "runs" / "run" / "export" / "run-float32"
     assert done.returncode == 0 and str(made) in done.stdout, done.stderr
     card = (made / "README.md").read_text()
-    for part in ("# run", "tinyshakespeare", "1,003,854 tokens", "| val_loss |", "| learning_rate | 0.001 |", "10,"):
+    for part in (
+        "# run",
+        'model="run-float32"',
+        "tinyshakespeare",
+        "1,003,854 tokens",
+        "| val_loss |",
+        "| learning_rate | 0.001 |",
+        "10,",
+    ):
         assert part in card, card
     again = gpt2box("export", "run")
     assert again.returncode == 2 and "is there already" in again.stderr
@@ -136,6 +147,19 @@ def test_numbers_that_are_none_or_too_large_are_not_exported(
     with pytest.raises(Damaged if abs(number) != 1e6 else BadInput) as raised:
         export(folder, form, dtype, tmp_path / "out", "")
     assert part in str(raised.value) and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_modelfile_puts_prompts_as_the_data_had_them(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints" / "best"
+    folder.mkdir(parents=True)
+    for about, wanted in [
+        ({"template": TEMPLATE}, "### Instruction:\n{{ .Prompt }}\n\n### Response:\n"),
+        ({}, "{{ .Prompt }}"),
+        ({"template": '"""\nSYSTEM {prompt}'}, "{{ .Prompt }}"),
+    ]:
+        (tmp_path / "run" / "manifest.json").write_text(json.dumps({"dataset": about}))
+        write_modelfile(tmp_path / "a.gguf", 64, form_of(folder))
+        assert f'TEMPLATE """{wanted}"""\n' in (tmp_path / "a.Modelfile").read_text()
 
 
 def test_an_export_may_be_read_by_whoever_may_read_its_config(tmp_path: Path) -> None:
