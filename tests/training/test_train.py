@@ -396,7 +396,7 @@ def test_a_run_begins_from_the_best_weights_of_another(volumes: Path) -> None:
     began = json.loads((volumes / "runs/tuned/manifest.json").read_text())["weights"]
     best = (volumes / "runs/run/checkpoints/best").resolve()
     assert sha256_of(best / "model.safetensors") in json.dumps(began), began
-    with pytest.raises(BadInput, match="no config.json"):
+    with pytest.raises(BadInput, match=r"no config\.json"):
         train("other", init_from="nothing")
 
 
