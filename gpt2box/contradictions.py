@@ -22,8 +22,12 @@ def contradictions(config: Config) -> list[str]:
         )
     if config.lr_schedule != "constant" and config.min_lr is not None and config.min_lr > config.learning_rate:
         faults.append(f"min_lr: found {config.min_lr}; expected at most learning_rate, {config.learning_rate}")
-    if config.warmup_steps and config.warmup_steps > (config.decay_steps or config.max_steps) > 0:
-        faults.append(f"warmup_steps: found {config.warmup_steps}; expected at most decay_steps or max_steps")
+    limit = config.decay_steps or config.max_steps
+    if config.warmup_steps and config.warmup_steps > limit > 0:
+        faults.append(
+            f"warmup_steps: found {config.warmup_steps}; expected at most decay_steps or max_steps, {limit}, "
+            f"such as {max(limit // 10, 1)}"
+        )
     if config.compile is True and config.optimizer_in_backward:
         faults.append("compile: found true; expected auto or false with optimizer_in_backward")
     if config.optimizer == "muon" and config.optimizer_in_backward:
