@@ -22,6 +22,8 @@ FOLDER = re.compile(r"\.?step-(\d+)(\.tmp|\.old)?", re.ASCII)
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Loss = Annotated[float, Field(ge=-1, le=3.4e38)]  # below 0 by rounding alone; as much as float32 holds
+MOST_LEFT_OUT = 10**9  # steps' worth of data, behind which there is no run's
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Rollback:
     """A return to an earlier checkpoint, after which the data go on behind what had led to it."""
 
     step: Count  # of the checkpoint
-    left_out: Count  # steps' worth of data that are passed over from there on
+    left_out: Annotated[Count, Field(le=MOST_LEFT_OUT)]  # steps' worth of data that are passed over from there on
     past: Count = 0  # the step of a later one that was given up for it; 0 where it was the latest
 
 
@@ -47,7 +49,7 @@ class TrainState:
     stopped_early: bool = False
     seconds: Annotated[Finite, Field(ge=0)] = 0.0  # of training, over all sessions
     bad_steps: Count = 0  # in a row, up to this step
-    recent_losses: list[Finite] = field(default_factory=list)  # that the next step's is compared with (bad_steps.py)
+    recent_losses: list[Loss] = field(default_factory=list)  # that the next step's is compared with (bad_steps.py)
     rollbacks: list[Rollback] = field(default_factory=list)
 
     @property
@@ -129,9 +131,12 @@ def check_together(folder: Path, state: TrainState, files: dict[str, Any], diges
     named = FOLDER.fullmatch(folder.name)
     if named and int(named[1]) != state.step:
         raise ValueError(f"it is of step {state.step:,}")
-    for key in ("optimizer_steps", "evaluated_step", "best_step"):
+    for key in ("optimizer_steps", "evaluated_step", "best_step", "bad_steps"):
         if not -1 <= getattr(state, key) <= state.step:
             raise ValueError(f"{key} {getattr(state, key):,} of step {state.step:,}")
+    for rollback in state.rollbacks:
+        if rollback.step > state.step:
+            raise ValueError(f"a rollback to step {rollback.step:,} of step {state.step:,}")
     if missing := PARTS - files.keys():
         raise ValueError(f"nothing is said of {', '.join(sorted(missing))}")
     if digest not in (None, digest_of(files)):
