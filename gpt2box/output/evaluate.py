@@ -14,7 +14,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -154,8 +153,9 @@ def dataset_of(folder: Path) -> Path:
     Raises:
         BadInput: no run's checkpoint.
     """
-    about: dict[str, Any] = read_object(folder.resolve().parent.parent / "manifest.json").get("dataset", {})
-    if not about:
+    about = read_object(folder.resolve().parent.parent / "manifest.json").get("dataset")
+    kept = about.get("folder") if isinstance(about, dict) else None
+    if not kept or not isinstance(kept, str):
         raise BadInput(f"what should {folder} be evaluated on?", "a dataset or a text", "--dataset NAME or --text FILE")
-    there = Path(about["folder"])
+    there = Path(kept)
     return there if there.is_dir() else dataset_dir(there.name)  # the volumes may have moved
