@@ -15,11 +15,12 @@ from gpt2box.errors import BadInput, why
 from gpt2box.files import read_json
 from gpt2box.inputs import corpus_of, has_dataset, words_for
 from gpt2box.job import run_config
+from gpt2box.machine.determinism import make_deterministic
 from gpt2box.machine.device import choose_device
 from gpt2box.machine.provenance import provenance
 from gpt2box.paths import checked_name, dataset_dir, run_dir, shown
 from gpt2box.progress import say
-from gpt2box.run_records import about_dataset, weights_source
+from gpt2box.run_records import about_dataset, same_tokens, weights_source
 from gpt2box.sessions import OF_COURSE, as_of, differences, sessions_in, taken, ways_after
 from gpt2box.stop import StopRequest, raised
 
@@ -109,8 +110,8 @@ def bring_dataset(config: Config, wanted: dict[str, Any]) -> None:
         with raised():
             prepare(given, asked, folder=dataset_dir(config.dataset))
     dataset = open_dataset(dataset_dir(config.dataset))
-    found = about_dataset(dataset)
-    if found["splits"] != wanted["splits"]:
+    found = about_dataset(dataset, {})
+    if not same_tokens(wanted["splits"], found["splits"]):
         lines = [
             f"{split}: {wanted['splits'].get(split)} then, {found['splits'].get(split)} now"
             for split in SPLITS
@@ -200,6 +201,8 @@ def say_what_differs(config: Config, manifest: dict[str, Any]) -> None:
     """Between the run's first session and this machine; what alone changes bits, and the rest."""
     then = {key: value for key, value in sessions_in(manifest)[0].items() if key != "way"}
     device = choose_device(config.device)
+    if config.deterministic is True:
+        make_deterministic(compiled=False)  # as it then will be: among others a variable of the environment
     now = {**provenance(device), "device_type": device.type}
     of_bits = differences(then, now, of_bits=True)
     for line in differences(then, now):

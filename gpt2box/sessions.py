@@ -22,6 +22,7 @@ OF_BITS = ("way.", "gpu.", "packages.torch", "packages.triton", "environment.", 
 OF_BITS_ON_CPU = ("cpu.model", "cpu.instructions", "cpu.threads")
 OF_COURSE = {"max_steps", *CHANGEABLE}  # settings that may change, and with them what is learned
 NOT_COMPARED = ("started", "step", "device", "cpu.cores", "ways")
+OF_CUDA = ("environment.CUBLAS_WORKSPACE_CONFIG",)  # says nothing on a CPU; the program sets it there, too
 
 
 def session_of(facts: dict[str, Any], plan: RunPlan, step: int, changed: dict[str, Any]) -> dict[str, Any]:
@@ -47,11 +48,12 @@ def differences(before: dict[str, Any], now: dict[str, Any], of_bits: bool = Fal
     What only one of the two knows of is left out, but for the environment's variables.
     """
     old, new = flat(before), flat(now)
-    wanted = OF_BITS + (OF_BITS_ON_CPU if now.get("device_type") == "cpu" else ())
+    on_cpu = now.get("device_type") == "cpu"
+    wanted, left_out = OF_BITS + OF_BITS_ON_CPU * on_cpu, NOT_COMPARED + OF_CUDA * on_cpu
     lines = []
     for name in sorted(old.keys() | new.keys()):
         variable = name.startswith("environment.") and "environment" in before
-        if name in NOT_COMPARED or name.startswith("changed.") or not (variable or (name in old and name in new)):
+        if name in left_out or name.startswith("changed.") or not (variable or (name in old and name in new)):
             continue
         if of_bits and not name.startswith(wanted):
             continue
@@ -65,10 +67,15 @@ def shown(value: object) -> str:
     return "nothing" if value in (None, "") else str(value)
 
 
-def sessions_in(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of a manifest.json; those that an older program wrote or a bad disk damaged are left out."""
+def noted_in(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """All sessions of a manifest.json, whatever is said of them."""
     found = manifest.get("sessions")
-    listed = [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+
+
+def sessions_in(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same without those that an older program wrote or a bad disk damaged."""
+    listed = noted_in(manifest)
     return [each for each in listed if type(each.get("step")) is int and isinstance(each.get("changed"), dict)]
 
 

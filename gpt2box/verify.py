@@ -6,7 +6,6 @@ they come to is compared in memory with the digests in metrics.jsonl and with th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
@@ -17,38 +16,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gpt2box import config_file
 from gpt2box.config import Config, validate
 from gpt2box.data.published import pretrained_folder, shape_on
 from gpt2box.data.tokens import Dataset, open_dataset
-from gpt2box.errors import BadInput, Damaged
+from gpt2box.errors import Damaged
 from gpt2box.fitting import place_of
 from gpt2box.job import initialise, model_shape, set_arithmetic
 from gpt2box.machine.device import choose_compile, choose_device
 from gpt2box.machine.provenance import provenance
 from gpt2box.model.lora import adapters
 from gpt2box.model.weights import hub_state
-from gpt2box.paths import checkpoints, dataset_dir, step_of
+from gpt2box.paths import dataset_dir
 from gpt2box.planning.choose import Option, options
 from gpt2box.planning.plan import RunPlan, make_plan
 from gpt2box.planning.shape import ModelShape
 from gpt2box.preflight import check_gpu
 from gpt2box.progress import say
 from gpt2box.ranks import ALONE
-from gpt2box.run_records import about_dataset, read_manifest, weights_source
-from gpt2box.sessions import (
-    OF_COURSE,
-    as_of,
-    began_at,
-    differences,
-    session_of,
-    sessions_in,
-    taken,
-    ways_after,
-    ways_in,
-)
+from gpt2box.run_records import about_dataset, read_manifest, same_tokens, weights_source
+from gpt2box.sessions import differences, session_of
 from gpt2box.stop import StopRequest
-from gpt2box.training import checkpoint, metrics
+from gpt2box.stretch import Stretch, command, stretch_of
+from gpt2box.training import checkpoint
 from gpt2box.training.bad_steps import BadSteps
 from gpt2box.training.digest import checksum
 from gpt2box.training.distributed import Group, Silence
@@ -58,27 +47,6 @@ from gpt2box.training.loop import Job, open_batches, take_step
 from gpt2box.training.network import empty_model, through_compiler
 from gpt2box.training.optim import make_optimizer, make_update
 from gpt2box.training.state import TrainState, parse_state, read_state
-
-FIRST_STEPS = 20  # where neither --from nor --steps says how many
-
-
-@dataclass
-class Stretch:
-    """Steps of a run, and what it kept of them."""
-
-    run: Path
-    config: Config  # as it was then
-    session: dict[str, Any]  # that did them
-    ways: dict[int, dict[str, Any]]  # in which it, or a later one, went on, by the step from which on
-    start: int
-    end: int
-    digests: dict[int, str]  # by step
-    checkpoints: dict[int, Path]
-
-    @property
-    def steps(self) -> list[int]:
-        """At which something can be compared."""
-        return sorted(self.digests.keys() | self.checkpoints.keys())
 
 
 @dataclass
@@ -94,6 +62,7 @@ class Verdict:
     tensor: str = ""  # the first that differs, where a checkpoint shows it
     amount: str = ""
     environment: list[str] = field(default_factory=list)  # what differs between then and now
+    next_step: str = ""  # a command, where one would do
 
     @property
     def same(self) -> bool:
@@ -115,7 +84,7 @@ class Verdict:
         lines.append(f"  tensor          {self.tensor + ', ' + self.amount if self.tensor else unnamed}")
         none = "nothing that is recorded: try again; where it differs each time, memory or processor may be at fault"
         lines += [f"  {'then and now' if i == 0 else '':14}  {x}" for i, x in enumerate(self.environment or [none])]
-        return lines
+        return lines + ([f"  next            {self.next_step}"] if self.next_step else [])
 
 
 def verify(run: Path, start_at: str | None, steps: int | None) -> Verdict:
@@ -144,68 +113,19 @@ def verify(run: Path, start_at: str | None, steps: int | None) -> Verdict:
         say(f"  step {step:,}: {'the same' if verdict.same else 'different'}")
         if not verdict.same and (verdict.tensor or not any(later > step for later in stretch.checkpoints)):
             break
+    if not verdict.same:
+        verdict.next_step = with_as_many_threads(stretch, now)
     return verdict
 
 
-def stretch_of(run: Path, start_at: str | None, steps: int | None) -> Stretch:
-    """Which steps, and what there is to compare them with.
-
-    Raises:
-        BadInput: no such checkpoint, or nothing to compare with.
-    """
-    folders = {step_of(path): path for path in checkpoints(run / "checkpoints")}
-    start = 0
-    if start_at is not None:
-        matched = re.fullmatch(r"(?:step-)?(\d{1,8})", start_at)
-        start = int(matched[1]) if matched else -1
-        if start not in folders:
-            raise BadInput(f"no checkpoint {start_at} in {run}", f"one of: {listed(folders)}")
-    config, session, ways, limit = then(run, start)
-    later = sorted(step for step in folders if start < step <= limit)
-    if steps is not None:
-        end = min(start + steps, limit)
-    else:
-        end = later[0] if start_at is not None and later else min(start + FIRST_STEPS, limit)
-    rows = metrics.stream(run / "metrics.jsonl")
-    digests = {row["step"]: str(row["digest"]) for row in rows if row["kind"] == "train" and row.get("digest")}
-    digests = {step: digest for step, digest in digests.items() if start < step <= end}
-    compared = {step: folders[step] for step in later if step <= end}
-    if not digests and not compared:
-        raise BadInput(
-            f"{run.name}: nothing is recorded of its steps {start + 1:,} to {end:,}",
-            f"a digest, each log_interval of {config.log_interval} steps, or a checkpoint; kept: {listed(folders)}",
-            "gpt2box verify RUN --from step-… --steps N",
-        )
-    return Stretch(run, config, session, ways, start, end, digests, compared)
-
-
-def listed(folders: dict[int, Path]) -> str:
-    """Checkpoints in a message."""
-    return ", ".join(folders[step].name for step in sorted(folders)) or "none"
-
-
-def then(run: Path, start: int) -> tuple[Config, dict[str, Any], dict[int, dict[str, Any]], int]:
-    """Settings and session of the step after `start`, the ways that steps after it were done in, and the last step
-    before another session did otherwise than in another of these ways.
-
-    Raises:
-        BadInput: the run keeps no account of its sessions.
-    """
-    sessions = sessions_in(read_manifest(run))
-    if not sessions or not (run / "config.yaml").is_file():
-        raise BadInput(
-            f"{run} does not say what its steps were done with", "config.yaml and manifest.json of this version"
-        )
-    began, session = began_at(sessions), as_of(sessions, start)
-    values = config_file.read_yaml(run / "config.yaml")
-    limit = int(validate(values, str(run / "config.yaml")).max_steps)
-    for each, step in reversed(list(zip(sessions, began, strict=True))):
-        if step > start:
-            values |= each["changed"]
-            same_way = {**each, "way": ways_in(each)[0][1] | taken(session["way"])}
-            if differences(session, same_way, of_bits=True) or OF_COURSE & each["changed"].keys():
-                limit = step
-    return validate(values, str(run / "manifest.json")), session, ways_after(sessions, start), limit
+def with_as_many_threads(stretch: Stretch, now: dict[str, Any]) -> str:
+    """The same once more with as many threads as then, where nothing else differs that would change bits."""
+    cpu, of_bits = stretch.session.get("cpu"), differences(stretch.session, now, of_bits=True)
+    threads = cpu.get("threads") if isinstance(cpu, dict) else None
+    known = ("cpu.threads", "environment.OMP_NUM_THREADS")
+    if type(threads) is not int or threads == now["cpu"]["threads"] or not all(x.startswith(known) for x in of_bits):
+        return ""
+    return f"OMP_NUM_THREADS={threads} {command(stretch.run, stretch.start, stretch.end)}"
 
 
 def job_of(stretch: Stretch) -> tuple[Job, dict[int, Option], dict[str, Any]]:
@@ -220,7 +140,7 @@ def job_of(stretch: Stretch) -> tuple[Job, dict[int, Option], dict[str, Any]]:
     check_gpu(config.device)
     manifest = read_manifest(run)
     dataset = open_dataset(dataset_dir(config.dataset))
-    if manifest["dataset"]["splits"] != (now := about_dataset(dataset)["splits"]):
+    if not same_tokens(manifest["dataset"]["splits"], now := about_dataset(dataset, manifest)["splits"]):
         raise Damaged(
             f"the dataset in {dataset.folder} is {now}", f"what the run began with: {manifest['dataset']['splits']}"
         )

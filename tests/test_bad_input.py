@@ -24,8 +24,9 @@ from gpt2box.output.runs import look_at
 from gpt2box.output.sample import load_model
 from gpt2box.reproduce import read, settings_in
 from gpt2box.stop import StopRequest
+from gpt2box.stretch import stretch_of
 from gpt2box.training.state import read_state
-from gpt2box.verify import stretch_of, with_way
+from gpt2box.verify import with_way
 from tests.conftest import TINY
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -29,6 +29,7 @@ LAYERS = [
         "run_records",
         "start",
         "job",
+        "stretch",
         "verify",
         "reproduce",
         "bench",

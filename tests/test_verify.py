@@ -142,6 +142,27 @@ def test_verify_names_the_first_step_and_tensor_that_differ(volumes: Path, gpt2b
     assert "nothing that is recorded" in done.stdout
 
 
+@pytest.mark.parametrize("words", [["--from", "5", "--steps", "2"], ["--from", "20"], ["--steps", "1"]], ids=str)
+def test_verify_gives_a_command_that_can_be_done(volumes: Path, gpt2box: Command, words: list[str]) -> None:
+    assert gpt2box("train", *options(**RUN, name="run")).returncode == 0
+    refused = gpt2box("verify", "run", *words)
+    assert refused.returncode == 2, refused.stdout
+    hint = refused.stderr.partition("  next: gpt2box ")[2].split()
+    assert hint[:2] == ["verify", "run"], refused.stderr
+    assert gpt2box(*hint).returncode == 0
+
+
+def test_where_threads_alone_differ_verify_says_how_to_have_as_many(volumes: Path, one_thread: object) -> None:
+    train()
+    rows = (volumes / "runs/run/metrics.jsonl").read_text()
+    (volumes / "runs/run/metrics.jsonl").write_text(re.sub('"digest": "[0-9a-f]{4}', '"digest": "0000', rows))
+    assert verify(find_run("run"), None, 5).next_step == ""
+    torch.set_num_threads(2)
+    verdict = verify(find_run("run"), None, 5)
+    assert verdict.next_step == "OMP_NUM_THREADS=1 gpt2box verify run --steps 5"
+    assert verdict.lines()[-1].endswith(verdict.next_step)
+
+
 def test_verify_names_what_differs_between_then_and_now(volumes: Path, one_thread: object) -> None:
     train()
     torch.set_num_threads(2)
@@ -181,6 +202,15 @@ def test_a_manifest_alone_gives_the_same_run(
         capsys.readouterr()
         reproduce(alone, "again", None, StopRequest())
         assert "finished at step 20" in capsys.readouterr().err
+
+
+def test_what_the_program_sets_itself_is_no_difference_on_a_cpu(
+    volumes: Path, gpt2box: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert gpt2box("train", *options(**{**RUN, "max_steps": 2}, name="run")).returncode == 0
+    done = gpt2box("reproduce", str(volumes / "runs/run/manifest.json"))
+    assert done.returncode == 0 and "note: " not in done.stderr, done.stderr
 
 
 def test_what_a_manifest_needs_and_is_not_here_is_named(volumes: Path, tmp_path: Path) -> None:
