@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from gpt2box.config import CHANGEABLE, Config
+from gpt2box.config_file import read_yaml
 from gpt2box.data.batches import check_long_enough
 from gpt2box.data.folder import check_content
-from gpt2box.data.tokenizer import prompt_ids
+from gpt2box.data.published import shape_in
+from gpt2box.data.tokenizer import load, prompt_ids
 from gpt2box.data.tokens import SPLITS, Dataset, open_dataset
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.files import locked, mark, read_object, whole
+from gpt2box.files import locked, mark, read_object, regular, whole
 from gpt2box.inputs import bring, has_dataset
+from gpt2box.model.gpt2 import GPT2
 from gpt2box.paths import dataset_dir, make_writable, shown
 from gpt2box.progress import kept_log, say, size
-from gpt2box.run_records import check_unchanged, read_manifest, stamps_of
+from gpt2box.run_records import WORTH_A_WORD, check_unchanged, read_manifest, stamps_of
+from gpt2box.sessions import as_of, sessions_in
 from gpt2box.stop import raised
 from gpt2box.training import kept, metrics
+from gpt2box.training.digest import checksum
 from gpt2box.training.distributed import Group
+from gpt2box.training.optim import Optimizer
 from gpt2box.training.state import TrainState, parse_state, write_state
 
 
@@ -48,7 +55,8 @@ def bring_dataset(config: Config, text: Path | None, group: Group) -> Dataset:
     return dataset
 
 
-WORTH_A_WORD = 1 << 30  # bytes: a second or more
+# In log.txt, how job.report has it.
+ENDED = re.compile(r".{21}([^ ]+: (finished|stopped early.*) at step [1-9]|stopped by .* at step [1-9].*, saved$)")
 Found = tuple[Path, TrainState, list[Damaged]]
 
 
@@ -68,7 +76,8 @@ def begin(config: Config, dataset: Dataset, run: Path, allow: Sequence[str]) -> 
     if not found:
         check_none_lost(run)
     else:
-        changed = check_unchanged(config, dataset, run, allow)
+        changed = check_unchanged(config, dataset, run, allow, found[1].step)
+        check_network(run, found[0], dataset)
         if changed.keys() & set(CHANGEABLE):
             forget_losses(found[0])
             found[1].recent_losses = []
@@ -115,19 +124,86 @@ def unchanged(dataset: Dataset) -> Callable[[], None]:
 
 
 def check_none_lost(run: Path) -> None:
-    """Before a run begins that has no checkpoint: whether it had one.
+    """Before a run begins that has no checkpoint: whether it had one. One that was killed before may begin anew.
 
     Raises:
         Damaged: it went so far that the first had been written.
     """
-    interval = whole(read_object(run / "plan.json").get("save_interval"))
-    step = max((row["step"] for row in metrics.stream(run / "metrics.jsonl") if row["kind"] == "train"), default=0)
-    if 0 < 2 * interval < step:  # the second save waits for the first
-        raise Damaged(
-            f"{run.name} was trained to step {step:,}, and its checkpoints are gone",
-            f"them in {shown(run / 'checkpoints')}",
-            f"mount their disk or put them back; to begin anew: another --name, or remove {shown(run)}",
+    interval, step, best = save_interval_of(run), 0, set()
+    for row in metrics.stream(run / "metrics.jsonl"):
+        step = max(step, row["step"] if row["kind"] == "train" else 0)
+        if row.get("best") and row["step"] % interval:
+            best.add(row["step"])
+    saves = (step - 1) // interval + sum(0 < each < step for each in best)
+    began = max((session["step"] for session in sessions_in(read_object(run / "manifest.json"))), default=0)
+    if saves < 2 and not began and not ended_with_one(run):  # the second save waits for the first
+        return
+    reached = f"to step {max(step, began):,}" if step or began else "before"
+    raise Damaged(
+        f"{run.name} was trained {reached}, and its checkpoints are gone",
+        f"them in {shown(run / 'checkpoints')}",
+        f"mount their disk or put them back; to begin anew: another --name, or remove {shown(run)}",
+    )
+
+
+def save_interval_of(run: Path) -> int:
+    """As its last session had it, wherever that is kept; where it is not known, more than any run's steps."""
+    plan, manifest, settings = read_object(run / "plan.json"), read_object(run / "manifest.json"), {}
+    with suppress(BadInput):
+        settings = read_yaml(run / "config.yaml")
+    kept_in = (plan, settings, manifest.get("settings"))
+    found = [whole(each.get("save_interval")) for each in kept_in if isinstance(each, dict)]
+    return next((interval for interval in found if interval > 0), 2**63)
+
+
+def ended_with_one(run: Path) -> bool:
+    """Whether the log has that a session ended after a step: it had saved."""
+    with suppress(OSError), open(run / "log.txt", encoding="utf-8", errors="replace", opener=regular) as log:
+        return any(ENDED.match(line) for line in log)
+    return False
+
+
+def check_network(run: Path, folder: Path, dataset: Dataset) -> None:
+    """Whether a checkpoint that is whole is of this run's network and vocabulary: it might be another run's.
+
+    Raises:
+        Damaged: what is other.
+    """
+    plans = [read_object(run / "plan.json"), read_manifest(run).get("plan")]
+    shapes = [plan["shape"] for plan in plans if isinstance(plan, dict) and isinstance(plan.get("shape"), dict)]
+    found, known = asdict(shape_in(folder)), shapes[0] if shapes else {}
+    if differing := [key for key in found if key in known and known[key] != found[key]]:
+        lines = ", ".join(f"{key} {found[key]}" for key in differing)
+        wanted = ", ".join(f"{key} {known[key]}" for key in differing)
+        raise not_this_runs(folder, f"config.json has {lines}", f"the run's network: {wanted}")
+    if load(folder).vocabulary() != dataset.tokenizer.vocabulary():
+        raise not_this_runs(folder, "another vocabulary than the dataset's", f"that of {dataset.folder}")
+
+
+def check_is_this_runs(run: Path, folder: Path, step: int, model: GPT2, optimizer: Optimizer) -> None:
+    """Whether weights and averages, as they were read of a checkpoint, are those that the run noted after that step.
+
+    Raises:
+        Damaged: they are others.
+    """
+    sessions = sessions_in(read_manifest(run))
+    if not sessions or as_of(sessions, step - 1)["way"].get("shard"):
+        return  # ranks that share a tensor may come to another sum
+    rows = metrics.stream(run / "metrics.jsonl")
+    noted = {row.get("digest") for row in rows if row["kind"] == "train" and row["step"] == step} - {None}
+    if noted and checksum(model, optimizer) not in noted:
+        raise not_this_runs(
+            folder, f"other weights than metrics.jsonl has noted for step {step:,}", "the run's own; is it another's?"
         )
+
+
+def not_this_runs(folder: Path, found: str, expected: str) -> Damaged:
+    """What to say of a checkpoint that is whole and does not belong there."""
+    return Damaged(
+        f"{folder}: {found}",
+        expected,
+        f"move it away, and the run goes on from the one before; or begin another run from it: --init-from {folder}",
+    )
 
 
 def forget_losses(folder: Path) -> None:

@@ -115,11 +115,15 @@ VALUES: dict[str, list[Any]] = {
     "step": ["20", 1.5, None, [1], -1, True, 10**400, 10**12, 19],
     "seconds": [float("nan"), float("inf"), -1, "s", None],
     "optimizer_steps": ["x", 21, -1, 10**30],
+    "bad_steps": [21, 2**52, -1],
     "evaluated_step": [21],
     "best_step": [21],
     "best_val_loss": ["x", []],
-    "recent_losses": [[float("nan")], 3],
-    "rollbacks": [[1], [{"step": 1}], [{"step": 1, "left_out": -3}], {}],
+    "recent_losses": [[float("nan")], 3, [1e300], [-1e300], [-2.0]],
+    "rollbacks": [
+        *([1], [{"step": 1}], [{"step": 1, "left_out": -3}], {}),
+        *([{"step": 1, "left_out": 2**52}], [{"step": 100, "left_out": 3}]),
+    ],
     "format": ["4", 0, None, 1.5, True],
     "digest": ["0" * 64, 3],
     "files": [
@@ -224,6 +228,158 @@ def test_checkpoints_that_are_gone_are_missed_and_the_record_stays(run: Path, ho
     shutil.move(run.parent.parent / "elsewhere", run / "checkpoints")
     code, said = train(**MORE)
     assert code == 0 and "at step 20" in said and steps_in(run)[-1] == 30, said
+
+
+@pytest.mark.parametrize(
+    ("interval", "gone"),
+    [
+        (10, []),
+        (500, []),
+        (5, ["plan.json", "log.txt", "manifest.json"]),
+        (5, ["config.yaml", "log.txt"]),
+        (5, ["plan.json", "metrics.jsonl"]),
+    ],
+)
+def test_a_run_that_had_a_checkpoint_does_not_begin_anew(run: Path, interval: int, gone: list[str]) -> None:
+    """Not though it was too short for two, and whatever else is gone."""
+    edited(run / "plan.json", save_interval=interval)
+    for name in gone:
+        (run / name).unlink()
+    shutil.rmtree(run / "checkpoints")
+    code, said = train(**MORE)
+    assert code == 4 and "its checkpoints are gone" in said, said
+
+
+def test_a_run_that_went_on_does_not_begin_anew(run: Path) -> None:
+    assert train(**{**MORE, "save_interval": 500})[0] == 0
+    for name in ("metrics.jsonl", "log.txt"):
+        (run / name).unlink()
+    shutil.rmtree(run / "checkpoints")
+    code, said = train(**MORE)
+    assert code == 4 and "was trained to step 20, and its checkpoints are gone" in said, said
+
+
+def test_a_run_that_may_have_been_killed_in_its_first_save_begins_anew(run: Path) -> None:
+    edited(run / "plan.json", save_interval=500)
+    (run / "log.txt").unlink()
+    shutil.rmtree(run / "checkpoints")
+    code, said = train(**RUN)
+    assert code == 0 and steps_in(run)[-1] == 20 and "gone" not in said, said
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(run: Path) -> None:
+    assert train(**{**RUN, "name": "other", "seed": 7})[0] == 0
+    shutil.rmtree(newest(run))
+    shutil.copytree(newest(run.parent / "other"), newest(run))
+    code, said = train(**MORE)
+    assert code == 4 and "other weights than metrics.jsonl has noted for step 20" in said, said
+    shutil.rmtree(newest(run))
+    code, said = train(**MORE)
+    assert code == 0 and "at step 15" in said and steps_in(run)[-1] == 30, said
+
+
+def rewritten(folder: Path, name: str, content: dict[str, Any]) -> None:
+    """A file of a checkpoint, with its checksum."""
+    (folder / name).write_text(json.dumps(content))
+    files = json.loads((folder / "state.json").read_text())["files"]
+    files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+    edited(folder / "state.json", files=files)
+
+
+@pytest.mark.parametrize(
+    "change", [{"n_head": 4}, {"activation_function": "gelu"}, {"gpt2box": {"bias": False}}], ids=str
+)
+@pytest.mark.parametrize("gone", ["nothing", "plan.json"])
+def test_a_checkpoint_of_another_network_is_not_gone_on_from(run: Path, change: dict[str, Any], gone: str) -> None:
+    (run / gone).unlink(missing_ok=True)
+    rewritten(newest(run), "config.json", json.loads((newest(run) / "config.json").read_text()) | change)
+    code, said = train(**MORE)
+    assert code == 4 and "config.json has" in said and "the run's network: " in said, said
+
+
+def test_a_checkpoint_of_another_vocabulary_is_not_gone_on_from(run: Path) -> None:
+    content = json.loads((newest(run) / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    rewritten(newest(run), "tokenizer.json", content)
+    code, said = train(**MORE)
+    assert code == 4 and "another vocabulary than the dataset's" in said, said
+
+
+@pytest.mark.parametrize("how", ["gone", "empty"])
+def test_settings_that_are_gone_are_those_of_the_manifest(run: Path, how: str) -> None:
+    def spoil() -> None:
+        (run / "config.yaml").unlink() if how == "gone" else (run / "config.yaml").write_text("")
+
+    spoil()
+    code, said = train(**{**MORE, "seed": 99})
+    assert code == 2 and "seed: 1337 before, 99 now" in said, said
+    edited(run / "manifest.json", settings=None)
+    code, said = train(**MORE)
+    assert code == 4 and str(run / "config.yaml") in said and str(run / "manifest.json") in said, said
+
+
+def test_without_its_settings_a_run_goes_on_with_the_same(run: Path) -> None:
+    (run / "config.yaml").unlink()
+    code, said = train(**MORE)
+    assert code == 0 and "the settings before are those in manifest.json" in said, said
+    assert (run / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("content", ["{}", "x", "[]", '{"dataset": "x", "sessions": 5}', None])
+def test_a_manifest_that_says_nothing_is_said_and_kept(run: Path, content: str | None) -> None:
+    path = run / "manifest.json"
+    path.unlink() if content is None else path.write_text(content)
+    code, said = train(**MORE)
+    assert code == 0 and f"note: {path} is {'missing' if content is None else 'damaged'}" in said, said
+    assert "whether the dataset is the one that the run began with is not known" in (run / "log.txt").read_text()
+    aside = run / "manifest.json.damaged"
+    assert (aside.read_text() if aside.exists() else None) == content
+    assert [session["step"] for session in json.loads(path.read_text())["sessions"]] == [20]
+
+
+@pytest.mark.parametrize("sessions", [None, 5, "abc", {"a": 1}, [3, None]], ids=str)
+def test_sessions_that_are_none_are_left_out(run: Path, sessions: object) -> None:
+    edited(run / "manifest.json", sessions=sessions)
+    code, said = train(**MORE)
+    assert code == 0 and "Traceback" not in said, said
+    assert [session["step"] for session in json.loads((run / "manifest.json").read_text())["sessions"]] == [20]
+
+
+@pytest.mark.parametrize("dataset", [{"splits": {}}, "x", {"folder": 5}, [], {"folder": {}}], ids=str)
+def test_what_a_run_is_evaluated_on_is_asked_for_where_nothing_says_it(run: Path, dataset: object) -> None:
+    edited(run / "manifest.json", dataset=dataset)
+    code, said = command("eval", "run")
+    assert code == 2 and "--dataset NAME or --text FILE" in said, said
+
+
+@pytest.mark.parametrize("gone", ["plan.json", "config.yaml"])
+def test_a_change_whose_noting_was_cut_off_is_noted_by_the_next(run: Path, gone: str) -> None:
+    """A folder in a file's place: it cannot be written, and what comes after it is not."""
+    kept_file = (run / gone).read_bytes()
+    (run / gone).unlink()
+    changed = ["train", *options(**{**MORE, "learning_rate": 3e-4}), "--allow-change", "learning-rate"]
+    if gone == "plan.json":
+        (run / gone).mkdir()
+    else:
+        (run / gone).write_bytes(kept_file)
+        (run / ".config.yaml.tmp").mkdir()
+    assert command(*changed)[0] not in (0, None)
+    (run / gone).rmdir() if gone == "plan.json" else (run / ".config.yaml.tmp").rmdir()
+    (run / gone).write_bytes(kept_file)
+    code, said = command(*changed)
+    assert code == 0 and "resuming from" in said, said
+    sessions = json.loads((run / "manifest.json").read_text())["sessions"]
+    assert sessions[-1]["changed"] == {"learning_rate": 0.001, "max_steps": 20}
+    for words in (["verify", "run"], ["verify", "run", "--from", "20"]):
+        code, said = command(*words)
+        assert code == 0 and "same bits" in said, said
+
+
+def test_fewer_steps_than_a_run_has_done_are_said_to_be_past(run: Path) -> None:
+    code, said = train(**{**RUN, "max_steps": 10})
+    assert code == 0 and "which the run is past: it is at step 20, and nothing is left to do" in said, said
+    assert "schedule now ends" not in said
 
 
 def test_a_copy_of_a_checkpoint_is_none(run: Path) -> None:

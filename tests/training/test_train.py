@@ -256,6 +256,40 @@ def test_another_text_under_the_same_name_is_refused_on_resume(volumes: Path) ->
         train(max_steps=20)
 
 
+def test_another_text_of_the_same_length_is_refused_also_of_nanogpts_dataset(volumes: Path) -> None:
+    folder = volumes / "data" / "nanogpt"
+    folder.mkdir()
+    for name in ("train.bin", "val.bin"):
+        (folder / name).write_bytes((volumes / "data/bpe" / name).read_bytes())
+    settings = {"dataset": "nanogpt", "tokens_per_step": 128, "eval_interval": 100}
+    train(max_steps=2, **settings)
+    path = volumes / "runs/run/manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["dataset"]["splits"]["train"].pop("sha256") == sha256_of(folder / "train.bin")
+    path.write_text(json.dumps(manifest))  # as an earlier version wrote it
+    train(max_steps=3, **settings)
+    os.utime(folder / "train.bin")
+    train(max_steps=4, **settings)
+    content = bytearray((folder / "train.bin").read_bytes())
+    content[100:102] = content[102:104]
+    content[0] ^= 1
+    (folder / "train.bin").write_bytes(content)
+    with pytest.raises(BadInput, match="not the one that the run run began with"):
+        train(max_steps=5, **settings)
+
+
+def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew(volumes: Path) -> None:
+    settings = {"name": "run", "max_steps": 100_000, "log_interval": 1, "eval_interval": 100_000}
+    running = process(volumes, **settings, save_interval=100_000)
+    wait_for(volumes / "runs/run/metrics.jsonl", running)
+    while not metrics.read(volumes / "runs/run/metrics.jsonl")[-1:]:
+        time.sleep(0.005)
+    running.kill()
+    running.communicate()
+    _, errors = (again := process(volumes, **{**settings, "max_steps": 3})).communicate()
+    assert again.returncode == 0 and "gone" not in errors and "note: " not in errors, errors
+
+
 def test_best_and_last_are_kept_and_older_ones_go(volumes: Path) -> None:
     train(max_steps=60, eval_interval=10, keep_last=2)
     folder = volumes / "runs/run/checkpoints"
