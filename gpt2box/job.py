@@ -37,7 +37,7 @@ from gpt2box.progress import duration, kept_log, say, size
 from gpt2box.ranks import ALONE
 from gpt2box.run_records import checked_allowance, say_what_may_change_bits, write_records
 from gpt2box.sessions import session_of
-from gpt2box.start import begin, bring_dataset, take, unchanged
+from gpt2box.start import begin, bring_dataset, check_is_this_runs, take, unchanged
 from gpt2box.stop import StopRequest
 from gpt2box.training import checkpoint, kept, weights_and_biases
 from gpt2box.training.display import Display
@@ -120,6 +120,7 @@ def run_in(
                         initialise(model, config, weights)
                     if found:
                         checkpoint.restore(found[0], model, optimizer, state)
+                        check_is_this_runs(run, found[0], state.step, model, optimizer)
 
                 fill(model, optimizer, plan, group, values)
             if group.first:
