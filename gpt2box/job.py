@@ -134,7 +134,7 @@ def run_in(
             job = Job(
                 run, plan, model, optimizer, dataset, dataset.tokenizer, state, stop, sampler, pretrained, group, ways
             )
-            job.mark, job.check_dataset = mark, unchanged(dataset)
+            job.mark, job.check_dataset = mark, unchanged(dataset, run)
             try:
                 with stop.awaited(), card_memory_named():
                     train_and_go_back(job)

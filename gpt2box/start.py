@@ -22,7 +22,7 @@ from gpt2box.inputs import bring, has_dataset
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.paths import dataset_dir, make_writable, shown
 from gpt2box.progress import kept_log, say, size
-from gpt2box.run_records import WORTH_A_WORD, check_unchanged, read_manifest, stamps_of
+from gpt2box.run_records import WORTH_A_WORD, about_dataset, check_unchanged, read_manifest, same_tokens, stamps_of
 from gpt2box.sessions import as_of, sessions_in
 from gpt2box.stop import raised
 from gpt2box.training import kept, metrics
@@ -98,7 +98,7 @@ def check_dataset(dataset: Dataset) -> None:
     check_content(dataset.folder, dataset.manifest)
 
 
-def unchanged(dataset: Dataset) -> Callable[[], None]:
+def unchanged(dataset: Dataset, run: Path) -> Callable[[], None]:
     """What looks, while a run goes on, whether the dataset is still the one that it began with.
 
     Raises:
@@ -111,13 +111,17 @@ def unchanged(dataset: Dataset) -> Callable[[], None]:
         now = stamps_of(dataset)
         if now == known:
             return
-        if not dataset.manifest or not now:
+        noted = read_manifest(run).get("dataset")
+        if now and dataset.manifest:
+            check_content(dataset.folder, dataset.manifest)
+        elif not (
+            now and noted and same_tokens(noted["splits"], about_dataset(open_dataset(dataset.folder), {})["splits"])
+        ):
             raise Damaged(
                 f"the dataset {dataset.folder} was changed or removed while the run trained",
                 "the same tokens until the end",
                 "put it back; the same command then goes on from the last checkpoint",
             )
-        check_content(dataset.folder, dataset.manifest)
         known = now
 
     return check

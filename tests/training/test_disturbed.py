@@ -63,11 +63,25 @@ def test_a_dataset_that_is_another_by_now_ends_the_run(volumes: Path, what: str)
 
 def test_a_dataset_that_was_only_touched_is_the_same(volumes: Path) -> None:
     dataset = open_dataset(volumes / "data/text")
-    check = unchanged(dataset)
+    check = unchanged(dataset, volumes / "runs/run")
     os.utime(volumes / "data/text/train.bin")
     check()
     (volumes / "data/text/train.bin").write_bytes(b"\0" * (volumes / "data/text/train.bin").stat().st_size)
     with pytest.raises(Damaged, match=r"train\.bin does not hash"):
+        check()
+
+
+def test_nanogpts_dataset_that_was_only_touched_is_the_same(volumes: Path) -> None:
+    folder = volumes / "data/nano"
+    folder.mkdir()
+    for name in ("train.bin", "val.bin"):
+        shutil.copy(volumes / "data/text" / name, folder)
+    train("run", dataset="nano", max_steps=5)
+    check = unchanged(open_dataset(folder), volumes / "runs/run")
+    os.utime(folder / "train.bin", (1, 1))
+    check()
+    (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[::-1])
+    with pytest.raises(Damaged, match="was changed or removed while the run trained"):
         check()
 
 
