@@ -7,6 +7,7 @@ import sys
 
 def main() -> None:
     """As cli.main; a Ctrl-C while that is loaded is answered as a later one is."""
+    open_streams()
     by_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # `command &` in a script ignores it
     try:
         if by_default:
@@ -20,11 +21,21 @@ def main() -> None:
         end()
 
 
+def open_streams() -> None:
+    """Have all three: of one that is closed, the number would be that of the next file, in which C++'s words would land."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
+            os.set_inheritable(opened, True)
+            setattr(sys, name, open(opened, "w" if descriptor else "r", closefd=False))
+
+
 def end(*_: object) -> None:
     """Not an exception: raised inside an import, some library's `except` would swallow it."""
-    if sys.stderr:
+    try:
         os.write(sys.stderr.fileno(), b"interrupted\n")
-    os._exit(130)
+    finally:  # the terminal may be gone
+        os._exit(130)
 
 
 if __name__ == "__main__":

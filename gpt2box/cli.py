@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import click
 
 from gpt2box import __version__, model_commands, output_commands
-from gpt2box.errors import BadInput, Gpt2boxError, VolumeUnwritable, printable
+from gpt2box.errors import BadInput, Gpt2boxError, MachineCannot, VolumeUnwritable, printable
 from gpt2box.options import Between, FirstToLast, SettingsCommand, plain_names
 from gpt2box.ranks import ranks
 
@@ -27,6 +27,13 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "token_normalize_func": plain_
 
 # What a failing or vanished disk, drive or network share says.
 DISK_FAULTS = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO, errno.ESHUTDOWN)
+# What a limit of the system says, with what is expected and what to do.
+OPEN_FILES = ("fewer open files", "ulimit -n 4096, and the same command again")
+LIMITS = {
+    errno.EMFILE: OPEN_FILES,
+    errno.ENFILE: OPEN_FILES,
+    errno.EAGAIN: ("room for another process", "close other programs, or raise the limits (ulimit -a)"),
+}
 
 
 @click.group(context_settings=CONTEXT)
@@ -41,7 +48,7 @@ def cli() -> None:
 
     Everything is kept in ./volumes ($GPT2BOX_VOLUMES moves it). Exit codes: 0 done, 2 bad input, 3 the
     machine cannot do it, 4 data or checkpoint damaged, 75 try again (network, a failed GPU), 78 volume not
-    writable, 130 and 143 ended by a signal without saving.
+    writable, 129, 130 and 143 ended by a signal without saving.
     """
 
 
@@ -278,9 +285,15 @@ for command in [*model_commands.COMMANDS, *output_commands.COMMANDS]:
 
 def main() -> None:
     """Run a command; an expected failure is a few lines and its exit code, a bug a traceback."""
+    from gpt2box.machine.host import memory_ran_out, no_memory  # before memory runs out
+    from gpt2box.progress import text_to
+
+    sys.stderr, output = text_to(2), sys.stdout
     try:
         cli.main(prog_name="gpt2box", standalone_mode=False)
     except SystemExit as ended:
+        if sys.stdout is not output:  # click wraps it when its reader has gone, and exits with 1
+            nobody_reads()
         leave(ended.code)
     except Gpt2boxError as error:
         print(error, file=sys.stderr)
@@ -293,14 +306,20 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         leave(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody is left to flush to
-        leave(141)
-    except OSError as error:
-        fault = fault_of(error)
+        nobody_reads()
+    except (OSError, RuntimeError, MemoryError) as error:
+        fault = fault_of(error) if isinstance(error, OSError) else card_is_full(error)
+        fault = no_memory() if memory_ran_out(error) else fault
         if fault is None:
             raise
         print(fault, file=sys.stderr)
         leave(fault.exit_code)
+
+
+def nobody_reads() -> NoReturn:
+    """The reader of standard output has gone, as `head` does: nothing is left to flush to."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    leave(141)
 
 
 def leave(code: str | int | None) -> NoReturn:
@@ -326,6 +345,26 @@ def fault_of(error: OSError) -> Gpt2boxError | None:
         return VolumeUnwritable(f"cannot write {what}", "free space on a disk that may be written")
     if error.errno in (errno.EACCES, errno.EPERM):
         return VolumeUnwritable(f"cannot open {what}", f"permission for uid {os.getuid()}")
+    if error.errno == errno.EFBIG:
+        return VolumeUnwritable(f"cannot write {what}", "a file system and a limit (ulimit -f) for files of that size")
     if error.errno in DISK_FAULTS:
         return VolumeUnwritable(f"cannot read or write {what}", "a disk that works; the system's log may say more")
+    if error.errno in LIMITS:
+        return MachineCannot(f"the system refuses: {what}", *LIMITS[error.errno])
+    return None
+
+
+def card_is_full(error: RuntimeError | MemoryError) -> Gpt2boxError | None:
+    """Where a card's memory ran out; nothing for any other error."""
+    if "gpt2box.machine.device" in sys.modules:  # else no card was used
+        import torch
+
+        from gpt2box.machine.device import NO_CARD_MEMORY
+
+        if isinstance(error, torch.cuda.OutOfMemoryError) or NO_CARD_MEMORY.search(str(error)):
+            return MachineCannot(
+                "out of memory on the card",
+                "free memory of the card",
+                "close other programs on it (gpt2box monitor), or --device cpu",
+            )
     return None

@@ -6,6 +6,7 @@ log stays readable. While a run is trained, its lines are kept in its folder, to
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -13,16 +14,36 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 from gpt2box.errors import Gpt2boxError, harmless_lines
 from gpt2box.files import regular
 from gpt2box.ranks import ranks
 
 LINE_SECONDS = 10.0
+CURSOR_AGAIN = "\x1b[?25h"
 STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
 _logs: dict[Path, int] = {}  # the files that are kept now, and their descriptors
 _asides: list[Aside] = []
+
+
+class MayBeGone(io.FileIO):
+    """Standard error, or a terminal, that may go away, or lie on a full disk: what is only said ends nothing."""
+
+    def write(self, data: ReadableBuffer) -> int:
+        with suppress(OSError):
+            if written := super().write(data):  # none where it would have to wait
+                return written
+        return memoryview(data).nbytes
+
+
+def text_to(descriptor: int, closefd: bool = False) -> io.TextIOWrapper:
+    """Text, line by line, to where nobody may listen any more."""
+    raw = io.BufferedWriter(MayBeGone(descriptor, "w", closefd=closefd))
+    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
 def say(text: str = "") -> None:
@@ -33,11 +54,17 @@ def say(text: str = "") -> None:
     note(text)
 
 
-def say_at_once(text: str) -> None:
-    """A line from a signal's handler: past Python's buffers, which may be in use just then."""
-    if ranks().first:
+def say_at_once(text: str, ends: bool = True) -> None:
+    """A line from a signal's handler: past Python's buffers, which may be in use just then.
+
+    A panel shows it in its own time, unless the process ends now: then the panel's cursor is given back.
+    """
+    if _asides and not ends:
+        _asides[-1].request = text
+    elif ranks().first:
         with suppress(OSError):
-            os.write(_asides[-1].terminal if _asides else 2, f"{text}\n".encode())
+            line = f"{CURSOR_AGAIN}\n{text}\n" if _asides else f"{text}\n"
+            os.write(_asides[-1].terminal if _asides else 2, line.encode())
     note(text)
 
 
@@ -74,6 +101,7 @@ class Aside:
 
     def __init__(self) -> None:
         self.terminal = os.dup(2)
+        self.request = ""  # that a signal made of the training
         self._log: BinaryIO | None = None
         for path, descriptor in list(_logs.items())[-1:]:
             self._log = open(path, "rb")  # noqa: SIM115, closed below

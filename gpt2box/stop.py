@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next safe point. Imported before torch, which takes seconds.
+"""Ctrl-C, SIGTERM and a terminal that is closed (SIGHUP) as a request to stop at the next safe point.
+
+Imported before torch, which takes seconds.
 
 Exit code 0 where that point was reached; else 128 and the signal's number, and a line that says what is kept.
 """
@@ -13,7 +15,7 @@ from types import FrameType
 
 from gpt2box.progress import say_at_once
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 BEFORE = "ended before training began: nothing is lost, the same command goes on where it was"
 AFTER = "ended after training, which is saved; the same command says where"
 UNSAVED = "ended without saving: the same command goes on from the last checkpoint"
@@ -31,8 +33,8 @@ class StopRequest:
         return bool(self.name)
 
     def install(self) -> StopRequest:
-        """Take over SIGINT and SIGTERM."""
-        for number in SIGNALS:
+        """Take over SIGNALS."""
+        for number in heard():
             signal.signal(number, self._handle)
         return self
 
@@ -47,13 +49,20 @@ class StopRequest:
             self._awaited, self._at_another_time = False, later
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
+        name, hung_up = signal.Signals(number).name, number == signal.SIGHUP
+        if hung_up and self.name:
+            return  # the shell and the system each send it, and a session's manager SIGTERM after it
         if self._came or not self._awaited:
             say_at_once(f"{name}: {UNSAVED if self._awaited else self._at_another_time}")
             # Not an exception: raised inside an import, some library's `except` would swallow it.
             os._exit(128 + number)
-        self._came, self.name = True, self.name or name
-        say_at_once(f"{name}: finishing this step, then saving. Once more to stop at once, without saving.")
+        self._came, self.name = not hung_up, self.name or name
+        say_at_once(f"{name}: finishing this step, then saving. Once more to stop at once, without saving.", ends=False)
+
+
+def heard() -> list[signal.Signals]:
+    """SIGNALS, but for a SIGHUP that nohup has ignored."""
+    return [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
 
 
 @contextmanager
@@ -73,7 +82,7 @@ def raised() -> Iterator[None]:
         say_at_once(f"{signal.Signals(number).name}: {BEFORE}")
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    before = {number: signal.signal(number, handle) for number in heard()}
     try:
         yield
     finally:

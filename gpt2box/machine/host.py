@@ -128,8 +128,13 @@ def memory_while(doing: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not memory_ran_out(error):
             raise
-        raise MachineCannot(
-            f"the machine's own memory ran out while {doing}",
-            "free memory (docs/memory.md)",
-            "close other programs, and give the same command again",
-        ) from error
+        raise no_memory(doing) from error
+
+
+def no_memory(doing: str = "") -> MachineCannot:
+    """What to say where this machine's own memory ran out."""
+    return MachineCannot(
+        f"the machine's own memory ran out{f' while {doing}' if doing else ''}",
+        "free memory (docs/memory.md)",
+        "close other programs, and give the same command again",
+    )

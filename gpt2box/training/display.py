@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 from gpt2box.machine.gpu import Card, card_of
 from gpt2box.planning.plan import RunPlan
-from gpt2box.progress import LINE_SECONDS, Aside, duration, note, say, size
+from gpt2box.progress import LINE_SECONDS, Aside, duration, note, say, size, text_to
 from gpt2box.training.metrics import left_out
 
 TREND = 48  # logged losses that the panel draws
@@ -41,7 +41,7 @@ class Display:
 
             # What others write to standard error, warnings too, then appears above the panel.
             self._aside = Aside()
-            self._console = Console(file=os.fdopen(os.dup(self._aside.terminal), "w", encoding="utf-8"))
+            self._console = Console(file=text_to(os.dup(self._aside.terminal), closefd=True))
             self._width = self._console.width
             self._live = Live(get_renderable=self.panel, console=self._console, refresh_per_second=2, transient=True)
             self._live.start()
@@ -124,6 +124,8 @@ class Display:
         grid.add_column(ratio=1)
         grid.add_row("step", f"{self.step:,} of {self.plan.max_steps:,}{self.to_the_end()}")
         grid.add_row("", ProgressBar(total=max(self.plan.max_steps, 1), completed=self.step))
+        if self._aside.request:
+            grid.add_row("stopping", Text(self._aside.request, style="bold"))
         for name, text in self.lines().items():
             grid.add_row(name, Text(text))
         width = max(self._console.width - 3, 20)  # or the ^C of who stops it moves the cursor down

@@ -152,3 +152,43 @@ def test_the_panel_says_what_is_known_and_nothing_else(capsys: pytest.CaptureFix
     assert "2 steps left out: loss or gradient not finite" in found["optimizer"] and "MFU" not in found["speed"]
     display.train(30, {**ROW, "skipped_steps": 3, "loss_spikes": 1}, 80)
     assert "3 steps left out: loss not finite or far above the steps before" in display.lines()["optimizer"]
+
+
+STOPPED = """
+import os, signal, sys, time
+from pathlib import Path
+from gpt2box.progress import kept_log
+from gpt2box.stop import StopRequest
+from tests.training.test_display import ROW, Display, plan
+with kept_log(Path(sys.argv[1])):
+    stop = StopRequest().install()
+    display = Display("a", 0, plan())
+    with stop.awaited():
+        display.train(1, ROW, 9)
+        for _ in range(int(sys.argv[2])):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    display.close()
+"""
+
+
+@pytest.mark.parametrize(("signals", "code"), [(1, 0), (2, 130)])
+def test_a_request_to_stop_is_in_the_panel(tmp_path: Path, signals: int, code: int) -> None:
+    ours, theirs = pty.openpty()
+    environment = os.environ | {
+        "COLUMNS": "80",
+        "LINES": "40",
+        "TERM": "xterm",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, "-c", STOPPED, str(tmp_path / "log.txt"), str(signals)]
+    assert subprocess.run(command, stderr=theirs, env=environment).returncode == code
+    os.close(theirs)
+    text = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert "\x1b[?25h" in text, "the cursor is there again"
+    lines = [line.strip("\r") for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).splitlines()]
+    assert any(line.startswith("│ stopping   SIGINT: finishing this step") for line in lines), text
+    assert not any("finishing" in line and not line.startswith("│") for line in lines), text
+    assert "finishing this step" in (tmp_path / "log.txt").read_text()
+    assert (signals == 2) == any(line.startswith("SIGINT: ended without saving") for line in lines)

@@ -174,3 +174,56 @@ def test_a_ranks_own_first_signal_after_anothers_is_no_second_one() -> None:
     done = subprocess.run([sys.executable, "-c", OF_ALL_RANKS], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("saves\n", 128 + signal.SIGTERM)
     assert done.stderr.count("finishing this step") == 1 and done.stderr.endswith(f"SIGTERM: {UNSAVED}\n")
+
+
+HUNG_UP = """
+import os, signal, sys
+from gpt2box.stop import StopRequest
+signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))
+stop = StopRequest().install()
+with stop.awaited():
+    for name in sys.argv[2:]:
+        os.kill(os.getpid(), getattr(signal, name))
+    print(stop.name)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "signals", "code", "name"),
+    [
+        ("SIG_DFL", ["SIGHUP"] * 3, 0, "SIGHUP"),
+        ("SIG_DFL", ["SIGHUP", "SIGTERM", "SIGHUP"], 0, "SIGHUP"),
+        ("SIG_DFL", ["SIGTERM", "SIGHUP"], 0, "SIGTERM"),
+        ("SIG_DFL", ["SIGHUP", "SIGTERM", "SIGTERM"], 128 + signal.SIGTERM, ""),
+        ("SIG_IGN", ["SIGHUP"], 0, ""),
+    ],
+    ids=["several", "of a session's end", "after SIGTERM", "then in earnest", "nohup"],
+)
+def test_a_closed_terminal_asks_once(before: str, signals: list[str], code: int, name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", HUNG_UP, before, *signals], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (code, name), done.stderr
+
+
+def test_nobody_need_listen_to_a_training(volumes: Path) -> None:
+    """`train 2>&1 | head -1`."""
+    running = process(volumes, name="run", max_steps=6, log_interval=1)
+    assert running.stderr and running.stdout
+    assert running.stderr.readline()
+    running.stderr.close()
+    running.stdout.close()
+    assert running.wait(timeout=120) == 0
+    assert "run: finished at step 6" in (volumes / "runs/run/log.txt").read_text()
+
+
+@pytest.mark.parametrize("where", ["2>/dev/full", "2>&-", "2>&- >&- <&-"])
+def test_an_error_that_nobody_can_read_has_its_exit_code(where: str, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m gpt2box runs nosuch {where}"
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path).returncode == 2
+
+
+def test_a_result_that_nobody_reads_ends_the_command(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m gpt2box plan shakespeare --gpu rtx-4070"
+    running = subprocess.Popen(command.split(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+    assert running.stdout and running.stderr
+    running.stdout.close()
+    assert running.wait(timeout=60) == 141 and running.stderr.read() == b""

@@ -104,7 +104,7 @@ def test_a_killed_run_with_another_optimizer_ends_in_the_same_bits(volumes: Path
     assert f'"torch_dtype": "{dtype}"' in (ends[0] / "config.json").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_between_intervals_and_the_same_command_goes_on(
     volumes: Path, straight: list[str], number: signal.Signals
 ) -> None:
