@@ -22,12 +22,12 @@ def main() -> None:
 
 
 def open_streams() -> None:
-    """Have all three: of one that is closed, the number would be that of the next file, in which C++'s words would land."""
+    """Have all three: the number of one that is closed is the next file's, in which C++'s words would land."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             opened = os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
             os.set_inheritable(opened, True)
-            setattr(sys, name, open(opened, "w" if descriptor else "r", closefd=False))
+            setattr(sys, name, os.fdopen(opened, "w" if descriptor else "r", closefd=False))
 
 
 def end(*_: object) -> None:

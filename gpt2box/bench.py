@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from gpt2box.errors import MachineCannot, VolumeUnwritable
 from gpt2box.fitting import place_of
 from gpt2box.inputs import has_dataset
 from gpt2box.job import set_arithmetic
+from gpt2box.machine import host
 from gpt2box.machine.device import choose_compile, choose_device, choose_dtype, peak_memory_bytes
 from gpt2box.paths import bench_file, dataset_dir, make_writable, runs_dir, shown
 from gpt2box.planner import shape_of
@@ -60,6 +62,7 @@ def bench(config: Config, steps: int, sweep: bool, share: bool, as_json: bool) -
     check_gpu(config.device)
     if sweep:
         make_writable(runs_dir())
+    say_load()
     task = look(config)
     ways = candidates(task) if sweep else []
     ways = ways or [as_trained(task)]
@@ -96,6 +99,13 @@ def bench(config: Config, steps: int, sweep: bool, share: bool, as_json: bool) -
         raise stopped
     if not done:
         raise too_large(ways[0], "; ".join(sorted({way.fault for way in ways})))
+
+
+def say_load() -> None:
+    """Beside other work the figures are not the machine's."""
+    load, cores = os.getloadavg()[0], host.cores()
+    if load > cores:
+        say(f"note: load {load:.0f} on {cores:g} core{'s' * (cores != 1)}: other work slows this")
 
 
 def look(config: Config) -> Task:

@@ -192,9 +192,11 @@ def preflight(config: str | None, as_json: bool, **flags: str | None) -> None:
     from gpt2box import config_file, paths
     from gpt2box import preflight as checks
 
-    settings = config_file.load(config, given(config, flags))[0] if config else None
-    device = settings.device if settings else flags["device"] or "cuda"
-    checks.preflight(settings, paths.text_path(flags["dataset"] or ""), device, as_json)
+    text, in_general = paths.text_path(flags["dataset"] or ""), not (config or flags["dataset"])
+    device = flags["device"] or "cuda"
+    flags["dataset"] = "any" if in_general else flags["dataset"]  # to have the others looked at
+    settings, _ = config_file.load(config, given(config, flags))
+    checks.preflight(None if in_general else settings, text, device if in_general else settings.device, as_json)
 
 
 @cli.command(cls=SettingsCommand, show_settings=False)

@@ -18,7 +18,7 @@ import click
 from gpt2box.config import Config
 from gpt2box.data import assets
 from gpt2box.errors import MachineCannot, VolumeUnwritable
-from gpt2box.inputs import VOLUMES, by_disk, checkpoint_bytes, corpus_of, has_dataset, needs
+from gpt2box.inputs import CHAR, VOLUMES, by_disk, checkpoint_bytes, corpus_of, has_dataset, needs
 from gpt2box.machine import checks, gpu, host
 from gpt2box.machine.checks import Finding
 from gpt2box.machine.probe import probe
@@ -52,7 +52,7 @@ def preflight(config: Config | None, text: Path | None, wanted: str, as_json: bo
     if failures:
         raise MachineCannot(f"preflight: {', '.join(finding.name for finding in failures)} failed")
     warnings = sum(finding.status == "warning" for finding in findings)
-    say(f"preflight: {len(findings) - warnings} checks are well, {warnings} warnings, no failure")
+    say(f"preflight: {len(findings) - warnings} ok, {warnings} warning{'s' * (warnings != 1)}")
 
 
 def show(finding: Finding) -> None:
@@ -68,7 +68,8 @@ def all_findings(config: Config | None, text: Path | None, device: str, nvml: gp
     """Every check, in the order of what depends on what."""
     on_gpu = device != "cpu"
     wanted = on_gpu if config is None or config.compile == "auto" else bool(config.compile)
-    old = any(card.capability and card.capability < (7, 0) for card in nvml.cards)  # Triton has no code for it
+    chosen = nvml.cards[device_index(device) :][:1] if on_gpu else []
+    old = any(card.capability and card.capability < (7, 0) for card in chosen)  # Triton has no code for it
     facts = probe(device, wanted and not old)
     if on_gpu:
         yield checks.driver(nvml, facts.get("cuda"), host.in_container(), host.is_wsl())
@@ -79,7 +80,7 @@ def all_findings(config: Config | None, text: Path | None, device: str, nvml: gp
         capability = tuple(facts["capability"]) if "capability" in facts else None
         if on_gpu and "architectures" in facts:
             yield checks.architecture(capability, facts["architectures"], facts.get("cuda"))
-        yield checks.bfloat16(facts, capability, on_gpu)
+        yield checks.bfloat16(facts, capability, on_gpu, config is not None and config.dtype == "bfloat16")
         if finding := checks.compiler(facts):
             yield finding
     yield from host_findings(config)
@@ -89,7 +90,8 @@ def all_findings(config: Config | None, text: Path | None, device: str, nvml: gp
         for names, free, here in by_disk(config):
             what = ", ".join(need.what for need in here)
             yield checks.disk(", ".join(names), free, sum(need.size_bytes for need in here), what)
-    yield vocabulary()
+    if config is None or config.init_from != "scratch" or not config.dataset.endswith(CHAR):
+        yield vocabulary()
     if config:
         yield checks.dataset(config.dataset, has_dataset(config), str(text or corpus_of(config.dataset)))
     if config and (from_hub := [need.what for need in needs(config) if need.hub]):
@@ -103,7 +105,7 @@ def device_index(device: str) -> int:
 
 def card_findings(nvml: gpu.Nvml, index: int) -> Iterator[Finding]:
     """What the driver says of the chosen card."""
-    chosen = checks.card(nvml, index)
+    chosen = checks.card(nvml, index, host.in_container())
     yield chosen
     if chosen.status == "ok":
         yield checks.vram(nvml.cards[index])
@@ -195,7 +197,7 @@ def check_gpu(wanted: str) -> None:
     index = device_index(wanted)
     findings = [checks.driver(nvml, torch.version.cuda, host.in_container(), host.is_wsl())]
     if not nvml.fault:
-        findings.append(checks.card(nvml, index))
+        findings.append(checks.card(nvml, index, host.in_container()))
     if all(finding.status != "failure" for finding in findings):
         try:
             torch.cuda.init()  # type: ignore[no-untyped-call]

@@ -16,6 +16,7 @@ CU13_ONLY = (10, 0)  # from here on CUDA 12.1 has no code for a card
 BF16 = (8, 0)  # compute capability from which bfloat16 is computed in hardware
 HOT_C = 83  # GeForce cards slow down from about here on
 GIB = 2**30
+FLOAT32_INSTEAD = "training uses float32 here: more memory, slower"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def driver(nvml: Nvml, cuda: str | None, in_container: bool, is_wsl: bool) -> Fi
         elif is_wsl:
             fix = "install NVIDIA's driver in Windows (none inside WSL), then: wsl --shutdown"
         else:
-            fix = "install NVIDIA's driver and reboot; nvidia-smi then lists the card"
+            fix = "install NVIDIA's driver and reboot: nvidia-smi must list the card"
         return Finding("driver", "failure", nvml.fault, f"{fix}; or --device cpu")
     runs = f", runs CUDA up to {nvml.cuda[0]}.{nvml.cuda[1]}" if nvml.cuda else ""
     if not cuda:
@@ -50,11 +51,12 @@ def driver(nvml: Nvml, cuda: str | None, in_container: bool, is_wsl: bool) -> Fi
     return Finding("driver", "ok", found)
 
 
-def card(nvml: Nvml, index: int) -> Finding:
+def card(nvml: Nvml, index: int, in_container: bool) -> Finding:
     """Whether there is a card of this number."""
     listed = "; ".join(f"{number}: {found.name}" for number, found in enumerate(nvml.cards)) or "none"
     if index >= len(nvml.cards):
-        fix = "the device of a card that is listed, such as --device cuda:0" if nvml.cards else "start with --gpus all"
+        bring = "start with --gpus all" if in_container else "a card that nvidia-smi lists, or --device cpu"
+        fix = "the device of a card that is listed, such as --device cuda:0" if nvml.cards else bring
         return Finding("card", "failure", f"no card with the number {index}; listed: {listed}", fix)
     note = ", a MIG slice" if nvml.cards[index].is_mig else ""
     return Finding("card", "ok", nvml.cards[index].name + note)
@@ -143,8 +145,12 @@ def health(found: Card) -> Iterator[Finding]:
         )
 
 
-def bfloat16(facts: dict[str, Any], capability: tuple[int, int] | None, on_gpu: bool) -> Finding:
-    """The product that was really computed."""
+def bfloat16(facts: dict[str, Any], capability: tuple[int, int] | None, on_gpu: bool, wanted: bool) -> Finding:
+    """The product that was really computed; on a card without bfloat16 it need not be, unless the job wants it."""
+    old = capability if on_gpu and capability and capability < BF16 else None
+    if old and not wanted and "bf16_fault" in facts:
+        found = f"none: compute capability {old[0]}.{old[1]}"
+        return Finding("bfloat16", "warning", found, FLOAT32_INSTEAD)
     if fault := facts.get("bf16_fault"):
         return Finding("bfloat16", "failure", fault, "see the driver and the architecture above")
     if "bf16_error" not in facts:
@@ -153,9 +159,9 @@ def bfloat16(facts: dict[str, Any], capability: tuple[int, int] | None, on_gpu: 
     if error > 0.02:  # rounding to bfloat16 alone is 2^-9
         found = f"a product of bfloat16 matrices is wrong by {error:.0%}"
         return Finding("bfloat16", "failure", found, "a defective card or memory: try again, then another card")
-    if on_gpu and capability and capability < BF16:
-        found = f"computed, but slowly: compute capability {capability[0]}.{capability[1]}"
-        return Finding("bfloat16", "warning", found, "training uses float32 here: more memory, slower")
+    if old:
+        found = f"computed, but slowly: compute capability {old[0]}.{old[1]}"
+        return Finding("bfloat16", "warning", found, FLOAT32_INSTEAD)
     return Finding("bfloat16", "ok", f"a product was computed, right to {error:.1%}")
 
 

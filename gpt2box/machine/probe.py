@@ -9,24 +9,32 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 TIMEOUT_S = 300.0  # the first compilation on a slow machine takes a minute
+DYING_S = 5.0
 
 
 def probe(device: str, compile_model: bool) -> dict[str, Any]:
     """The probe's findings; `fault` where its process did not come to its end. Never raises."""
     command = [sys.executable, "-W", "ignore", "-m", "gpt2box.machine.probe", device, str(compile_model)]
     output, problem = "", ""
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
-        output = done.stdout
-        if done.returncode:
-            last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
-            problem = f"ended with status {done.returncode}" + (f": {last[0].strip()}" if last else "")
+        output, errors = child.communicate(timeout=TIMEOUT_S)
+        if child.returncode:
+            last = [line for line in errors.splitlines() if line.strip()][-1:]
+            problem = f"ended with status {child.returncode}" + (f": {last[0].strip()}" if last else "")
     except subprocess.TimeoutExpired as expired:
         output = expired.stdout.decode() if isinstance(expired.stdout, bytes) else (expired.stdout or "")
         problem = f"did not answer within {TIMEOUT_S:.0f} seconds"
+    finally:
+        if child.poll() is None:
+            child.kill()
+            with suppress(subprocess.TimeoutExpired):  # one that waits for a hung driver does not even die
+                child.wait(DYING_S)
     facts: dict[str, Any] = {"fault": problem}
     for line in output.splitlines():
         if line.startswith("{"):
