@@ -6,7 +6,6 @@ what it needs.
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import signal
@@ -19,21 +18,12 @@ from typing import Any, NoReturn
 import click
 
 from gpt2box import __version__, model_commands, output_commands
-from gpt2box.errors import BadInput, Gpt2boxError, MachineCannot, VolumeUnwritable, printable
+from gpt2box.errors import BadInput, Gpt2boxError, printable
+from gpt2box.faults import card_is_full, fault_of
 from gpt2box.options import Between, FirstToLast, SettingsCommand, plain_names
 from gpt2box.ranks import ranks
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "token_normalize_func": plain_names, "max_content_width": 110}
-
-# What a failing or vanished disk, drive or network share says.
-DISK_FAULTS = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO, errno.ESHUTDOWN)
-# What a limit of the system says, with what is expected and what to do.
-OPEN_FILES = ("fewer open files", "ulimit -n 4096, and the same command again")
-LIMITS = {
-    errno.EMFILE: OPEN_FILES,
-    errno.ENFILE: OPEN_FILES,
-    errno.EAGAIN: ("room for another process", "close other programs, or raise the limits (ulimit -a)"),
-}
 
 
 @click.group(context_settings=CONTEXT)
@@ -335,38 +325,3 @@ def leave(code: str | int | None) -> NoReturn:
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else bool(code))
     sys.exit(code)
-
-
-def fault_of(error: OSError) -> Gpt2boxError | None:
-    """What a refusal of the system that nobody expected there means; nothing for what only a bug can be."""
-    what = f"{error.filename or 'a file'}: {error.strerror}"
-    names = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
-    if error.errno in names or (error.errno == errno.EINVAL and error.filename):
-        return BadInput(f"cannot use {what}", "a file where a file belongs, a folder where a folder does")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return VolumeUnwritable(f"cannot write {what}", "free space on a disk that may be written")
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return VolumeUnwritable(f"cannot open {what}", f"permission for uid {os.getuid()}")
-    if error.errno == errno.EFBIG:
-        return VolumeUnwritable(f"cannot write {what}", "a file system and a limit (ulimit -f) for files of that size")
-    if error.errno in DISK_FAULTS:
-        return VolumeUnwritable(f"cannot read or write {what}", "a disk that works; the system's log may say more")
-    if error.errno in LIMITS:
-        return MachineCannot(f"the system refuses: {what}", *LIMITS[error.errno])
-    return None
-
-
-def card_is_full(error: RuntimeError | MemoryError) -> Gpt2boxError | None:
-    """Where a card's memory ran out; nothing for any other error."""
-    if "gpt2box.machine.device" in sys.modules:  # else no card was used
-        import torch
-
-        from gpt2box.machine.device import NO_CARD_MEMORY
-
-        if isinstance(error, torch.cuda.OutOfMemoryError) or NO_CARD_MEMORY.search(str(error)):
-            return MachineCannot(
-                "out of memory on the card",
-                "free memory of the card",
-                "close other programs on it (gpt2box monitor), or --device cpu",
-            )
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -26,14 +27,14 @@ from gpt2box.model.generate import Choice, generate
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.weights import load_hub
 from gpt2box.output.learned import by_heart, read_by_heart, side_by_side
-from gpt2box.output.page import report_page
+from gpt2box.output.page import published, report_page
 from gpt2box.output.report import loss_png
 from gpt2box.paths import in_image, make_writable, run_dir, shown, text_path
 from gpt2box.planning.choose import check_shared
 from gpt2box.planning.plan import RunPlan, make_plan
 from gpt2box.planning.shape import ModelShape
 from gpt2box.preflight import check_gpu
-from gpt2box.progress import duration, kept_log, say, size
+from gpt2box.progress import called, duration, kept_log, say, size
 from gpt2box.ranks import ALONE
 from gpt2box.run_records import checked_allowance, say_what_may_change_bits, write_records
 from gpt2box.sessions import session_of
@@ -110,7 +111,8 @@ def run_in(
         if state.stopped_early and (config.patience == 0 or state.evaluations_without_best < config.patience):
             state.stopped_early = False  # the patience was raised
         unevaluated = state.step == plan.max_steps != state.evaluated_step  # stopped by a signal in the last step
-        if (state.step < plan.max_steps or unevaluated) and not state.stopped_early:
+        due = (state.step < plan.max_steps or unevaluated) and not state.stopped_early
+        if due:
             with saying_out_of_memory(plan):
                 model = empty_model(plan)
                 optimizer = make_optimizer(model, plan)
@@ -150,7 +152,7 @@ def run_in(
     if not group.first:
         return
     with kept_log(run / "log.txt"):
-        report(config, argument, run, state, stop, plan)
+        report(config, argument, run, state, stop, plan, due)
 
 
 def set_arithmetic(plan: RunPlan) -> None:
@@ -300,26 +302,29 @@ def kept_step(run: Path, state: TrainState) -> int:
 
 
 def report(
-    config: Config, argument: str | None, run: Path, state: TrainState, stop: StopRequest, plan: RunPlan
+    config: Config, argument: str | None, run: Path, state: TrainState, stop: StopRequest, plan: RunPlan, trained: bool
 ) -> None:
     """How it ended, where everything lies, and the next command."""
-    command = "gpt2box train" + (f" {argument}" if argument else "") + " …"
+    ended = "stopped early, no better val_loss" if state.stopped_early else "finished"
+    if not trained and not stop and (run / "report.html").exists():
+        more = ["--patience", f"{2 * config.patience}"] if state.stopped_early else ["--max-steps", f"{2 * state.step}"]
+        say(f"{config.name}: {ended} at step {state.step:,} before; nothing is left to do")
+        say(f"  to train longer {again(argument, plan, *more)}")
+        return
     picture = loss_png(run)
     if stop:
         kept = "saved" if (run / "checkpoints" / "last").exists() else "with nothing to save yet"
         say(f"stopped by {stop.name} at step {state.step:,} of {plan.max_steps:,}, {kept}")
-        say(f"  to go on        the same command again{'' if in_image() else ': ' + command}")
+        say(f"  to go on        {again(argument, plan)}")
         return
-    ended = "stopped early, no better val_loss" if state.stopped_early else "finished"
     pace = plan.expected_tokens_per_sec
     kind = "as measured before" if plan.speed_measured else "estimated"
     estimate = f" ({kind}: {duration(state.step * plan.tokens_per_step / pace)})" if pace else ""
     say(f"{config.name}: {ended} at step {state.step:,} after {duration(state.seconds)} of training{estimate}")
     if state.best_val_loss is not None:
-        published = (
-            "" if config.expected_val_loss is None else f" (published for this config: {config.expected_val_loss:.4f})"
-        )
-        say(f"  best val_loss   {state.best_val_loss:.4f} at step {state.best_step:,}{published}")
+        expected = published(config.model_dump())
+        of_others = "" if expected is None else f" (published for this config: {expected:g})"
+        say(f"  best val_loss   {state.best_val_loss:.4f} at step {state.best_step:,}{of_others}")
     if learned := read_by_heart(run, kept_step(run, state)):
         say(f"  by heart        {learned.words()}")
     say(f"  loss curve      {shown(picture)}")
@@ -330,4 +335,12 @@ def report(
         say(f"  model           {shown(model)} (a Hugging Face folder)")
     say(f"  everything      {shown(run)}")
     if model.exists():
-        say(f"  next            {'make sample' if in_image() else f'gpt2box sample {config.name}'}")
+        say(f"  next            {'make sample' if in_image() else called('sample', config.name)}")
+
+
+def again(argument: str | None, plan: RunPlan, *more: str) -> str:
+    """The same command with more options: to paste, unless it is a container's or torchrun's."""
+    if in_image() or plan.ranks > 1:
+        return " ".join(["the same command again", *(["with"] if more else []), *more])
+    words = sys.argv[1:] if sys.argv[1:2] == ["train"] else ["train", *([argument] if argument else [])]
+    return f"{'' if more else 'the same command again: '}{called(*words, *more)}"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import os
 import re
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -121,6 +123,16 @@ class Aside:
         os.close(self.terminal)
         if self._log:
             self._log.close()
+
+
+def called(*words: str) -> str:
+    """A command to paste: the program as it was called, by its path where the shell would not find it."""
+    program, found = sys.argv[0], shutil.which("gpt2box")
+    if Path(program).name == "gpt2box" and "/" in program and os.path.abspath(program) != found:
+        return shlex.join([program, *words])
+    return shlex.join(
+        [*(["python", "-m"] if Path(program).parts[-2:] == ("gpt2box", "__main__.py") else []), "gpt2box", *words]
+    )
 
 
 def duration(seconds: float) -> str:

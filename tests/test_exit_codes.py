@@ -1,17 +1,22 @@
-"""What ends a command, in exit codes and words."""
+"""What ends a command, in exit codes and words; the commands that it suggests."""
 
 from __future__ import annotations
 
 import errno
 import os
 import resource
+import shlex
+import signal
+from pathlib import Path
 
 import pytest
 import torch
 
-from gpt2box import cli
+from gpt2box import faults
 from gpt2box.errors import BadInput, MachineCannot, VolumeUnwritable
+from gpt2box.progress import called
 from tests.conftest import Command
+from tests.training.test_train import process, wait_for
 
 
 @pytest.mark.parametrize(
@@ -30,7 +35,7 @@ from tests.conftest import Command
 )
 def test_what_the_system_refuses_is_said_in_words(code: str, kind: type) -> None:
     number = getattr(errno, code)
-    fault = cli.fault_of(OSError(number, os.strerror(number), "/some/file"))
+    fault = faults.fault_of(OSError(number, os.strerror(number), "/some/file"))
     assert type(fault) is kind and (fault is None or "/some/file" in fault.found)
 
 
@@ -47,10 +52,38 @@ def test_what_the_system_refuses_is_said_in_words(code: str, kind: type) -> None
 def test_a_card_that_is_full_is_said_in_words(error: RuntimeError, full: bool) -> None:
     import gpt2box.machine.device  # noqa: F401, as whatever uses a card has it loaded
 
-    fault = cli.card_is_full(error)
+    fault = faults.card_is_full(error)
     assert bool(fault) == full and (fault is None or (fault.exit_code == 3 and "--device cpu" in fault.next_step))
 
 
 def test_memory_that_runs_out_while_the_program_is_loaded_is_said_in_words(started: Command) -> None:
     done = started("train", "demo", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (600 << 20, 600 << 20)))
     assert done.returncode == 3 and "memory ran out" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "on_path", "said"),
+    [
+        (".venv/bin/gpt2box", False, ".venv/bin/gpt2box sample 'my run'"),
+        ("BIN/gpt2box", True, "gpt2box sample 'my run'"),
+        ("/usr/lib/python3/site-packages/gpt2box/__main__.py", False, "python -m gpt2box sample 'my run'"),
+        ("gpt2box", False, "gpt2box sample 'my run'"),
+    ],
+)
+def test_a_command_is_suggested_as_it_was_called(
+    program: str, on_path: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gpt2box").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path) if on_path else "/nowhere")
+    monkeypatch.setattr("sys.argv", [program.replace("BIN", str(tmp_path)), "train"])
+    assert called("sample", "my run") == said
+
+
+def test_a_stopped_training_says_the_whole_command(volumes: Path) -> None:
+    """With all its options, to be pasted."""
+    running = process(volumes, name="run", max_steps=1000, log_interval=1)
+    wait_for(volumes / "runs/run/checkpoints/last", running)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=120)
+    pasted = errors.rpartition("the same command again: ")[2].strip()
+    assert shlex.split(pasted) == ["python", "-m", "gpt2box", *running.args[3:]], errors  # type: ignore[index]

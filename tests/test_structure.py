@@ -36,7 +36,7 @@ LAYERS = [
         "bench_report",
         "stopwatch",
     ],
-    ["options", "model_commands", "output_commands", "cli"],
+    ["options", "model_commands", "output_commands", "faults", "cli"],
     ["__main__", "container"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -8,17 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from gpt2box.config_file import read_yaml
+from gpt2box.config_file import SHIPPED, read_yaml
 from gpt2box.errors import BadInput
 from gpt2box.files import read_object, regular, whole, write_atomically
 from gpt2box.output.curves import Curve, History, history
 from gpt2box.output.markup import Chart, Html, Line, document, facts, plots, section, table, tag
 from gpt2box.output.runs import Run, amount, look_at
 from gpt2box.paths import shown
-from gpt2box.progress import duration, size
+from gpt2box.progress import called, duration, size
 
 SAMPLES = 20  # shown, of those written along the way
 SAMPLE_CHARACTERS = 5000  # shown of each
+COMPARED = (  # what makes a run another one than that whose val_loss was published
+    "dataset", "init_from", "n_layer", "n_head", "n_embd", "block_size", "tokens_per_step", "max_steps", "eval_windows",
+)  # fmt: skip
 
 
 def report_page(folder: Path) -> Path:
@@ -38,7 +41,7 @@ def report_page(folder: Path) -> Path:
         section("Curves", *curves(figures, whole(plan.get("tokens_per_step")))),
         section("Planned and measured", *planned_and_measured(run, plan, settings, figures)),
         section("What it wrote", *samples(folder)),
-        section("Go on from here", *commands(run, folder)),
+        section("Go on from here", *commands(run, folder, mapping(manifest.get("dataset")))),
         tag("p", f"Written by gpt2box on {time.strftime('%Y-%m-%d at %H:%M')} from {shown(folder)}.", class_="note"),
     ]
     path = folder / "report.html"
@@ -70,7 +73,7 @@ def summary(run: Run, figures: History) -> Html:
         said.append(tag("p", f"Damaged: {run.fault}", class_="bad"))
     if run.state == "training":
         said.append(
-            tag("p", f"It is being trained: gpt2box report {run.name} brings this page up to date.", class_="note")
+            tag("p", f"It is being trained: {called('report', run.name)} brings this page up to date.", class_="note")
         )
     return tag("div", *said)
 
@@ -179,7 +182,7 @@ def planned_and_measured(run: Run, plan: dict[str, Any], settings: dict[str, Any
     measured = {name: curve.value for name, curve in figures.curves.items()}
     most = float(measured["peak_memory_bytes"].max()) if "peak_memory_bytes" in measured else 0.0
     speed = float(np.median(measured["tokens_per_sec"])) if "tokens_per_sec" in measured else 0.0
-    best, published = best_of(run, figures), settings.get("expected_val_loss")
+    best, expected = best_of(run, figures), published(settings)
     rows = [
         ("memory", size(memory) if memory else "", size(most) if most else "", share(most, memory) if on_gpu else ""),
         (
@@ -196,7 +199,7 @@ def planned_and_measured(run: Run, plan: dict[str, Any], settings: dict[str, Any
         ),
         (
             "best val_loss",
-            f"{published:.4f}, published" if isinstance(published, int | float) else "",
+            "" if expected is None else f"{expected:g}, published",
             f"{best[0]:.4f}" if best else "",
             "",
         ),
@@ -210,6 +213,18 @@ def planned_and_measured(run: Run, plan: dict[str, Any], settings: dict[str, Any
         )
     head = ("", "planned (estimated)", "measured", "measured / planned")
     return [table(head, rows), tag("p", note, class_="note")]
+
+
+def published(settings: dict[str, Any]) -> float | None:
+    """The val_loss that is expected of a run with these settings; None where it is of another text or network."""
+    expected = settings.get("expected_val_loss")
+    if not isinstance(expected, int | float):
+        return None
+    shipped_with_it = [
+        own for path in SHIPPED.glob("*.yaml") if (own := read_yaml(path)).get("expected_val_loss") == expected
+    ]
+    alike = [all(settings.get(key) == own[key] for key in COMPARED if key in own) for own in shipped_with_it]
+    return expected if any(alike) or not alike else None
 
 
 def share(measured: float, planned: float) -> str:
@@ -257,8 +272,9 @@ def excerpt(path: Path) -> str:
     return text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + "…"
 
 
-def commands(run: Run, folder: Path) -> list[Html]:
+def commands(run: Run, folder: Path, dataset: dict[str, Any]) -> list[Html]:
     """How to go on with the run."""
+    in_characters = mapping(dataset.get("tokenizer")).get("kind") == "char"  # for which llama.cpp has no tokenizer
     rows = []
     if run.state in ("stopped", "training"):
         rows.append(
@@ -267,14 +283,15 @@ def commands(run: Run, folder: Path) -> list[Html]:
     if run.state == "finished":
         rows.append(("train further", f"{resume(folder)} --max-steps {2 * max(run.step, 1)}"))
     rows += [
-        ("read what it writes", f"gpt2box sample {run.name}"),
-        ("measure it", f"gpt2box eval {run.name}"),
-        ("for transformers and the Hub", f"gpt2box export {run.name}"),
-        ("for llama.cpp and Ollama", f"gpt2box export {run.name} --format gguf"),
+        ("read what it writes", called("sample", run.name)),
+        ("measure it", called("eval", run.name)),
+        ("for transformers and the Hub", called("export", run.name)),
     ]
+    if not in_characters:
+        rows.append(("for llama.cpp and Ollama", called("export", run.name, "--format", "gguf")))
     return [tag("p", title, tag("pre", command)) for title, command in rows]
 
 
 def resume(folder: Path) -> str:
     """The command that goes on with the run's own settings."""
-    return f"gpt2box train {shown(folder / 'config.yaml')}"
+    return called("train", shown(folder / "config.yaml"))

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt2box import config_file
 from gpt2box.output.curves import history
+from gpt2box.output.page import published
 from tests.conftest import Command, options
 
 
@@ -72,6 +74,7 @@ def test_a_finished_run_has_its_report(volumes: Path, gpt2box: Command) -> None:
     best = min(row["val_loss"] for row in rows if row["kind"] == "eval")
     for part in ("finished", "12 of 12", f"{best:.4f} at step", "tinyshakespeare", "gpt2box sample a", "step 8"):
         assert part in page.text, part
+    assert "gguf" not in page.text, "it is in characters"
 
 
 def test_what_a_text_holds_is_never_a_browsers_business(volumes: Path, gpt2box: Command) -> None:
@@ -159,3 +162,15 @@ def test_no_peak_of_a_long_run_is_lost(tmp_path: Path) -> None:
     assert len(curve.step) == 50_000 and len(thin.step) <= 2002
     assert (thin.step[0], thin.step[-1]) == (1, 50_000)
     assert {31_234.0, 40_321.0} <= set(thin.step.tolist()) and np.all(np.diff(thin.step) > 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({}, 1.59), ({"learning_rate": 0.1}, 1.59), ({"dataset": "mine"}, None), ({"max_steps": 9}, None)],
+)
+def test_what_was_published_is_said_of_the_same_text_and_network(
+    changes: dict[str, object], said: float | None
+) -> None:
+    settings = config_file.load("demo", {})[0].model_dump()
+    assert published({**settings, **changes}) == said
+    assert published({**settings, **changes, "expected_val_loss": 2.5}) == 2.5, "of a config of one's own"
