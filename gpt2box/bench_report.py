@@ -154,13 +154,12 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         every = f"{measured['evaluation_windows']:,} windows; {measured['evaluation_share']:.1%} of all time"
         yield entry("evaluation", span(measured["evaluation_s"]), note=every)
     if measured["checkpoint_fault"]:
-        yield entry(
-            "checkpoint", NOTHING, size(estimated["checkpoint_bytes"]), f"not tried: {measured['checkpoint_fault']}"
-        )
+        yield entry("checkpoint", NOTHING, note=f"not tried: {measured['checkpoint_fault']}")
     elif measured["checkpoint_s"] is not None:
-        whole = f"{size(measured['checkpoint_bytes'])}, whole after {span(measured['checkpoint_durable_s'])}"
+        bytes_of_it = f"{size(measured['checkpoint_bytes'])}, estimated {size(estimated['checkpoint_bytes'])}"
+        whole = f"{bytes_of_it}; whole after {span(measured['checkpoint_durable_s'])}"
         waits = f"{whole}; training waits for {measured['checkpoint_share']:.1%} of all time"
-        yield entry("checkpoint", span(measured["checkpoint_s"]), size(estimated["checkpoint_bytes"]), waits)
+        yield entry("checkpoint", span(measured["checkpoint_s"]), note=waits)
     yield f"  {', '.join(f'{name} {version}' for name, version in found['versions'].items() if version)}"
 
 

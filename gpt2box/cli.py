@@ -42,7 +42,7 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(short_help="Turn text into a dataset, volumes/data/NAME.")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option(
     "--name", help="The dataset's name [default: the input's, with -char for characters or another tokenizer's name]."
@@ -88,9 +88,10 @@ def prepare(inputs: tuple[str, ...], name: str | None, verify: bool, **options: 
     \b
     INPUT is one of
       shakespeare, tinyshakespeare       the complete works, or 1 MB of them
-      openwebtext, openwebtext-10k       9 billion tokens from the Hub, or its first 10,000 documents
+      openwebtext, openwebtext-10k       9 billion tokens, or 10,000 documents
       hub:OWNER/NAME                     any dataset of the Hugging Face Hub
-      your own files, folders, patterns  txt md jsonl json csv tsv parquet, also gz bz2 xz zst; - is standard input
+      files, folders, patterns of yours  txt md jsonl json csv tsv parquet,
+                                         also gz bz2 xz zst; - is standard input
 
     A plain text is a document, as is each record of the others. Records of prompt and response become instruction data:
     the loss is on the responses alone. Doing it again with the same text does nothing; ended
@@ -118,7 +119,7 @@ def going_on_later() -> Iterator[None]:
         raise
 
 
-@cli.command(cls=SettingsCommand)
+@cli.command(cls=SettingsCommand, short_help="Train as CONFIG says; the same command again resumes.")
 @click.argument("config", required=False)
 @click.option(
     "--allow-change", multiple=True, metavar="KEY", help="Go on with another value of this setting; from there on."
@@ -154,7 +155,9 @@ def given(config: str | None, flags: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-@cli.command(cls=SettingsCommand, show_settings=False)
+@cli.command(
+    cls=SettingsCommand, show_settings=False, short_help="Bring the dataset and weights that a training needs."
+)
 @click.argument("config")
 def fetch(config: str, **flags: str | None) -> None:
     """Bring all that training CONFIG needs: its dataset and the weights it begins from.
@@ -170,7 +173,7 @@ def fetch(config: str, **flags: str | None) -> None:
         inputs.bring(settings, paths.text_path(flags["dataset"] or ""))
 
 
-@cli.command(cls=SettingsCommand, show_settings=False)
+@cli.command(cls=SettingsCommand, show_settings=False, short_help="Check driver, card, memory, disk and network.")
 @click.argument("config", required=False)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def preflight(config: str | None, as_json: bool, **flags: str | None) -> None:
@@ -189,7 +192,9 @@ def preflight(config: str | None, as_json: bool, **flags: str | None) -> None:
     checks.preflight(None if in_general else settings, text, device if in_general else settings.device, as_json)
 
 
-@cli.command(cls=SettingsCommand, show_settings=False)
+@cli.command(
+    cls=SettingsCommand, show_settings=False, short_help="Say what fits, how fast it is and how long it takes."
+)
 @click.argument("config", required=False)
 @click.option("--gpu", help="A card by name, such as rtx-4070 [default: the one that is here].")
 @click.option("--vram-gib", type=Between(0, 10_000, min_open=True), help="Or only its memory.")
@@ -226,7 +231,7 @@ def plan(
     planner.show(settings, target, all_sizes, explain, as_json)
 
 
-@cli.command(cls=SettingsCommand, show_settings=False)
+@cli.command(cls=SettingsCommand, show_settings=False, short_help="Measure how fast this machine trains.")
 @click.argument("config", required=False)
 @click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps that are timed.")
 @click.option("--sweep", is_flag=True, help="Find the fastest micro-batch, recompute, compiled or not, and keep it.")
@@ -261,7 +266,7 @@ def bench(config: str | None, steps: int, sweep: bool, share: bool, as_json: boo
     measure(settings, steps, sweep, share, as_json)
 
 
-@cli.command()
+@cli.command(short_help="Watch the card and a run in a second terminal.")
 @click.argument("run", required=False)
 @click.option("--once", is_flag=True, help="Show it once and end.")
 def monitor(run: str | None, once: bool) -> None:

@@ -34,7 +34,7 @@ from gpt2box.planning.choose import check_shared
 from gpt2box.planning.plan import RunPlan, make_plan
 from gpt2box.planning.shape import ModelShape
 from gpt2box.preflight import check_gpu
-from gpt2box.progress import called, duration, kept_log, say, size
+from gpt2box.progress import called, counted, duration, kept_log, say, size
 from gpt2box.ranks import ALONE
 from gpt2box.run_records import checked_allowance, say_what_may_change_bits, write_records
 from gpt2box.sessions import session_of
@@ -213,7 +213,7 @@ def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
     )
     say(
         f"  {plan.tokens_per_step:,} tokens a step = {plan.micro_batch_size} × {shape.block_size} × "
-        f"{plan.grad_accum_steps} micro-steps{shared_by}; "
+        f"{counted(plan.grad_accum_steps, 'micro-step')}{shared_by}; "
         f"{plan.max_steps:,} steps = {plan.epochs:.2g} passes over the text"
     )
     if plan.lora_rank:

@@ -15,7 +15,7 @@ from gpt2box.errors import BadInput
 from gpt2box.options import Between
 
 
-@click.command()
+@click.command(short_help="Write text with a model.")
 @click.argument("model", required=False)
 @click.option("-p", "--prompt", "--start", default="", help="What the text begins with.")
 @click.option(
@@ -123,7 +123,7 @@ def sample(
     write_samples(decoder, words, texts, num_samples, max_new_tokens, choice, seed, batch_size, as_json)
 
 
-@click.command(name="eval")
+@click.command(name="eval", short_help="Measure loss, perplexity, bits per byte, or a benchmark.")
 @click.argument("model", required=False)
 @click.option("--dataset", help="A prepared dataset [default: the one that the run was trained on].")
 @click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="Of the dataset.")
@@ -157,9 +157,9 @@ def evaluate(
     """Measure MODEL (as for `sample`): loss, perplexity and bits per byte of a text, or a benchmark.
 
     \b
-    gpt2box eval                              the newest run, on all of its validation text
-    gpt2box eval gpt2-medium --text book.txt  bits per byte compare between tokenizers
-    gpt2box eval --task hellaswag             accuracy, as lm-evaluation-harness counts it
+    gpt2box eval                          the newest run, on its validation text
+    gpt2box eval gpt2 --text book.txt     bits per byte compare any tokenizers
+    gpt2box eval --task hellaswag         accuracy as lm-evaluation-harness has it
 
     Computed in float32.
     """
@@ -199,13 +199,14 @@ def evaluate(
     if as_json:
         print(json.dumps(figures))
         return
-    for key, value in figures.items():
-        if value is not None:
-            kind = {float: ",.4f", int: ","}.get(type(value), "")
-            print(f"{key:14}  {value:{kind}}")
+    told = {key: value for key, value in figures.items() if value is not None}
+    width = max(map(len, told))
+    for key, value in told.items():
+        kind = {float: ",.4f", int: ","}.get(type(value), "")
+        print(f"{key:{width}}  {value:{kind}}")
 
 
-@click.command()
+@click.command(short_help="Write a model for transformers, nanoGPT or llama.cpp.")
 @click.argument("model", required=False)
 @click.option(
     "--format",
@@ -219,6 +220,7 @@ def evaluate(
     "--dtype",
     "--quantise",
     type=click.Choice(["float32", "float16", "bfloat16", "q8_0"]),
+    metavar="[float32|float16|bfloat16|q8_0]",
     help="Numbers of the matrices [default: float32; float16 in gguf].",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Where [default: the run's export/].")
@@ -239,7 +241,7 @@ def export(model: str | None, form: str, dtype: str | None, out: Path | None, li
     print(shown(write(folder, form, dtype, out, licence)))
 
 
-@click.command()
+@click.command(short_help="Upload a model to the Hugging Face Hub.")
 @click.argument("model")
 @click.argument("repo", metavar="OWNER/NAME")
 @click.option("--public", is_flag=True, help="For everyone to see [default: private].")
@@ -267,7 +269,7 @@ def push(model: str, repo: str, public: bool, dtype: str, licence: str, checkpoi
     print(upload(folder, repo, dtype, licence, public))
 
 
-@click.command(name="import")
+@click.command(name="import", short_help="Turn nanoGPT's ckpt.pt into a Hugging Face folder.")
 @click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--name", help="What it is called in volumes/models [default: the name of its folder].")
 @click.option("--out", type=click.Path(path_type=Path), help="Or another place.")

@@ -79,7 +79,7 @@ class SettingsCommand(click.Command):
             record = parameter.get_help_record(ctx)
             field = Config.model_fields.get(parameter.name or "")
             extra = field.json_schema_extra if field else None
-            group = str(extra["group"]) if isinstance(extra, dict) else "Help"
+            group = str(extra["group"]) if isinstance(extra, dict) else "Options"
             if record:
                 groups.setdefault(group, []).append(record)
         for group, records in groups.items():

@@ -13,7 +13,7 @@ import click
 from gpt2box.errors import BadInput, Damaged, harmless_lines
 
 
-@click.command()
+@click.command(short_help="Write a run down on one page.")
 @click.argument("run", required=False)
 def report(run: str | None) -> None:
     """Write RUN (the newest by default) down on one page, volumes/runs/RUN/report.html.
@@ -28,7 +28,7 @@ def report(run: str | None) -> None:
     print(shown(report_page(find_run(run))))
 
 
-@click.command()
+@click.command(short_help="List the runs and how they went, or compare them.")
 @click.argument("names", nargs=-1, metavar="[RUN]...")
 @click.option("--compare", is_flag=True, help="Settings that differ, key figures, and a page with the curves together.")
 @click.option(
@@ -71,7 +71,7 @@ def runs(names: tuple[str, ...], compare: bool, out: Path | None, as_json: bool)
         print(f"no run in {shown(runs_dir())} yet; gpt2box train demo makes one")
 
 
-@click.command()
+@click.command(short_help="Do steps of a run again and compare the bits.")
 @click.argument("run", required=False)
 @click.option("--from", "start", metavar="STEP", help="From this checkpoint, to the next [default: the beginning].")
 @click.option("--steps", type=click.IntRange(min=1), help="So many steps [default: 20, or to the next checkpoint].")
@@ -95,7 +95,7 @@ def verify(run: str | None, start: str | None, steps: int | None, as_json: bool)
         raise SystemExit(Damaged.exit_code)
 
 
-@click.command()
+@click.command(short_help="Train again what a manifest.json is of.")
 @click.argument("manifest", type=click.Path(path_type=Path))
 @click.option("--name", help="The new run's name [default: the run's, with -reproduced].")
 @click.option("--device", help="auto, cpu, cuda or cuda:N [default: the run's].")
@@ -113,7 +113,7 @@ def reproduce(manifest: Path, name: str | None, device: str | None) -> None:
     start_again(manifest, name, device, stop)
 
 
-@click.command()
+@click.command(short_help="Show all runs, live, in a browser.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all there are.")
 @click.option("--port", type=click.IntRange(0, 65_535), default=8080, show_default=True, help="0: one that is free.")
 @click.option(

@@ -30,7 +30,7 @@ from gpt2box.planning.choose import (
 )
 from gpt2box.planning.memory import GIB, padded_parameters
 from gpt2box.planning.shape import ModelShape
-from gpt2box.progress import duration, size
+from gpt2box.progress import counted, duration, size
 
 VOCABULARY = 50_257
 CHARACTERS = 100  # about as many as an English text has
@@ -167,7 +167,7 @@ def show(config: Config, target: Target, all_sizes: bool, explain: bool, as_json
     print(f"memory{each}, at its highest in {chosen.memory.moment}; estimated")
     for name, count in chosen.memory.parts().items():
         print(f"  {name:12} {size(count):>10}" + (f"   {EXPLAINED[name]}" if explain else ""))
-    print(f"  {'in all':12} {size(chosen.memory.total):>10}   of {size(place.free_bytes)} free")
+    print(f"  {'in all':12} {size(chosen.memory.total, 2):>10}   of {size(place.free_bytes, 2)} free")
     if chosen.measured_bytes:
         print(f"  {'measured':12} {size(chosen.measured_bytes):>10}   here, by gpt2box bench")
     if explain:
@@ -208,7 +208,7 @@ def plan_lines(config: Config, shape: ModelShape, chosen: Option, compiled: bool
     """What is done, how fast and how long."""
     yield (
         f"{config.tokens_per_step:,} tokens a step = {chosen.micro_batch_size} × {shape.block_size} × "
-        f"{chosen.grad_accum_steps} micro-steps{f' × {chosen.ranks} GPUs' if chosen.ranks > 1 else ''}; "
+        f"{counted(chosen.grad_accum_steps, 'micro-step')}{f' × {chosen.ranks} GPUs' if chosen.ranks > 1 else ''}; "
         f"recompute: {chosen.activation_checkpointing}, {'compiled' if compiled else 'not compiled'}"
     )
     if chosen.tokens_per_sec:
@@ -224,13 +224,18 @@ def plan_lines(config: Config, shape: ModelShape, chosen: Option, compiled: bool
 
 def other_lines(chosen: Option | None, found: list[Option], target: Target) -> Iterator[str]:
     """For each kind of recompute the fastest that fits; where none does, the smallest."""
+    shown: list[tuple[Option, bool]] = []
     for mode in dict.fromkeys(option.activation_checkpointing for option in found):
         same = [option for option in found if option.activation_checkpointing == mode]
         fits = [option for option in same if option.total_bytes <= target.place.free_bytes]
-        best = fits[0] if fits else min(same, key=lambda option: option.total_bytes)
+        shown.append((fits[0] if fits else min(same, key=lambda option: option.total_bytes), bool(fits)))
+    for best, fits_here in sorted(shown, key=lambda each: -each[0].tokens_per_sec):
         speed = f"{best.tokens_per_sec:>9,.0f} tokens/s{MARKS[best.measured]}" if best.tokens_per_sec else ""
-        verdict = "chosen" if best == chosen else "fits" if fits else "does not fit"
-        yield f"{mode:10} micro_batch_size {best.micro_batch_size:<4} {size(best.total_bytes):>10}  {speed}  {verdict}"
+        verdict = "chosen" if best == chosen else "fits" if fits_here else "does not fit"
+        yield (
+            f"{best.activation_checkpointing:10} micro_batch_size {best.micro_batch_size:<4} "
+            f"{size(best.total_bytes, 2):>10}  {speed}  {verdict}"
+        )
 
 
 def as_dict(

@@ -149,11 +149,16 @@ def duration(seconds: float) -> str:
     return f"{whole // 86_400}d {whole % 86_400 // 3600}h"
 
 
-def size(count: float) -> str:
+def counted(count: int, what: str) -> str:
+    """1 step, 2 steps."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def size(count: float, decimals: int = 1) -> str:
     """A number of bytes in a unit of fitting size."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.{decimals}f} {unit}"
         count /= 1024
     raise AssertionError
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from gpt2box import faults
+from gpt2box.cli import cli
 from gpt2box.errors import BadInput, MachineCannot, VolumeUnwritable
 from gpt2box.progress import called
 from tests.conftest import Command
@@ -87,3 +89,11 @@ def test_a_stopped_training_says_the_whole_command(volumes: Path) -> None:
     _, errors = running.communicate(timeout=120)
     pasted = errors.rpartition("the same command again: ")[2].strip()
     assert shlex.split(pasted) == ["python", "-m", "gpt2box", *running.args[3:]], errors  # type: ignore[index]
+
+
+def test_help_says_each_command_whole_in_80_columns() -> None:
+    names = [(), *((name,) for name in cli.commands)]
+    pages = {name: CliRunner().invoke(cli, [*name, "--help"], terminal_width=80).output for name in names}
+    assert "..." not in pages[()].partition("Commands:")[2]
+    long = [line for page in pages.values() for line in page.splitlines() if len(line) > 80]
+    assert long == [] and "Help:" not in "".join(pages.values()) and "q8_0" in pages[("export",)]

@@ -114,7 +114,7 @@ def listen(entrance: Door) -> socket.socket:
         raise MachineCannot(f"port {entrance.port} is not for this user", "1024 or higher", "--port 8080") from error
     except OSError as error:
         raise BadInput(
-            f"cannot listen on {entrance.host}, port {entrance.port}: {error.strerror}",
+            f"cannot listen on {entrance.host}, port {entrance.port}: {str(error.strerror).partition(' (while')[0]}",
             "a free port, an address of this machine",
             f"--port {entrance.port + 1 if entrance.port < 65_535 else 8080}",
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 from gpt2box.files import write_atomically
@@ -11,9 +12,7 @@ from gpt2box.output.curves import history
 
 def loss_png(run: Path) -> Path:
     """Draw `run`/metrics.jsonl; returns the picture's path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "agg"  # whatever it was: a name that Matplotlib does not know ends its import
     from matplotlib import pyplot
 
     curves = history(run / "metrics.jsonl").curves

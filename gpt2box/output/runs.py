@@ -34,7 +34,7 @@ class Run:
     best_val_loss: float | None
     best_step: int | None
     tokens: int  # seen in so many steps, with repetition
-    seconds: float  # of training, up to the newest checkpoint
+    seconds: int  # of training; of a run that is not trained now, up to the newest checkpoint
     size_bytes: int  # on disk
     changed: float  # when a figure was last noted, in Unix seconds
 
@@ -109,10 +109,25 @@ def look_at(folder: Path) -> Run:
         best_val_loss=best,
         best_step=None if best is None else whole(best_step),
         tokens=step * whole(plan.get("tokens_per_step")),
-        seconds=whole(found.get("seconds")),
+        seconds=round(number(found.get("seconds")) + since(rows, whole(found.get("step")), plan) * training),
         size_bytes=size_on_disk(folder),
         changed=last_written(folder),
     )
+
+
+def since(rows: list[dict[str, Any]], step: int, plan: dict[str, Any]) -> float:
+    """Seconds of training in the lines of metrics.jsonl after that step."""
+    tokens, seconds = whole(plan.get("tokens_per_step")), 0.0
+    for row in rows:
+        pace = number(row.get("tokens_per_sec"))
+        if row["kind"] == "train" and row["step"] > step and pace > 0:
+            seconds, step = seconds + (row["step"] - step) * tokens / pace, row["step"]
+    return seconds if seconds < 1e12 else 0.0
+
+
+def number(value: object) -> float:
+    """Of a file that may hold anything; 0 for what is none that a run could have."""
+    return float(value) if isinstance(value, int | float) and abs(value) < 2**63 else 0.0
 
 
 def broken_settings(folder: Path, plan: dict[str, Any]) -> str:

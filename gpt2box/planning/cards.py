@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import textwrap
 from dataclasses import dataclass
 
 from gpt2box.errors import BadInput
@@ -79,12 +80,13 @@ def card_named(name: str) -> CardKind:
         BadInput: not in the table.
     """
     plain = spelled(name)
-    if plain in CARDS:
-        return CARDS[plain]
+    for full in (plain, f"rtx-{plain}"):
+        if full in CARDS:
+            return CARDS[full]
     near = difflib.get_close_matches(plain, CARDS, 1)
     raise BadInput(
         f"no card {name!r} in the table" + (f"; did you mean {near[0]}?" if near else ""),
-        f"one of {', '.join(CARDS)}",
+        textwrap.fill(f"one of {', '.join(CARDS)}", 100, subsequent_indent="    ", break_on_hyphens=False),
         "or give its memory: --vram-gib 12",
     )
 

@@ -16,6 +16,7 @@ import pytest
 from gpt2box import config_file
 from gpt2box.output.curves import history
 from gpt2box.output.page import published
+from gpt2box.output.runs import since
 from tests.conftest import Command, options
 
 
@@ -174,3 +175,17 @@ def test_what_was_published_is_said_of_the_same_text_and_network(
     settings = config_file.load("demo", {})[0].model_dump()
     assert published({**settings, **changes}) == said
     assert published({**settings, **changes, "expected_val_loss": 2.5}) == 2.5, "of a config of one's own"
+
+
+def test_the_time_of_a_run_that_is_trained_now_is_counted_past_its_checkpoint() -> None:
+    rows = [{"kind": "train", "step": step, "tokens_per_sec": 50.0} for step in (10, 20, 30)]
+    assert since(rows, 10, {"tokens_per_step": 100}) == 40 and since(rows, 30, {"tokens_per_step": 100}) == 0
+    assert since([{"kind": "train", "step": 40, "tokens_per_sec": None}], 30, {"tokens_per_step": 100}) == 0
+
+
+def test_a_backend_of_matplotlib_that_is_none_ends_nothing(started: Command, volumes: Path) -> None:
+    command = ["train", *options(name="a", max_steps=1, eval_interval=1)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLBACKEND", "nonsense")
+        done = started(*command)
+    assert done.returncode == 0 and (volumes / "runs/a/loss.png").exists(), done.stderr

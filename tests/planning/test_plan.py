@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -320,3 +321,18 @@ def test_where_muon_does_not_fit_what_is_offered_keeps_it() -> None:
     loaded, shape, place = config_file.load("openwebtext", {})[0], shape_of("gpt2-medium"), card(3.8)
     with pytest.raises(MachineCannot, match="--optimizer-states int8 --weights-dtype bfloat16 fits"):
         choose(options(loaded, shape, place), loaded, shape, place)
+
+
+@pytest.mark.parametrize("name", ["4070", "RTX 4070", "geforce rtx-4070", "4070-TI"])
+def test_a_card_is_known_without_its_family(name: str) -> None:
+    assert card_named(name).name == ("rtx-4070-ti" if "TI" in name else "rtx-4070")
+
+
+def test_the_other_ways_are_shown_fastest_first_as_exactly_as_they_fit(gpt2box: Command) -> None:
+    done = gpt2box("plan", "finetune-xl", "--gpu", "rtx-4070")
+    ways = [line for line in done.stdout.splitlines() if line.startswith(("  none ", "  selective ", "  full "))]
+    paces = [float(way.split("GiB")[1].split()[0].replace(",", "")) for way in ways]
+    assert len(ways) == 3 and paces == sorted(paces, reverse=True), ways
+    assert "of 11.50 GiB free" in done.stdout and all(re.search(r"\d\.\d\d GiB", way) for way in ways)
+    wrong = gpt2box("plan", "finetune", "--gpu", "nope")
+    assert wrong.returncode == 2 and max(map(len, wrong.stderr.splitlines())) <= 120

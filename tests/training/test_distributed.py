@@ -65,7 +65,7 @@ def test_two_ranks_learn_what_one_learns_and_go_on_from_each_others_checkpoints(
     train("straight", **settings)
     train("run", **{**settings, "max_steps": 8})
     said = (running := train_on_two("run", **{**settings, "max_steps": 14})).communicate()[1]
-    assert running.returncode == 0 and "× 32 × 1 micro-steps × 2 ranks" in said, said
+    assert running.returncode == 0 and "× 32 × 1 micro-step × 2 ranks" in said, said
     train("run", **settings)
     assert len(rows(volumes, "run", "loss")) == 20
     assert_same(volumes, "run", "straight", besides=(8, 14))
