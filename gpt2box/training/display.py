@@ -17,7 +17,6 @@ from gpt2box.progress import LINE_SECONDS, Aside, duration, note, say, size, tex
 from gpt2box.training.metrics import left_out
 
 TREND = 48  # logged losses that the panel draws
-PACES = 20  # logged intervals that the time to the end is reckoned by
 BARS = "▁▂▃▄▅▆▇█"
 CARD_SECONDS = 2.0  # between questions to the driver
 
@@ -30,7 +29,6 @@ class Display:
         self.losses: deque[tuple[int, float]] = deque(maxlen=TREND)
         self.row: dict[str, Any] = {}  # as in metrics.jsonl
         self.seconds_left = 0.0
-        self.paces: deque[float] = deque(maxlen=PACES)
         self.val = ""
         self.sampled: list[str] = []
         self.card: Card | None = None
@@ -50,10 +48,7 @@ class Display:
 
     def train(self, step: int, row: dict[str, Any], seconds_left: float) -> None:
         """Show the figures of a line of metrics.jsonl; a log has one every few seconds."""
-        self.step, self.row = step, row
-        self.paces.append(row["tokens_per_sec"])
-        usual = len(self.paces) / sum(1 / max(pace, 1e-9) for pace in self.paces)
-        self.seconds_left = seconds_left * row["tokens_per_sec"] / usual  # at the pace of several intervals
+        self.step, self.row, self.seconds_left = step, row, seconds_left
         if row["loss"] is not None:
             self.losses.append((step, row["loss"]))
         now = time.monotonic()
@@ -70,7 +65,7 @@ class Display:
         shown_otherwise = self._live is not None or self.plan.log_format == "json"
         (note if shown_otherwise else say)(
             f"step {step:,}/{self.plan.max_steps:,}  loss {loss}  {row['tokens_per_sec']:,.0f} tokens/s  "
-            f"{size(row['peak_memory_bytes'])}  {duration(self.seconds_left)} left{news}"
+            f"{size(row['peak_memory_bytes'])}  {duration(seconds_left)} left{news}"
         )
 
     def evaluated(self, step: int, val_loss: float, improved: bool, best: float | None, best_step: int) -> None:

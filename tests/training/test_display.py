@@ -192,10 +192,3 @@ def test_a_request_to_stop_is_in_the_panel(tmp_path: Path, signals: int, code: i
     assert not any("finishing" in line and not line.startswith("│") for line in lines), text
     assert "finishing this step" in (tmp_path / "log.txt").read_text()
     assert (signals == 2) == any(line.startswith("SIGINT: ended without saving") for line in lines)
-
-
-def test_the_time_to_the_end_is_that_of_several_intervals(capsys: pytest.CaptureFixture[str]) -> None:
-    display = Display("a", 0, plan())
-    for step, pace in enumerate([1000.0, 4000.0, 1000.0, 4000.0], 1):
-        display.train(step, {**ROW, "tokens_per_sec": pace}, 1_600_000 / pace)
-    assert display.seconds_left == pytest.approx(1000)  # at 1,600 tokens/s
