@@ -7,13 +7,15 @@ import os
 import resource
 import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from gpt2box import faults
+from gpt2box import faults, is_beside_other_work
 from gpt2box.cli import cli
 from gpt2box.errors import BadInput, MachineCannot, VolumeUnwritable
 from gpt2box.progress import called
@@ -97,3 +99,11 @@ def test_help_says_each_command_whole_in_80_columns() -> None:
     assert "..." not in pages[()].partition("Commands:")[2]
     long = [line for page in pages.values() for line in page.splitlines() if len(line) > 80]
     assert long == [] and "Help:" not in "".join(pages.values()) and "q8_0" in pages[("export",)]
+
+
+def test_other_work_on_the_cores_is_noticed_or_not_but_asked_for_in_vain_never() -> None:
+    assert is_beside_other_work() in (True, False)
+    code = "import os, gpt2box; print(os.environ['OMP_WAIT_POLICY'])"
+    environment = os.environ | {"OMP_WAIT_POLICY": "ACTIVE"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == "ACTIVE\n", "whoever sets it has it"
