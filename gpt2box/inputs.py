@@ -13,6 +13,7 @@ from gpt2box.data.tokens import open_dataset
 from gpt2box.errors import VolumeUnwritable
 from gpt2box.machine import host
 from gpt2box.paths import checkpoints, dataset_dir, make_writable, model_dir, run_dir, volumes
+from gpt2box.planner import shape_of
 from gpt2box.planning.shape import ModelShape
 from gpt2box.progress import say, size
 
@@ -56,8 +57,11 @@ def needs(config: Config) -> list[Need]:
 
 def checkpoint_bytes(config: Config) -> int:
     """Size of one, on disk and, while it is written, in the host's memory."""
-    sizes = MODEL_SHAPES.get(config.init_from) or config.shape()
-    shape = ModelShape(**sizes, block_size=config.block_size, vocab_size=50_257, bias=True)
+    if config.init_from == "scratch":
+        shape = shape_of(config)
+    else:  # one from elsewhere may have to be brought first
+        sizes = MODEL_SHAPES.get(config.init_from) or config.shape()
+        shape = ModelShape(**sizes, block_size=config.block_size, vocab_size=50_257, bias=True)
     return shape.checkpoint_bytes(config.weights_dtype, config.optimizer, config.optimizer_states, config.lora_rank)
 
 

@@ -14,7 +14,7 @@ from gpt2box.data.records import kind_of, parquet
 from gpt2box.data.shards import Source
 from gpt2box.errors import BadInput
 from gpt2box.paths import RECORD_SUFFIXES
-from gpt2box.progress import say, size
+from gpt2box.progress import counted, say, size
 
 TOKEN_BYTES = {True: 0.76, False: 0.5}  # a byte of compressed text (OpenWebText's 18.1 of 24.2 GB) and of plain
 
@@ -114,7 +114,7 @@ def own_collection(files: list[tuple[Path, str]]) -> Collection:
     """The user's files; they are read once to know them again."""
     plain = all(kind_of(path) not in RECORD_SUFFIXES for path, _ in files)
     if (total := sum(path.stat().st_size for path, _ in files)) > 1 << 32:
-        say(f"reading {len(files)} files, {size(total)}, to know them again")
+        say(f"reading {counted(len(files), 'file')}, {size(total)}, to know them again")
     identity = [fingerprint(path, name) for path, name in files]
     sources = [replace(hub.local_source(path), name=name) for path, name in files]
     source = ", ".join(str(path) for path, _ in files[:20]) + (", …" if len(files) > 20 else "")

@@ -16,7 +16,7 @@ from gpt2box.data import assets
 from gpt2box.data.records import decoded, kind_of, texts, units_of
 from gpt2box.errors import BadInput
 from gpt2box.paths import COMPRESSED, RECORD_SUFFIXES, TEXT_SUFFIXES, raw_dir, title_of
-from gpt2box.progress import say
+from gpt2box.progress import counted, say
 
 OPENWEBTEXT = {"openwebtext": 0.0005, "openwebtext-10k": 0.01}  # held out of each: nanoGPT's share; enough of a slice
 SMALL_BYTES = 1 << 26  # own texts up to here are read whole
@@ -141,7 +141,8 @@ def in_folder(folder: Path) -> list[Path]:
         say(f"note: {len(linked)} linked folders such as {linked[0]} are left out; name them to have them too")
     plain, records = (sorted(f for f in visible if kind_of(f) in kind and f.is_file()) for kind in kinds)
     if plain and records:
-        say(f"note: beside texts, {len(records)} files such as {records[0]} are left out; name them to have them too")
+        left_out = f"{counted(len(records), 'file')} of records left out, such as {records[0]}"
+        say(f"note: beside texts, {left_out}; name them to have them, too")
     if not plain and not records:
         known = " ".join([*TEXT_SUFFIXES, *RECORD_SUFFIXES])
         packed = ", ".join(COMPRESSED)

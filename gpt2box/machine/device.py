@@ -18,6 +18,7 @@ import torch
 from gpt2box.config import DEVICES
 from gpt2box.errors import BadInput, MachineCannot
 from gpt2box.machine.host import is_wsl
+from gpt2box.progress import counted
 
 # Read when CUDA starts. Cards are numbered as NVML does; CUDA's own order is the fastest first.
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
@@ -106,7 +107,7 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -18,7 +18,7 @@ from gpt2box.data.hub import offline
 from gpt2box.errors import BadInput, Gpt2boxError, TryAgain
 from gpt2box.output.export import export, usual_place
 from gpt2box.paths import make_writable
-from gpt2box.progress import say, size
+from gpt2box.progress import counted, say, size
 
 PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")  # of a repository's name
 TOKENS = "https://huggingface.co/settings/tokens"
@@ -49,7 +49,7 @@ def push(folder: Path, repo: str, dtype: str, licence: str, public: bool) -> str
         files = sorted(made.iterdir())
         total = sum(path.stat().st_size for path in files)
         seen = "public" if public and private is not True else "private"
-        say(f"to {hub_endpoint()}/{repo} ({seen}): {len(files)} files, {size(total)}")
+        say(f"to {hub_endpoint()}/{repo} ({seen}): {counted(len(files), 'file')}, {size(total)}")
         for path in files:
             say(f"  {path.name:24} {path.stat().st_size:>15,} bytes")
         if public and private:

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +68,13 @@ class Metrics:
         self._file.write(line + "\n")
         self._file.flush()
         if self._echo:
-            print(line, flush=True)
+            try:
+                print(line, flush=True)
+            except OSError as error:  # its reader has gone; the file has all of it
+                self._echo = False
+                with suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python holds of it goes there
+                self._line(f"no more figures on standard output: {why(error)}")
         numbers = {
             f"{kind}/{name}": value
             for name, value in values.items()
