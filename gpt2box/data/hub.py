@@ -7,12 +7,12 @@ used.
 from __future__ import annotations
 
 import fcntl
-import functools
 import http.client
 import json
 import os
 import re
 import struct
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -32,6 +32,8 @@ from gpt2box.paths import make_writable, raw_dir
 from gpt2box.progress import say
 
 PASSING = "passing"  # inside a corpus's folder: files that are dropped once they are tokenised
+OPEN: dict[Path, int] = {}  # lock files
+OPENING = threading.Lock()
 TRIES = 4  # of a download, which goes on where it broke off
 
 
@@ -180,10 +182,15 @@ def downloaded(asset: Asset, folder: Path, keep_raw: bool) -> Source:
     return Source(asset.filename, asset.size_bytes, bring, done, leave, asset.sha256)
 
 
-@functools.cache
 def lock_of(folder: Path) -> int:
-    """The descriptor of a corpus's lock file, open as long as the process is: what a killed job held is then free."""
-    return os.open(make_writable(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    """The descriptor of a corpus's lock file, open as long as the process is: what a killed job held is then free.
+
+    Opened once, whichever of its threads come first: what is locked by one descriptor no other frees.
+    """
+    with OPENING:
+        if folder not in OPEN:
+            OPEN[folder] = os.open(make_writable(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        return OPEN[folder]
 
 
 def persistently(bring: Callable[[], Path], what: str) -> Path:

@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -180,10 +182,20 @@ print("done", flush=True)
 """
 
 
-def test_two_jobs_that_wait_for_each_others_next_file_both_end(server: Hub, volumes: Path) -> None:
-    first, second = collection.from_hub("someone/speeches", "", "train", slice(0, 2), False).sources
+@contextmanager
+def other_job() -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-c", OTHER_JOB]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            yield other
+        except BaseException:
+            other.kill()  # else it would be waited for
+            raise
+
+
+def test_two_jobs_that_wait_for_each_others_next_file_both_end(server: Hub, volumes: Path) -> None:
+    first, second = collection.from_hub("someone/speeches", "", "train", slice(0, 2), False).sources
+    with other_job() as other:
         assert other.stdin and other.stdout
         assert other.stdout.readline() == "has the second\n"
         assert first.bring().exists()
@@ -200,8 +212,7 @@ def test_two_jobs_that_wait_for_each_others_next_file_both_end(server: Hub, volu
 
 
 def test_a_job_that_waits_for_another_finishes_what_that_one_waits_for(server: Hub, volumes: Path) -> None:
-    command = [sys.executable, "-c", OTHER_JOB]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with other_job() as other:
         assert other.stdin and other.stdout
         assert other.stdout.readline() == "has the second\n"
         options = Options(workers=1)
@@ -255,3 +266,15 @@ def test_weights_without_a_hash_of_our_own_have_the_hubs(
     with pytest.raises(Damaged, match="the Hub's gpt2-xl has sha256"):
         published.pretrained_folder("gpt2-xl")
     assert not (volumes / "models/gpt2-xl").exists()
+
+
+def test_threads_that_come_first_together_have_one_lock_file(tmp_path: Path) -> None:
+    together = threading.Barrier(8)
+
+    def first(folder: Path) -> int:
+        together.wait()
+        return hub.lock_of(folder)
+
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(30):
+            assert len(set(pool.map(first, [tmp_path / str(number)] * 8))) == 1
