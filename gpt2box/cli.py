@@ -304,7 +304,7 @@ def main() -> None:
         leave(130)
     except BrokenPipeError:
         nobody_reads()
-    except (OSError, RuntimeError, MemoryError) as error:
+    except (OSError, RuntimeError, MemoryError, ImportError) as error:  # the last of a library that cannot be mapped
         fault = fault_of(error) if isinstance(error, OSError) else card_is_full(error)
         fault = no_memory() if memory_ran_out(error) else fault
         if fault is None:

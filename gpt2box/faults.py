@@ -38,7 +38,7 @@ def fault_of(error: OSError) -> Gpt2boxError | None:
     return None
 
 
-def card_is_full(error: RuntimeError | MemoryError) -> Gpt2boxError | None:
+def card_is_full(error: Exception) -> Gpt2boxError | None:
     """Where a card's memory ran out; nothing for any other error."""
     if "gpt2box.machine.device" in sys.modules:  # else no card was used
         import torch

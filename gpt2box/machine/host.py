@@ -15,7 +15,7 @@ from pathlib import Path
 from gpt2box.errors import MachineCannot
 
 NO_LIMIT = 1 << 60  # what cgroups write where memory is not limited
-NO_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|Cannot allocate memory")
+NO_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|Cannot allocate memory|failed to map segment")
 
 
 def in_container() -> bool:
