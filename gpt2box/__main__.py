@@ -13,7 +13,9 @@ def main() -> None:
         if by_default:
             signal.signal(signal.SIGINT, end)
         from gpt2box.cli import main as command
+        from gpt2box.progress import text_to
 
+        sys.stderr = text_to(2)
         if by_default:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         command()

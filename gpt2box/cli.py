@@ -283,9 +283,8 @@ for command in [*model_commands.COMMANDS, *output_commands.COMMANDS]:
 def main() -> None:
     """Run a command; an expected failure is a few lines and its exit code, a bug a traceback."""
     from gpt2box.machine.host import memory_ran_out, no_memory  # before memory runs out
-    from gpt2box.progress import text_to
 
-    sys.stderr, output = text_to(2), sys.stdout
+    output = sys.stdout
     try:
         cli.main(prog_name="gpt2box", standalone_mode=False)
     except SystemExit as ended:
