@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -205,6 +207,19 @@ def test_a_manifest_alone_gives_the_same_run(
         capsys.readouterr()
         reproduce(alone, "again", None, StopRequest())
         assert "finished at step 20" in capsys.readouterr().err
+
+
+SETUPTOOLS = """
+from gpt2box.machine.provenance import packages
+before = packages()
+import setuptools
+assert packages() == before
+"""
+
+
+def test_what_a_compiled_run_imports_changes_no_packages() -> None:
+    done = subprocess.run([sys.executable, "-c", SETUPTOOLS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_the_program_sets_itself_is_no_difference_on_a_cpu(

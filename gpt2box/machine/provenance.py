@@ -74,7 +74,12 @@ def lock_digests() -> dict[str, str]:
 
 def packages() -> dict[str, str]:
     """Versions of what the numbers come from, and one sha256 over the names and versions of all that is installed."""
-    every = {(each.metadata["Name"] or "").lower(): each.version for each in importlib.metadata.distributions()}
+    every = {
+        (each.metadata["Name"] or "").lower(): each.version
+        for each in importlib.metadata.distributions()
+        # setuptools, which torch.compile imports, puts what it brings along on the path for the rest of the process
+        if "_vendor" not in Path(str(each.locate_file(""))).parts
+    }
     listed = "".join(f"{name}=={version}\n" for name, version in sorted(every.items()))
     chosen = {name: every[name] for name in PACKAGES if name in every}
     chosen["torch"] = str(torch.__version__)  # with its build, such as +cu121
