@@ -49,7 +49,7 @@ def test_a_run_that_overfits_is_told_that_it_recites(volumes: Path, tmp_path: Pa
         and found["overlap"] in (volumes / "runs/page/samples/best.txt").read_text()
     )
     again = gpt2box("train", *options(dataset="page", name="page", sample_tokens=150, micro_batch_size=32, **steps))
-    assert "page is finished" in again.stderr, again.stderr
+    assert "page: finished at step 300 before; nothing is left to do" in again.stderr, again.stderr
 
 
 def test_after_fine_tuning_before_stands_beside_after(volumes: Path, gpt2box: Command) -> None:
