@@ -29,7 +29,6 @@ from gpt2box.output.sample import load_model
 from gpt2box.paths import fix_hint
 from gpt2box.progress import say
 
-FORMATS = ("huggingface", "nanogpt", "gguf")
 DTYPES = {
     "huggingface": ("float32", "float16", "bfloat16"),
     "nanogpt": ("float32",),

@@ -89,19 +89,21 @@ except ValueError:
 """
 
 
-def test_warnings_do_not_tear_the_panel(tmp_path: Path) -> None:
+def on_a_terminal(program: str, *arguments: str) -> tuple[int, str]:
+    """Exit code, and what a terminal of 80 columns is given."""
     ours, theirs = pty.openpty()
-    environment = os.environ | {
-        "COLUMNS": "80",
-        "LINES": "40",
-        "TERM": "xterm",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    command = [sys.executable, "-c", ASIDE, str(tmp_path / "log.txt")]
-    subprocess.run(command, stderr=theirs, env=environment, check=True)
+    size = {"COLUMNS": "80", "LINES": "40", "TERM": "xterm"}
+    environment = os.environ | size | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program, *arguments], stderr=theirs, env=environment)
     os.close(theirs)
     text = os.read(ours, 65536).decode()
     os.close(ours)
+    return done.returncode, text
+
+
+def test_warnings_do_not_tear_the_panel(tmp_path: Path) -> None:
+    code, text = on_a_terminal(ASIDE, str(tmp_path / "log.txt"))
+    assert code == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     lines = [line.strip("\r") for line in text.splitlines()]
     assert "[W of C++]" in lines and "afterwards" in lines and any("of Python" in line for line in lines), text
@@ -174,18 +176,8 @@ with kept_log(Path(sys.argv[1])):
 
 @pytest.mark.parametrize(("signals", "code"), [(1, 0), (2, 130)])
 def test_a_request_to_stop_is_in_the_panel(tmp_path: Path, signals: int, code: int) -> None:
-    ours, theirs = pty.openpty()
-    environment = os.environ | {
-        "COLUMNS": "80",
-        "LINES": "40",
-        "TERM": "xterm",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    command = [sys.executable, "-c", STOPPED, str(tmp_path / "log.txt"), str(signals)]
-    assert subprocess.run(command, stderr=theirs, env=environment).returncode == code
-    os.close(theirs)
-    text = os.read(ours, 65536).decode()
-    os.close(ours)
+    ended, text = on_a_terminal(STOPPED, str(tmp_path / "log.txt"), str(signals))
+    assert ended == code
     assert "\x1b[?25h" in text, "the cursor is there again"
     lines = [line.strip("\r") for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).splitlines()]
     assert any(line.startswith("│ stopping   SIGINT: finishing this step") for line in lines), text
