@@ -23,7 +23,7 @@ from gpt2box.machine import checks, gpu, host
 from gpt2box.machine.checks import Finding
 from gpt2box.machine.probe import probe
 from gpt2box.paths import make_writable, raw_dir, volumes
-from gpt2box.progress import say
+from gpt2box.progress import counted, say
 
 HUB_TIMEOUT_S = 10.0
 
@@ -52,7 +52,7 @@ def preflight(config: Config | None, text: Path | None, wanted: str, as_json: bo
     if failures:
         raise MachineCannot(f"preflight: {', '.join(finding.name for finding in failures)} failed")
     warnings = sum(finding.status == "warning" for finding in findings)
-    say(f"preflight: {len(findings) - warnings} ok, {warnings} warning{'s' * (warnings != 1)}")
+    say(f"preflight: {len(findings) - warnings} ok, {counted(warnings, 'warning')}")
 
 
 def show(finding: Finding) -> None:

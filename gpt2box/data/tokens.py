@@ -124,10 +124,13 @@ def manifest_in(folder: Path) -> dict[str, Any]:
             f"rm -r {folder}, and prepare it again",
         ) from error
     except (OSError, ValueError) as error:
-        raise Damaged(
-            f"{path} is damaged ({why(error)})", "a manifest as `prepare` writes it", "prepare it again"
-        ) from error
+        raise damaged(path, error) from error
     return manifest
+
+
+def damaged(path: Path, error: Exception) -> Damaged:
+    """What to say of a dataset.json that says something else than `prepare` does."""
+    return Damaged(f"{path} is damaged ({why(error)})", "a manifest as `prepare` writes it", "prepare it again")
 
 
 def check_nanogpt(folder: Path) -> None:
@@ -188,9 +191,7 @@ def open_dataset(folder: Path) -> Dataset:
         if not all(type(count) is int and count >= 0 for count in (*expected.values(), vocab_size)):
             raise ValueError(f"tokens {expected}, vocab_size {vocab_size!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(
-            f"{path} is damaged ({why(error)})", "a manifest as `prepare` writes it", "prepare it again"
-        ) from error
+        raise damaged(path, error) from error
     if version != FORMAT:
         raise BadInput(f"{path} has format {version}", f"format {FORMAT}", "prepare it again with this version")
     dataset = Dataset(folder, manifest)
