@@ -146,9 +146,13 @@ class GPT2(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
         """Mean cross-entropy of targets (B, T), those of -1 left out, times `scale`; float32 scalar."""
-        hidden = self.hidden(ids).flatten(0, 1)  # (M, C)
+        return self.loss(self.hidden(ids), targets, scale)
+
+    def loss(self, hidden: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
+        """Compute the mean cross-entropy of hidden states (B, T, C) against targets (B, T), times `scale`."""
+        rows, vocab_size = hidden.flatten(0, 1), self.shape.vocab_size  # (M, C)
         return chunked_cross_entropy(
-            hidden, self.wte.weight, targets.flatten(), self.shape.vocab_size, self.loss_chunk_tokens, scale
+            rows, self.wte.weight, targets.flatten(), vocab_size, self.loss_chunk_tokens, scale
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
