@@ -67,10 +67,11 @@ RUN --mount=type=bind,source=requirements,target=/requirements \
 # whenever they are read.
 FROM deps AS assets
 WORKDIR /src
-COPY gpt2box/__init__.py gpt2box/errors.py gpt2box/files.py gpt2box/paths.py gpt2box/progress.py gpt2box/ranks.py gpt2box/
-COPY gpt2box/data/__init__.py gpt2box/data/assets.py gpt2box/data/
+COPY gpt2box/__init__.py gpt2box/errors.py gpt2box/
+COPY gpt2box/utils/__init__.py gpt2box/utils/files.py gpt2box/utils/paths.py gpt2box/utils/progress.py gpt2box/utils/ranks.py gpt2box/utils/
+COPY gpt2box/data/__init__.py gpt2box/data/downloads.py gpt2box/data/
 COPY tests/data_files/tinyshakespeare.txt /opt/gpt2box/assets/
-RUN python -c "from gpt2box.data.assets import bring_all; bring_all('/opt/gpt2box/assets')"
+RUN python -c "from gpt2box.data.downloads import bring_all; bring_all('/opt/gpt2box/assets')"
 
 FROM deps AS runtime
 # Any uid may run it, with a read-only root and a /tmp that is mounted exec.
@@ -91,9 +92,10 @@ ENV HOME=/tmp \
 COPY --from=assets /opt/gpt2box/assets /opt/gpt2box/assets
 RUN mkdir -p /tmp/cache /input /configs /workspace /volumes \
     && chmod 1777 /tmp/cache \
-    && printf '#!/bin/sh\nexec python -m gpt2box.container "$@"\n' >/usr/local/bin/gpt2box \
+    && printf '#!/bin/sh\nexec python -m gpt2box.cli.container "$@"\n' >/usr/local/bin/gpt2box \
     && chmod 755 /usr/local/bin/gpt2box
 COPY gpt2box /opt/gpt2box/gpt2box
+COPY configs /opt/gpt2box/configs
 RUN PYTHONHASHSEED=0 python -m compileall -q --invalidation-mode unchecked-hash /opt/gpt2box/gpt2box
 USER 1000:1000
 WORKDIR /workspace
@@ -109,4 +111,4 @@ LABEL org.opencontainers.image.title="gpt2box" \
       org.opencontainers.image.revision="${REVISION}" \
       gpt2box.stack="${STACK}" \
       gpt2box.lock.sha256="${LOCK_SHA256}"
-ENTRYPOINT ["python", "-m", "gpt2box.container"]
+ENTRYPOINT ["python", "-m", "gpt2box.cli.container"]

@@ -26,15 +26,16 @@ from pathlib import Path
 
 import torch
 
-from gpt2box.config import MODEL_SHAPES
+from gpt2box.checkpoint import retention
+from gpt2box.checkpoint import writer as checkpoint
+from gpt2box.checkpoint.async_writer import Snapshot
+from gpt2box.checkpoint.metadata import TrainState, read_state
+from gpt2box.checkpoint.writer import Files
+from gpt2box.config.schema import MODEL_SHAPES
 from gpt2box.data.tokenizer import CharTokenizer
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.planning.shape import ModelShape
-from gpt2box.training import checkpoint, kept
-from gpt2box.training.checkpoint import Files
-from gpt2box.training.optim import GuardedStep
-from gpt2box.training.saver import Snapshot
-from gpt2box.training.state import TrainState, read_state
+from gpt2box.model.shape import ModelShape
+from gpt2box.optim.factory import GuardedStep
 
 BESIDE = ModelShape(n_layer=6, n_head=8, n_embd=512, block_size=128, vocab_size=50_257)  # 45M parameters
 ALONE, SAVES = 12, 4  # of a round: steps with nothing beside them, and checkpoints that are written one after the other
@@ -67,7 +68,7 @@ def measure(shape: ModelShape, device: str, rounds: int, folder: Path) -> None:
     model, optimizer = made(shape, device)
     state = TrainState(step=1, optimizer_steps=1)
     plain, checkpoints = folder / "plain.pt", folder / "checkpoints"
-    whole = checkpoints / kept.folder_name(state.step)
+    whole = checkpoints / retention.folder_name(state.step)
     watch = Watch()
     save_rounds(model, optimizer, state, rounds, watch, plain, whole)
     for _ in range(rounds):

@@ -20,8 +20,8 @@ from pydoc_data.topics import topics
 
 from low_memory import SETTINGS, TEXT, curve
 
-from gpt2box.data.corpora import own_text
-from gpt2box.data.few import Request, prepare_few
+from gpt2box.data.prepare_texts import Request, prepare_few
+from gpt2box.data.sources import own_text
 
 RATES = {"all weights": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "adapters": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]}
 RANKS = (2, 8, 32)

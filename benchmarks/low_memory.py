@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from gpt2box.data.corpora import own_text
-from gpt2box.data.few import Request, prepare_few
-from gpt2box.job import run_job
-from gpt2box.stop import StopRequest
+from gpt2box.data.prepare_texts import Request, prepare_few
+from gpt2box.data.sources import own_text
+from gpt2box.training.run import run_job
+from gpt2box.utils.signals import StopRequest
 
 TEXT = Path(__file__).parents[1] / "tests" / "data_files" / "tinyshakespeare.txt"
 SETTINGS = {

@@ -25,18 +25,18 @@ from typing import Any
 
 import torch
 
-from gpt2box import config_file
-from gpt2box.data.batches import TrainWindows, inputs_and_targets, micro_batches
-from gpt2box.data.tokens import Dataset, open_dataset
+from gpt2box.config import loader
+from gpt2box.data.dataloader import TrainWindows, inputs_and_targets, micro_batches
+from gpt2box.data.dataset import Dataset, open_dataset
+from gpt2box.distributed.group import Group
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.paths import dataset_dir
-from gpt2box.planning.choose import Place, options
-from gpt2box.planning.plan import RunPlan, make_plan
-from gpt2box.planning.shape import ModelShape
-from gpt2box.ranks import ALONE
-from gpt2box.training.distributed import Group
-from gpt2box.training.optim import learning_rate, make_optimizer, make_update
-from gpt2box.training.validation import evaluate
+from gpt2box.model.shape import ModelShape
+from gpt2box.optim.factory import learning_rate, make_optimizer, make_update
+from gpt2box.planner.run_plan import RunPlan, make_plan
+from gpt2box.planner.search import Place, options
+from gpt2box.training.evaluate import evaluate
+from gpt2box.utils.paths import dataset_dir
+from gpt2box.utils.ranks import ALONE
 
 SIZES = {"small": {"n_layer": 2}, "medium": {"n_layer": 4}}  # the second is nanoGPT's for a CPU
 COMMON = {"n_head": 4, "n_embd": 128, "block_size": 64, "bias": "false", "beta2": 0.99}
@@ -92,7 +92,7 @@ class Runs:
 def planned(dataset: Dataset, settings: dict[str, Any]) -> RunPlan:
     """As `gpt2box train` would, in float32 on the CPU."""
     flags = {"dataset": "x", "activation_checkpointing": "none", "eval_windows": 600, "device": "cpu", **settings}
-    config = config_file.load(None, {key: str(value) for key, value in flags.items()})[0]
+    config = loader.load(None, {key: str(value) for key, value in flags.items()})[0]
     vocab_size = dataset.tokenizer.vocab_size
     shape = ModelShape(**config.shape(), block_size=config.block_size, vocab_size=vocab_size, bias=config.bias)
     way = options(config, shape, Place("this CPU", 1 << 62, None, "float32", on_gpu=False, compiled=False))[0]

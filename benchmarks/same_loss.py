@@ -23,12 +23,12 @@ from pathlib import Path
 
 import torch
 
-from gpt2box.data.batches import read_windows, val_window_starts
-from gpt2box.data.published import shape_in
-from gpt2box.data.tokens import TokenFile, open_dataset
+from gpt2box.data.dataloader import read_windows, val_window_starts
+from gpt2box.data.dataset import TokenFile, open_dataset
+from gpt2box.data.pretrained import shape_in
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.weights import load_hub
-from gpt2box.paths import dataset_dir
+from gpt2box.model.hf_weights import load_hub
+from gpt2box.utils.paths import dataset_dir
 
 BLOCK, BATCH = 64, 12
 SETTINGS = {

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from gpt2box.config import MODEL_SHAPES
-from gpt2box.model.decode import WEIGHTS, Decoder
-from gpt2box.model.generate import Choice, generate_together
+from gpt2box.config.schema import MODEL_SHAPES
+from gpt2box.model.decoder import WEIGHTS, Decoder
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.weights import hub_state
-from gpt2box.planning.shape import ModelShape
+from gpt2box.model.hf_weights import hub_state
+from gpt2box.model.sampling import Choice, generate_together
+from gpt2box.model.shape import ModelShape
 
 BYTES = {"float32": 4, "float16": 2, "int8": 1}
 
@@ -141,7 +141,7 @@ def bandwidth_of_gpu() -> float:
 
 def bandwidth(weights: str) -> float:
     """Bytes a second of matrices that a product with one row reads; larger in all than the processor's caches."""
-    from gpt2box.model import decode
+    from gpt2box.model import decoder as decode
 
     layers = [torch.nn.Linear(1024, 4096, bias=False) for _ in range(24)]
     size = len(layers) * 1024 * 4096 * BYTES[weights]

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from gpt2box.config import MODEL_SHAPES
+from gpt2box.config.schema import MODEL_SHAPES
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.planning.shape import ModelShape
-from gpt2box.training.optim import GuardedStep
+from gpt2box.model.shape import ModelShape
+from gpt2box.optim.factory import GuardedStep
 
 Step = Callable[[torch.Tensor], None]
 SHAPES = {**MODEL_SHAPES, "char": {"n_layer": 6, "n_head": 6, "n_embd": 384}}

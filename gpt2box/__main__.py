@@ -12,8 +12,8 @@ def main() -> None:
     try:
         if by_default:
             signal.signal(signal.SIGINT, end)
-        from gpt2box.cli import main as command
-        from gpt2box.progress import text_to
+        from gpt2box.cli.main import main as command
+        from gpt2box.utils.progress import text_to
 
         sys.stderr = text_to(2)
         if by_default:

@@ -14,14 +14,14 @@ import pytest
 import torch
 from hypothesis import settings
 
-from gpt2box.data import assets
-from gpt2box.data.corpora import own_text, tinyshakespeare
-from gpt2box.data.few import Request, prepare_few
+from gpt2box.checkpoint import writer as checkpoint
+from gpt2box.checkpoint.metadata import TrainState
+from gpt2box.data import downloads
+from gpt2box.data.prepare_texts import Request, prepare_few
+from gpt2box.data.sources import own_text, tinyshakespeare
 from gpt2box.data.tokenizer import Gpt2Tokenizer, Tokenizer, from_ranks
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.planning.shape import ModelShape
-from gpt2box.training import checkpoint
-from gpt2box.training.state import TrainState
+from gpt2box.model.shape import ModelShape
 
 ROOT = Path(__file__).parents[1]
 # How long an example takes says more of the machine than of the code.
@@ -59,9 +59,9 @@ TINY = {
 def ranks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """GPT-2's ranks: a copy in the checkout's volumes, else fetched once (which tests that path)."""
     folder = ROOT / "volumes" / "data" / "raw"
-    if not (folder / assets.GPT2_RANKS.filename).exists():
+    if not (folder / downloads.GPT2_RANKS.filename).exists():
         folder = tmp_path_factory.mktemp("raw")
-    return assets.fetch(assets.GPT2_RANKS, folder)
+    return downloads.fetch(downloads.GPT2_RANKS, folder)
 
 
 @pytest.fixture(scope="session")

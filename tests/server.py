@@ -20,13 +20,13 @@ LOADED = [  # what the commands import, which takes seconds
     "matplotlib.pyplot",
     "torch._inductor",
     "torch.utils.tensorboard",
-    "gpt2box.cli",
+    "gpt2box.cli.main",
     "gpt2box.data.prepare",
-    "gpt2box.job",
-    "gpt2box.output.export",
-    "gpt2box.output.learned",
-    "gpt2box.output.page",
-    "gpt2box.output.tasks",
+    "gpt2box.training.run",
+    "gpt2box.export.export",
+    "gpt2box.evaluation.memorization",
+    "gpt2box.report.page",
+    "gpt2box.evaluation.benchmarks",
 ]
 
 
@@ -81,7 +81,7 @@ def become(request: dict[str, Any]) -> None:
     sys.argv = ["gpt2box", *request["arguments"]]
     code = 1
     try:
-        from gpt2box.cli import main
+        from gpt2box.cli.main import main
 
         main()
         code = 0

@@ -14,19 +14,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpt2box import cli
-from gpt2box.data.folder import damaged_splits
-from gpt2box.data.published import shape_in
-from gpt2box.data.tokens import open_dataset
+from gpt2box.checkpoint.metadata import read_state
+from gpt2box.cli import main
+from gpt2box.data.dataset import open_dataset
+from gpt2box.data.dataset_folder import damaged_splits
+from gpt2box.data.pretrained import shape_in
 from gpt2box.errors import LONGEST, BadInput, Gpt2boxError
-from gpt2box.job import run_job
-from gpt2box.output.runs import look_at
-from gpt2box.output.sample import load_model
-from gpt2box.reproduce import read, settings_in
-from gpt2box.stop import StopRequest
-from gpt2box.stretch import stretch_of
-from gpt2box.training.state import read_state
-from gpt2box.verify import with_way
+from gpt2box.inference.sample import load_model
+from gpt2box.runs.listing import look_at
+from gpt2box.training.run import run_job
+from gpt2box.utils.signals import StopRequest
+from gpt2box.verify.reproduce import read, settings_in
+from gpt2box.verify.verify import with_way
+from gpt2box.verify.verify_range import stretch_of
 from tests.conftest import TINY
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -63,7 +63,7 @@ def command(*arguments: str) -> tuple[object, str]:
         patch.setattr(sys, "argv", ["gpt2box", *arguments])
         with contextlib.redirect_stdout(said := Said()), contextlib.redirect_stderr(said):
             try:
-                cli.main()
+                main.main()
             except SystemExit as ended:
                 return ended.code, said.text
     return 0, said.text

@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from gpt2box import config_file
-from gpt2box.bench import bench
-from gpt2box.config import Config
+from gpt2box.bench.bench import bench
+from gpt2box.config import loader
+from gpt2box.config.schema import Config
 from gpt2box.errors import MachineCannot
-from gpt2box.machine.host import cpu_name
-from gpt2box.paths import bench_file
-from gpt2box.planner import shape_of
-from gpt2box.planning.choose import Place, choose, fitting, informed, options
-from gpt2box.planning.measured import Measured, job_of, read, store
-from gpt2box.planning.memory import GIB
+from gpt2box.planner.bench_records import Measured, job_of, read, store
+from gpt2box.planner.memory import GIB
+from gpt2box.planner.report import shape_of
+from gpt2box.planner.search import Place, choose, fitting, informed, options
+from gpt2box.system.host import cpu_name
+from gpt2box.utils.paths import bench_file
 from tests.conftest import Command
 from tests.conftest import options as tiny
 from tests.training.test_out_of_memory import Refuse
@@ -33,7 +33,7 @@ SMALL = {"micro_batch_size": "auto", "name": "run", "compile": "false"}
 
 def config(**changes: object) -> Config:
     flags = dict(word[2:].replace("-", "_").split("=", 1) for word in tiny(**{**SMALL, **changes}))
-    return config_file.load(None, flags)[0]
+    return loader.load(None, flags)[0]
 
 
 def files(folder: Path) -> set[str]:
@@ -119,7 +119,7 @@ def test_ctrl_c_leaves_what_was_measured(volumes: Path) -> None:
 
 
 def record_of(way: tuple[int, str, bool], one_s: float, many_s: float, **changes: object) -> Measured:
-    plain = config_file.load("openwebtext", {})[0]
+    plain = loader.load("openwebtext", {})[0]
     job = job_of("a card", plain, shape_of(plain), "bfloat16")
     values: dict[str, Any] = {"fits": True, "free_bytes": 12 * GIB, "peak_bytes": 9 * GIB, **changes}
     return Measured(job, *way, one_s=one_s, many_s=many_s, **values)
@@ -129,7 +129,7 @@ CARD = Place("a card", 11 * GIB, None, "bfloat16", on_gpu=True, compiled=True, c
 
 
 def test_what_was_measured_goes_before_what_is_estimated(volumes: Path) -> None:
-    plain = config_file.load("openwebtext", {})[0]
+    plain = loader.load("openwebtext", {})[0]
     shape = shape_of(plain)
     (volumes / "runs").mkdir()
     slow, fast = record_of((2, "none", True), 0.3, 0.7), record_of((1, "full", True), 0.1, 0.2)
@@ -146,7 +146,7 @@ def test_what_was_measured_goes_before_what_is_estimated(volumes: Path) -> None:
 
 
 def test_a_way_that_had_too_little_memory_is_taken_again_only_where_there_is_more(volumes: Path) -> None:
-    plain = config_file.load("openwebtext", {})[0]
+    plain = loader.load("openwebtext", {})[0]
     shape = shape_of(plain)
     (volumes / "runs").mkdir()
     usual = fitting(options(plain, shape, CARD), CARD)
@@ -162,7 +162,7 @@ def test_a_way_that_had_too_little_memory_is_taken_again_only_where_there_is_mor
 
 
 def test_compiled_or_not_follows_the_measurements_where_both_were_tried_and_it_is_left_open(volumes: Path) -> None:
-    plain = config_file.load("openwebtext", {})[0]
+    plain = loader.load("openwebtext", {})[0]
     shape = shape_of(plain)
     (volumes / "runs").mkdir()
     store(bench_file(), [record_of((2, "none", False), 0.1, 0.3)])

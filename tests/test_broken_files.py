@@ -17,21 +17,21 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gpt2box import config_file
-from gpt2box.data import records, tokenizer
-from gpt2box.data.folder import damaged_splits, read_manifest
-from gpt2box.data.published import shape_in
-from gpt2box.data.tokens import open_dataset
+from gpt2box.checkpoint import metadata as state_file
+from gpt2box.config import loader
+from gpt2box.data import readers, tokenizer
+from gpt2box.data.dataset import open_dataset
+from gpt2box.data.dataset_folder import damaged_splits, read_manifest
+from gpt2box.data.pretrained import shape_in
 from gpt2box.errors import Gpt2boxError
-from gpt2box.job import run_job
+from gpt2box.evaluation import benchmarks
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.weights import load_hub
-from gpt2box.output import tasks
-from gpt2box.output.page import report_page
-from gpt2box.output.runs import look_at
-from gpt2box.stop import StopRequest
-from gpt2box.training import metrics
-from gpt2box.training import state as state_file
+from gpt2box.model.hf_weights import load_hub
+from gpt2box.report.page import report_page
+from gpt2box.runs import metrics
+from gpt2box.runs.listing import look_at
+from gpt2box.training.run import run_job
+from gpt2box.utils.signals import StopRequest
 from tests.conftest import TINY
 
 TIMES = int(os.environ.get("GPT2BOX_BROKEN_FILES", "60"))  # mutations of each file
@@ -127,10 +127,10 @@ def test_texts_and_records(tmp_path: Path, name: str) -> None:
     path = record_file(tmp_path, name)
 
     def read() -> int:
-        records.names_in(path)
+        readers.names_in(path)
         column = "text" if "txt" not in name else ""
         return sum(
-            len(text) for unit in records.units_of(path, name, column) for part in records.texts(unit) for text in part
+            len(text) for unit in readers.units_of(path, name, column) for part in readers.texts(unit) for text in part
         )
 
     broken(path, read)
@@ -202,11 +202,11 @@ def test_a_run_is_looked_at(trained: Path, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("config", ["demo", "finetune"])
 def test_configs(tmp_path: Path, config: str) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_bytes((Path(config_file.__file__).parent / "configs" / f"{config}.yaml").read_bytes())
-    broken(path, lambda: config_file.load(str(path), {}))
+    path.write_bytes((loader.SHIPPED / f"{config}.yaml").read_bytes())
+    broken(path, lambda: loader.load(str(path), {}))
     path = tmp_path / "train_mine.py"
     path.write_text("batch_size = 12\nblock_size = 64 * 2\nlearning_rate = 1e-3\n# a\ndataset = 'x'\ncompile = False\n")
-    broken(path, lambda: config_file.load(str(path), {}))
+    broken(path, lambda: loader.load(str(path), {}))
 
 
 @pytest.mark.parametrize("task", ["hellaswag", "lambada"])
@@ -218,4 +218,4 @@ def test_task_files(tmp_path: Path, task: str) -> None:
         else {"text": "the last word"}
     )
     path.write_text("\n".join([json.dumps(record)] * 4))
-    broken(path, lambda: tasks.read_task(task, path, None))
+    broken(path, lambda: benchmarks.read_task(task, path, None))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from gpt2box import config_file
-from gpt2box.cli import cli
+from gpt2box.cli.main import cli
+from gpt2box.config import loader
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,5 +34,5 @@ def test_every_make_task_in_the_docs_exists_and_make_alone_lists_it() -> None:
 
 
 def test_the_readme_promises_the_demos_own_loss() -> None:
-    expected = yaml.safe_load((config_file.SHIPPED / "demo.yaml").read_text())["expected_val_loss"]
+    expected = yaml.safe_load((loader.SHIPPED / "demo.yaml").read_text())["expected_val_loss"]
     assert f"**{expected}**" in TEXTS[0].read_text()

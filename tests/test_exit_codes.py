@@ -15,10 +15,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from gpt2box import faults, is_beside_other_work
-from gpt2box.cli import cli
+from gpt2box import is_beside_other_work
+from gpt2box.cli.main import cli
 from gpt2box.errors import BadInput, MachineCannot, VolumeUnwritable
-from gpt2box.progress import called
+from gpt2box.system import faults
+from gpt2box.utils.progress import called
 from tests.conftest import Command
 from tests.training.test_train import process, wait_for
 
@@ -54,7 +55,7 @@ def test_what_the_system_refuses_is_said_in_words(code: str, kind: type) -> None
     ids=["PyTorch's own", "CUDA's own", "a broken card", "a bug"],
 )
 def test_a_card_that_is_full_is_said_in_words(error: RuntimeError, full: bool) -> None:
-    import gpt2box.machine.device  # noqa: F401, as whatever uses a card has it loaded
+    import gpt2box.system.device  # noqa: F401, as whatever uses a card has it loaded
 
     fault = faults.card_is_full(error)
     assert bool(fault) == full and (fault is None or (fault.exit_code == 3 and "--device cpu" in fault.next_step))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpt2box.errors import BadInput
-from gpt2box.files import write_atomically
+from gpt2box.utils.files import write_atomically
 
 BYTES = 2_000_000
 

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt2box.data.assets import sha256_of
+from gpt2box.checkpoint import retention
+from gpt2box.checkpoint.fingerprint import digest_of
+from gpt2box.checkpoint.metadata import PARTS, Rollback, TrainState, parse_state, write_state
+from gpt2box.checkpoint.safetensors_io import read_tensors
+from gpt2box.data.downloads import sha256_of
 from gpt2box.errors import Damaged
-from gpt2box.training import kept, metrics
-from gpt2box.training.digest import digest_of
-from gpt2box.training.state import PARTS, Rollback, TrainState, parse_state, write_state
-from gpt2box.training.tensor_file import read_tensors
+from gpt2box.runs import metrics
 from tests.conftest import TINY, options
 from tests.test_bad_input import STEERING, command
 
@@ -53,7 +54,7 @@ def train(**settings: Any) -> tuple[object, str]:
 
 
 def newest(run: Path) -> Path:
-    return run / "checkpoints" / kept.folder_name(20)
+    return run / "checkpoints" / retention.folder_name(20)
 
 
 def steps_in(run: Path) -> list[int]:
@@ -101,7 +102,7 @@ def test_a_pipe_in_place_of_a_checkpoint_is_passed_over_and_goes(run: Path) -> N
 @pytest.fixture
 def state_file(tmp_path: Path) -> Path:
     """state.json of a checkpoint of step 20."""
-    folder = tmp_path / kept.folder_name(20)
+    folder = tmp_path / retention.folder_name(20)
     folder.mkdir()
     files = {name: {"bytes": 1, "sha256": "0" * 64} for name in sorted(PARTS)}
     state = TrainState(20, 18, 20, 2.5, 2.5, 10, recent_losses=[1.0], rollbacks=[Rollback(5, 3)])
@@ -385,11 +386,11 @@ def test_fewer_steps_than_a_run_has_done_are_said_to_be_past(run: Path) -> None:
 def test_a_copy_of_a_checkpoint_is_none(run: Path) -> None:
     checkpoints = run / "checkpoints"
     for name in ("step-backup", "step-00000010x", "step-000000010", "step--1"):
-        shutil.copytree(checkpoints / kept.folder_name(10), checkpoints / name)
-    for name in (kept.folder_name(25), "step-99999999999"):
-        shutil.copytree(checkpoints / kept.folder_name(10), checkpoints / name)
+        shutil.copytree(checkpoints / retention.folder_name(10), checkpoints / name)
+    for name in (retention.folder_name(25), "step-99999999999"):
+        shutil.copytree(checkpoints / retention.folder_name(10), checkpoints / name)
     code, said = train(**{**MORE, "keep_last": 1})
-    assert code == 0 and f"resuming from {checkpoints / kept.folder_name(20)} at step 20" in said, said
+    assert code == 0 and f"resuming from {checkpoints / retention.folder_name(20)} at step 20" in said, said
     assert said.count("it is of step 10") == 2
     assert all((checkpoints / name).is_dir() for name in ("step-backup", "step-00000010x", "step-000000010", "step--1"))
 
@@ -451,7 +452,7 @@ def test_a_run_goes_on_without_its_links(run: Path, links: str) -> None:
     assert command("sample", "run", "--max-new-tokens", "1")[0] == 0
     code, said = train(**MORE)
     assert code == 0 and "at step 20" in said, said
-    assert (run / "checkpoints" / "last").readlink() == Path(kept.folder_name(30))
+    assert (run / "checkpoints" / "last").readlink() == Path(retention.folder_name(30))
 
 
 def test_a_folder_by_the_name_of_a_link_that_is_no_copy_stays(run: Path) -> None:
@@ -463,7 +464,7 @@ def test_a_folder_by_the_name_of_a_link_that_is_no_copy_stays(run: Path) -> None
 
 
 def test_of_a_checkpoint_that_was_moved_and_linked_the_link_alone_goes(run: Path, tmp_path: Path) -> None:
-    place = run / "checkpoints" / kept.folder_name(5)
+    place = run / "checkpoints" / retention.folder_name(5)
     shutil.move(place, tmp_path / "moved")
     place.symlink_to(tmp_path / "moved")
     (run / "checkpoints" / ".step-x.tmp").write_text("")

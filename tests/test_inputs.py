@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt2box import config_file
-from gpt2box.data.tokens import open_dataset
-from gpt2box.paths import dataset_name
+from gpt2box.config import loader
+from gpt2box.data.dataset import open_dataset
+from gpt2box.utils.paths import dataset_name
 from tests.conftest import TINY, Command
 
 BOOK = "It was a bright cold day in April, and the clocks were striking thirteen. " * 200
@@ -45,18 +45,18 @@ def test_names_of_files_that_are_there_count_whatever_their_ending(
 
 
 def test_another_dataset_than_the_configs_gives_another_run() -> None:
-    assert config_file.load("finetune", {"dataset": "mybook.txt"})[0].name == "finetune-mybook"
-    assert config_file.load("finetune", {"dataset": "shakespeare"})[0].name == "finetune"
-    assert config_file.load("finetune", {"dataset": ""})[0].dataset == "shakespeare"  # an unset variable of a script
-    assert config_file.load("finetune", {"dataset": "mybook", "name": "own"})[0].name == "own"
+    assert loader.load("finetune", {"dataset": "mybook.txt"})[0].name == "finetune-mybook"
+    assert loader.load("finetune", {"dataset": "shakespeare"})[0].name == "finetune"
+    assert loader.load("finetune", {"dataset": ""})[0].dataset == "shakespeare"  # an unset variable of a script
+    assert loader.load("finetune", {"dataset": "mybook", "name": "own"})[0].name == "own"
 
 
 def test_configs_of_ones_own_folder_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "demo.yaml").write_text("dataset: x\nmax_steps: 7\n")
     (tmp_path / "night.yaml").write_text("dataset: x\n")
     monkeypatch.setenv("GPT2BOX_CONFIGS", str(tmp_path))
-    assert config_file.load("demo", {})[0].max_steps == 7
-    assert config_file.load("night", {})[0].name == "night" and "finetune" in config_file.shipped()
+    assert loader.load("demo", {})[0].max_steps == 7
+    assert loader.load("night", {})[0].name == "night" and "finetune" in loader.shipped()
 
 
 def test_train_alone_makes_the_dataset_from_a_text(tmp_path: Path, volumes: Path, gpt2box: Command) -> None:

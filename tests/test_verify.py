@@ -13,19 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gpt2box.data.assets import sha256_of
+from gpt2box.checkpoint.fingerprint import checksum, digest_of
+from gpt2box.checkpoint.metadata import read_state
+from gpt2box.data.downloads import sha256_of
 from gpt2box.errors import BadInput, Damaged, Gpt2boxError
-from gpt2box.job import run_job
-from gpt2box.machine.provenance import provenance
-from gpt2box.output.runs import find_run
-from gpt2box.reproduce import reproduce
-from gpt2box.run_records import weights_source
-from gpt2box.sessions import differences
-from gpt2box.stop import StopRequest
-from gpt2box.training import metrics
-from gpt2box.training.digest import checksum, digest_of
-from gpt2box.training.state import read_state
-from gpt2box.verify import verify
+from gpt2box.runs import metrics
+from gpt2box.runs.listing import find_run
+from gpt2box.runs.manifest import weights_source
+from gpt2box.runs.sessions import differences
+from gpt2box.system.provenance import provenance
+from gpt2box.training.run import run_job
+from gpt2box.utils.signals import StopRequest
+from gpt2box.verify.reproduce import reproduce
+from gpt2box.verify.verify import verify
 from tests.conftest import TINY, Command, options, tiny_model
 
 RUN = {"max_steps": 20, "save_interval": 5, "eval_interval": 10, "dropout": 0.1, "log_interval": 5}
@@ -234,8 +234,8 @@ def test_what_the_program_sets_itself_is_no_difference_on_a_cpu(
 def test_what_a_manifest_needs_and_is_not_here_is_named(volumes: Path, tmp_path: Path) -> None:
     text = tmp_path / "mine.txt"
     text.write_text("All the world's a stage, and all the men and women merely players. " * 100)
-    from gpt2box.data.corpora import own_text
-    from gpt2box.data.few import Request, prepare_few
+    from gpt2box.data.prepare_texts import Request, prepare_few
+    from gpt2box.data.sources import own_text
 
     prepare_few(own_text([str(text)]), Request("char", 0.1), volumes / "data/mine")
     train("own", dataset="mine", max_steps=2)

@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from gpt2box.data import assets
-from gpt2box.data.corpora import fingerprint
-from gpt2box.data.encoder import BulkEncoder, source_of
-from gpt2box.data.folder import SPLIT_SEED, Made, described, make
-from gpt2box.data.records import kind_of, names_in, texts, units_of
+from gpt2box.data import downloads
+from gpt2box.data.bulk_tokenizer import BulkEncoder, source_of
+from gpt2box.data.dataset import FORMAT, SPLITS
+from gpt2box.data.dataset_folder import SPLIT_SEED, Made, described, make
+from gpt2box.data.readers import kind_of, names_in, texts, units_of
+from gpt2box.data.sources import fingerprint
 from gpt2box.data.tokenizer import Tokens, identity_of
-from gpt2box.data.tokens import FORMAT, SPLITS
 from gpt2box.errors import BadInput
-from gpt2box.paths import RECORD_SUFFIXES
-from gpt2box.progress import bytes_bar
+from gpt2box.utils.paths import RECORD_SUFFIXES
+from gpt2box.utils.progress import bytes_bar
 
 # Of Stanford Alpaca (Taori et al. 2023), without its preamble: what follows the last line is the response.
 TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
@@ -148,7 +148,7 @@ def write(
     for split in SPLITS:
         path = folder / f"{split}.mask"
         counted = int(np.fromfile(path, dtype=np.uint8).sum())
-        manifest["splits"][split] |= {"counted_tokens": counted, "mask_sha256": assets.sha256_of(path)}
+        manifest["splits"][split] |= {"counted_tokens": counted, "mask_sha256": downloads.sha256_of(path)}
     return manifest
 
 

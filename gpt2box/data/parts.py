@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from gpt2box.data import assets
-from gpt2box.data.collection import Collection
-from gpt2box.data.shards import SAVE_EVERY, run
-from gpt2box.data.sink import Chunk, Sink, first
+from gpt2box.data import downloads
+from gpt2box.data.bin_writer import Chunk, Sink, first
+from gpt2box.data.corpus import Collection
+from gpt2box.data.tokenize_workers import SAVE_EVERY, run
 from gpt2box.data.tokenizer import from_ranks
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.files import locked, read_object, write_atomically
-from gpt2box.paths import make_writable, raw_dir
-from gpt2box.progress import bytes_bar, say
+from gpt2box.utils.files import locked, read_object, write_atomically
+from gpt2box.utils.paths import make_writable, raw_dir
+from gpt2box.utils.progress import bytes_bar, say
 
 RECORD = "part.json"  # written when a part is whole
 
@@ -64,7 +64,7 @@ def make_part(collection: Collection, files: tuple[int, int], name: str, column:
             for path in folder.iterdir():
                 path.unlink()
             write_atomically(folder / "begun.json", json.dumps(record))
-        ranks = assets.fetch(assets.GPT2_RANKS, raw_dir())
+        ranks = downloads.fetch(downloads.GPT2_RANKS, raw_dir())
         end_of_text = from_ranks(ranks).end_of_text
         assert end_of_text is not None
         sink = PartSink(folder)

@@ -14,20 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from gpt2box.config_file import load, shipped
-from gpt2box.data import collection, hub_model, tokenizer
-from gpt2box.data.corpora import CORPORA, KNOWN, OPENWEBTEXT, is_small, own_files, own_text
-from gpt2box.data.few import Request, prepare_few
-from gpt2box.data.folder import Made, check_content, read_manifest
+from gpt2box.config.loader import load, shipped
+from gpt2box.data import corpus, hub_models, tokenizer
+from gpt2box.data.dataset import SPLITS, open_dataset
+from gpt2box.data.dataset_folder import Made, check_content, read_manifest
 from gpt2box.data.instructions import columns_in, prepare_instructions
-from gpt2box.data.many import Choices, prepare_many
 from gpt2box.data.parts import found_parts, make_part
-from gpt2box.data.records import kind_of
-from gpt2box.data.shards import usual_workers
-from gpt2box.data.tokens import SPLITS, open_dataset
+from gpt2box.data.prepare_corpus import Choices, prepare_many
+from gpt2box.data.prepare_texts import Request, prepare_few
+from gpt2box.data.readers import kind_of
+from gpt2box.data.sources import CORPORA, KNOWN, OPENWEBTEXT, is_small, own_files, own_text
+from gpt2box.data.tokenize_workers import usual_workers
 from gpt2box.errors import BadInput, Damaged, why
-from gpt2box.paths import RECORD_SUFFIXES, checked_name, dataset_dir, make_writable, raw_dir, slug, title_of
-from gpt2box.progress import say
+from gpt2box.utils.paths import RECORD_SUFFIXES, checked_name, dataset_dir, make_writable, raw_dir, slug, title_of
+from gpt2box.utils.progress import say
 
 HUB = "hub:"
 STDIN = "-"
@@ -119,9 +119,9 @@ def resolved(asked: str) -> str:
         return asked
     folder = Path(asked)
     if not folder.is_dir():
-        if not hub_model.NAME.fullmatch(asked):
+        if not hub_models.NAME.fullmatch(asked):
             raise BadInput(f"--tokenizer {asked}", "gpt2, char, the folder of a tokenizer, or OWNER/NAME of the Hub")
-        folder = hub_model.hub_tokenizer(asked)
+        folder = hub_models.hub_tokenizer(asked)
     return "gpt2" if loaded(folder).kind == "gpt2" else str(folder)
 
 
@@ -181,14 +181,14 @@ def check_apart(item: str, options: Options) -> None:
         raise BadInput(f"--{flag} has no meaning for {of}", "see gpt2box prepare --help")
 
 
-def large(item: str, options: Options) -> collection.Collection:
+def large(item: str, options: Options) -> corpus.Collection:
     """OpenWebText or a dataset of the Hub."""
     shards = options.shards or ((0, 1) if item == "openwebtext-10k" else None)
     files = slice(*shards) if shards else slice(None)
     if item in OPENWEBTEXT:
-        return collection.openwebtext(options.folder, files, options.keep_raw)
+        return corpus.openwebtext(options.folder, files, options.keep_raw)
     split = options.hub_split or "train"
-    return collection.from_hub(item.removeprefix(HUB), options.hub_config, split, files, options.keep_raw)
+    return corpus.from_hub(item.removeprefix(HUB), options.hub_config, split, files, options.keep_raw)
 
 
 def choices_of(item: str, options: Options) -> Choices:
@@ -224,7 +224,7 @@ def own(item: str, inputs: Sequence[str], options: Options, target: Path) -> Mad
         in_order = options.split == "nanogpt" or options.max_docs is not None
         if options.in_characters or (is_small(files) and not in_order):
             return prepare_few(own_text(given, options.text_column, options.keep_duplicates, files), request, target)
-        return prepare_many(collection.own_collection(files), choices_of(item, options), target)
+        return prepare_many(corpus.own_collection(files), choices_of(item, options), target)
 
 
 @contextmanager

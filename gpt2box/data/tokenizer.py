@@ -17,10 +17,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gpt2box.data import assets
+from gpt2box.data import downloads
 from gpt2box.errors import BadInput, Damaged, why
-from gpt2box.files import read_json
-from gpt2box.paths import raw_dir
+from gpt2box.utils.files import read_json
+from gpt2box.utils.paths import raw_dir
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_ROWS = (50_257, 50_304)  # of GPT-2's embedding, also as nanoGPT fills it up
@@ -172,7 +172,7 @@ def load(folder: Path) -> Tokenizer:
         BadInput: there is none, or one of another kind.
         Damaged: its files are not what this program or Hugging Face writes.
     """
-    from gpt2box.data.bpe import BpeTokenizer, is_gpt2s  # which needs this module
+    from gpt2box.data.hf_tokenizer import BpeTokenizer, is_gpt2s  # which needs this module
 
     try:
         content = {}
@@ -209,7 +209,7 @@ def of_model(folder: Path, vocab_size: int) -> Tokenizer:
     if vocab_size not in GPT2_ROWS:
         found = f"{folder}: no tokenizer, and {vocab_size:,} tokens are not GPT-2's {GPT2_ROWS[0]:,}"
         raise BadInput(found, "its tokenizer beside it: tokenizer.json, or vocab.json and merges.txt")
-    return from_ranks(assets.fetch(assets.GPT2_RANKS, raw_dir()))
+    return from_ranks(downloads.fetch(downloads.GPT2_RANKS, raw_dir()))
 
 
 def identity_of(asked: str) -> str:

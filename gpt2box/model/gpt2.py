@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2box.model.loss import chunked_cross_entropy
-from gpt2box.model.recompute import gelu_linear, linear, norm_linear
-from gpt2box.planning.shape import ModelShape
+from gpt2box.model.selective_recompute import gelu_linear, linear, norm_linear
+from gpt2box.model.shape import ModelShape
 
 
 class Attention(nn.Module):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2box.data.assets import Asset, Sdist, fetch
+from gpt2box.data.downloads import Asset, Sdist, fetch
 from gpt2box.errors import Damaged, TryAgain, VolumeUnwritable
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2box.data.batches import TrainWindows, micro_batches, permuted, val_window_starts
+from gpt2box.data.dataloader import TrainWindows, micro_batches, permuted, val_window_starts
 from gpt2box.errors import BadInput
 
 T = 16

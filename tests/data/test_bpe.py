@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from gpt2box.data import encoder, pieces, tokenizer
-from gpt2box.data.bpe import BpeTokenizer
+from gpt2box.data import bulk_tokenizer, text_chunks, tokenizer
+from gpt2box.data.hf_tokenizer import BpeTokenizer
 from gpt2box.data.prepare import Options, prepare
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.output.export import export
-from gpt2box.output.sample import load_model
+from gpt2box.export.export import export
+from gpt2box.inference.sample import load_model
 from tests.conftest import TINYSHAKESPEARE, Command, options
 
 HOSTILE = [
@@ -131,10 +131,10 @@ def test_long_texts_are_cut_where_no_token_crosses(tmp_path: Path, monkeypatch: 
     words = tokenizer.load(tmp_path / "words")
     text = TINYSHAKESPEARE.read_text()[:200_000]
     whole = words.encode(text[:60_000])
-    monkeypatch.setattr(pieces, "PIECE", 64)
-    bulk = encoder.BulkEncoder(tmp_path / "words")
+    monkeypatch.setattr(text_chunks, "PIECE", 64)
+    bulk = bulk_tokenizer.BulkEncoder(tmp_path / "words")
     assert np.array_equal(np.concatenate(list(bulk.encode([text[:40_000], text[40_000:60_000]]))), whole)
-    monkeypatch.setattr(pieces, "PIECE", 1 << 20)
+    monkeypatch.setattr(text_chunks, "PIECE", 1 << 20)
     expected = words._tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[attr-defined]
     assert words.encode(text).tolist() == expected
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from gpt2box.data import collection, hub, published
+from gpt2box.data import corpus as collection
+from gpt2box.data import hub_datasets, pretrained
 from gpt2box.data.prepare import Options, prepare
-from gpt2box.data.shards import aside
+from gpt2box.data.tokenize_workers import aside
 from gpt2box.errors import Damaged, TryAgain
 from tests.conftest import Command
 from tests.data.conftest import FILES
@@ -143,9 +144,9 @@ def test_what_the_hub_does_not_have_is_said(
 def pinned(server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """The small corpus in OpenWebText's place."""
     total = sum(map(len, server.files.values()))
-    pin = hub.Pinned("someone/pinned", "abc", "plain_text", FILES, total, 7222)
-    monkeypatch.setattr(hub, "OPENWEBTEXT", pin)
-    monkeypatch.setattr(hub, "KNOWN", {})
+    pin = hub_datasets.Pinned("someone/pinned", "abc", "plain_text", FILES, total, 7222)
+    monkeypatch.setattr(hub_datasets, "OPENWEBTEXT", pin)
+    monkeypatch.setattr(hub_datasets, "KNOWN", {})
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     return server
 
@@ -239,7 +240,7 @@ def test_downloads_that_break_off_go_on(volumes: Path, pinned: Hub) -> None:
 
 
 def test_other_bytes_than_the_pinned_are_never_taken(volumes: Path, pinned: Hub) -> None:
-    hub.openwebtext(keep_raw=False)  # the list is kept
+    hub_datasets.openwebtext(keep_raw=False)  # the list is kept
     name = next(iter(pinned.files))
     pinned.files[name] = pinned.files[name][:-1] + b"X"
     with pytest.raises(TryAgain, match="sha256"):
@@ -260,11 +261,11 @@ def test_weights_without_a_hash_of_our_own_have_the_hubs(
     volumes: Path, server: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.files = {"model.safetensors": b"weights" * 1000}
-    folder = published.pretrained_folder("gpt2-large")
+    folder = pretrained.pretrained_folder("gpt2-large")
     assert (folder / "model.safetensors").read_bytes() == b"weights" * 1000
-    assert f"/{published.HUB_REVISIONS['gpt2-large']}/" in server.paths[-1]
+    assert f"/{pretrained.HUB_REVISIONS['gpt2-large']}/" in server.paths[-1]
     with pytest.raises(Damaged, match="the Hub's gpt2-xl has sha256"):
-        published.pretrained_folder("gpt2-xl")
+        pretrained.pretrained_folder("gpt2-xl")
     assert not (volumes / "models/gpt2-xl").exists()
 
 
@@ -273,7 +274,7 @@ def test_threads_that_come_first_together_have_one_lock_file(tmp_path: Path) -> 
 
     def first(folder: Path) -> int:
         together.wait()
-        return hub.lock_of(folder)
+        return hub_datasets.lock_of(folder)
 
     with ThreadPoolExecutor(8) as pool:
         for number in range(30):

@@ -14,13 +14,13 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2box.data import hub
-from gpt2box.data.hub_model import hub_model
+from gpt2box.data import hub_datasets
+from gpt2box.data.dataset import TokenFile, open_dataset
+from gpt2box.data.hub_models import hub_model
 from gpt2box.data.prepare import Options, prepare
 from gpt2box.data.tokenizer import Gpt2Tokenizer
-from gpt2box.data.tokens import TokenFile, open_dataset
 from gpt2box.errors import BadInput, Damaged, TryAgain
-from gpt2box.output.sample import find_model, load_model
+from gpt2box.inference.sample import find_model, load_model
 from tests.conftest import TINYSHAKESPEARE, Command, options
 
 COMMIT = "c0ffee" * 6 + "abcd"
@@ -91,7 +91,7 @@ def server(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator
     thread = threading.Thread(target=running.serve_forever, daemon=True)
     thread.start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{running.server_address[1]}")
-    monkeypatch.setattr(hub, "TRIES", 1)
+    monkeypatch.setattr(hub_datasets, "TRIES", 1)
     yield running
     running.shutdown()
     thread.join()

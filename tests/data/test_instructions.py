@@ -13,15 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt2box.data.assets import sha256_of
-from gpt2box.data.batches import counted_targets, inputs_and_targets, read_windows
+from gpt2box.data.dataloader import counted_targets, inputs_and_targets, read_windows
+from gpt2box.data.dataset import SPLITS, TokenFile, open_dataset
+from gpt2box.data.downloads import sha256_of
 from gpt2box.data.prepare import Options, prepare, verify
 from gpt2box.data.tokenizer import Gpt2Tokenizer
-from gpt2box.data.tokens import SPLITS, TokenFile, open_dataset
+from gpt2box.distributed.group import Group
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.ranks import ALONE
-from gpt2box.training.distributed import Group
-from gpt2box.training.loop import target_shares
+from gpt2box.training.trainer import target_shares
+from gpt2box.utils.ranks import ALONE
 from tests.conftest import Command, options, tiny_model
 
 RECORDS = [

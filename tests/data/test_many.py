@@ -20,15 +20,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2box.data import pieces, shards
-from gpt2box.data.collection import own_collection
-from gpt2box.data.corpora import own_files
-from gpt2box.data.encoder import BulkEncoder
-from gpt2box.data.many import Choices, prepare_many
-from gpt2box.data.records import Unit
-from gpt2box.data.sink import DIGEST_BYTES, Seen
+from gpt2box.data import text_chunks, tokenize_workers
+from gpt2box.data.bin_writer import DIGEST_BYTES, Seen
+from gpt2box.data.bulk_tokenizer import BulkEncoder
+from gpt2box.data.corpus import own_collection
+from gpt2box.data.dataset import open_dataset
+from gpt2box.data.prepare_corpus import Choices, prepare_many
+from gpt2box.data.readers import Unit
+from gpt2box.data.sources import own_files
 from gpt2box.data.tokenizer import Gpt2Tokenizer
-from gpt2box.data.tokens import open_dataset
 from gpt2box.errors import BadInput
 from tests.conftest import TINYSHAKESPEARE, Command
 from tests.data.conftest import FILES, speeches
@@ -304,7 +304,7 @@ def test_the_same_text_under_another_path_is_there_already(tmp_path: Path, volum
 
 
 def test_two_at_once_are_refused(tmp_path: Path, volumes: Path) -> None:
-    from gpt2box.files import locked
+    from gpt2box.utils.files import locked
 
     path = tmp_path / "a.txt"
     path.write_text(TINYSHAKESPEARE.read_text())
@@ -318,10 +318,10 @@ def test_large_units_go_through_a_file(
     path = tmp_path / "line.txt"
     text = " ".join(TINYSHAKESPEARE.read_text().split()) * 4
     path.write_text(text)
-    shards.start_worker(ranks_file)
-    plain = shards.tokenise(Unit(path, path.name, ""), 50_256, tmp_path / "spill")
-    monkeypatch.setattr(shards, "SPILL_BYTES", 100_000)
-    spilled = shards.tokenise(Unit(path, path.name, ""), 50_256, tmp_path / "spill")
+    tokenize_workers.start_worker(ranks_file)
+    plain = tokenize_workers.tokenise(Unit(path, path.name, ""), 50_256, tmp_path / "spill")
+    monkeypatch.setattr(tokenize_workers, "SPILL_BYTES", 100_000)
+    spilled = tokenize_workers.tokenise(Unit(path, path.name, ""), 50_256, tmp_path / "spill")
     assert isinstance(plain.tokens, np.ndarray) and spilled.tokens == tmp_path / "spill"
     for chunk in (plain, spilled):
         assert [ids.tobytes() for ids in chunk.documents()] == [joined(gpt2_tokenizer, [text])]
@@ -339,7 +339,7 @@ def test_bulk_encoding_gives_tiktokens_ids_wherever_the_text_is_cut(
 ) -> None:
     text = "".join(parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "PIECE", 8)
+        patch.setattr(text_chunks, "PIECE", 8)
         bulk = cached(ranks_file)
         found = [int(i) for ids in bulk.encode((text[:cut], text[cut:])) for i in ids]
     assert found == bulk.tokenizer.encode(text).tolist()

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2box.data.assets import sha256_of
-from gpt2box.data.corpora import CORPORA, own_text
-from gpt2box.data.few import Request, prepare_few, split
+from gpt2box.data.dataset import open_dataset
+from gpt2box.data.downloads import sha256_of
+from gpt2box.data.prepare_texts import Request, prepare_few, split
+from gpt2box.data.sources import CORPORA, own_text
 from gpt2box.data.tokenizer import Gpt2Tokenizer
-from gpt2box.data.tokens import open_dataset
 from gpt2box.errors import BadInput, Damaged
 from tests.conftest import TINYSHAKESPEARE, Command, options
 

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2box.data import records
-from gpt2box.data.corpora import own_text
+from gpt2box.data import readers
+from gpt2box.data.sources import own_text
 from gpt2box.errors import BadInput, Damaged
 from tests.conftest import TINYSHAKESPEARE, Command
 
@@ -39,7 +39,7 @@ PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst"
 
 def written(path: Path, texts: list[str]) -> Path:
     """The texts as a file whose kind its name says."""
-    kind = records.kind_of(path)
+    kind = readers.kind_of(path)
     rows = [{"id": i, "text": text} for i, text in enumerate(texts)]
     if kind == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=7)
@@ -147,8 +147,8 @@ SEQUENCES = ["a", "\r\n", "\r", "é", "漢", "🙂", "\n"]
 def test_blocks_do_not_show(parts: list[bytes], mark: bool) -> None:
     content = (b"\xef\xbb\xbf" if mark else b"") + b"".join(parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "BLOCK", 3)
-        found = "".join(records.decoded(io.BytesIO(content), Path("a.txt")))
+        patch.setattr(readers, "BLOCK", 3)
+        found = "".join(readers.decoded(io.BytesIO(content), Path("a.txt")))
     assert found == io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
 
 
@@ -161,9 +161,9 @@ def test_the_first_bad_byte_is_named_wherever_blocks_end(content: bytes) -> None
         line = content.count(b"\n", 0, error.start) + 1
         expected = f"byte 0x{content[error.start]:02x} at offset {error.start:,}, line {line:,}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "BLOCK", 3)
+        patch.setattr(readers, "BLOCK", 3)
         try:
-            "".join(records.decoded(io.BytesIO(content), Path("a.txt")))
+            "".join(readers.decoded(io.BytesIO(content), Path("a.txt")))
             found = ""
         except BadInput as error:
             found = error.found

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2box.data import tokenizer
-from gpt2box.data.assets import sha256_of
+from gpt2box.data.downloads import sha256_of
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.errors import BadInput, Damaged
 

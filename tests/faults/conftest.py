@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from gpt2box.data.assets import sha256_of
+from gpt2box.data.downloads import sha256_of
 from tests.conftest import ROOT, options
 
 HERE = Path(__file__).parent

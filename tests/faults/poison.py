@@ -6,19 +6,19 @@ import math
 
 from torch import Tensor
 
-from gpt2box.data import batches
+from gpt2box.data import dataloader
 from gpt2box.model.gpt2 import GPT2
 
 
 def poison_data(first: int, last: int) -> None:
     """From now on in this process, of the data of steps `first` to `last` (of a run without any other)."""
     starts = set()
-    plain_start = batches.TrainWindows.start
+    plain_start = dataloader.TrainWindows.start
     plain_forward = GPT2.forward
-    read = batches.read_windows
+    read = dataloader.read_windows
     poisoned: set[bytes] = set()
 
-    def start(self: batches.TrainWindows, sequence: int) -> int:
+    def start(self: dataloader.TrainWindows, sequence: int) -> int:
         found = plain_start(self, sequence)
         if first * 8 <= sequence < (last + 1) * 8:  # 8 windows a step, as conftest's TINY has
             starts.add(found)
@@ -35,6 +35,6 @@ def poison_data(first: int, last: int) -> None:
         loss = plain_forward(self, ids, targets, scale)
         return loss * math.nan if any(row.int().numpy().tobytes() in poisoned for row in ids) else loss
 
-    batches.TrainWindows.start = start  # type: ignore[method-assign]
-    batches.read_windows = read_windows
+    dataloader.TrainWindows.start = start  # type: ignore[method-assign]
+    dataloader.read_windows = read_windows
     GPT2.forward = forward  # type: ignore[method-assign]

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from gpt2box.errors import MachineCannot
-from gpt2box.job import run_job
-from gpt2box.planning.memory import GIB
-from gpt2box.stop import StopRequest
-from gpt2box.training import metrics
-from gpt2box.training.network import empty_model, through_compiler
-from gpt2box.training.optim import make_optimizer, make_update
-from gpt2box.training.validation import autocast
+from gpt2box.optim.factory import make_optimizer, make_update
+from gpt2box.planner.memory import GIB
+from gpt2box.runs import metrics
+from gpt2box.training.evaluate import autocast
+from gpt2box.training.model_setup import empty_model, through_compiler
+from gpt2box.training.run import run_job
+from gpt2box.utils.signals import StopRequest
 from tests.conftest import TINY, Command, options
 from tests.planning.test_plan import planned, shape_of
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2box.data.published import shape_in
-from gpt2box.model.decode import Decoder
-from gpt2box.model.generate import Choice, generate
+from gpt2box.data.pretrained import shape_in
+from gpt2box.model.decoder import Decoder
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.weights import load_hub
-from gpt2box.planning.measured import read
-from gpt2box.training import metrics
+from gpt2box.model.hf_weights import load_hub
+from gpt2box.model.sampling import Choice, generate
+from gpt2box.planner.bench_records import read
+from gpt2box.runs import metrics
 from tests.conftest import Command, options, tiny_model
 from tests.gpu.test_gpu import BITS
 from tests.training.test_train import process, wait_for

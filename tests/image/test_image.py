@@ -70,7 +70,7 @@ def test_sample_with_no_run_says_what_to_do(box: Run) -> None:
 def test_the_image_has_what_torch_compile_needs(box: Run) -> None:
     """For any user, on a read-only root: compiler, headers, and a cache that can be written."""
     for image in ("gpt2box-test:cpu", "gpt2box-test:cu121"):
-        done = box("python", "-m", "gpt2box.machine.probe", "cpu", "True", options=READ_ONLY, image=image)
+        done = box("python", "-m", "gpt2box.preflight.smoke_test", "cpu", "True", options=READ_ONLY, image=image)
         assert '"compile_error"' in done.stdout, done.stdout + done.stderr
     headers = "import sysconfig, pathlib; assert pathlib.Path(sysconfig.get_paths()['include'], 'Python.h').exists()"
     assert box("python", "-c", headers, image="gpt2box-test:cu121").returncode == 0

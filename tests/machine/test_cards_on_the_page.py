@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.machine.conftest import Scene
 
-CODE = "import json; from gpt2box.output.watching import Watch; print(json.dumps(Watch().cards()))"
+CODE = "import json; from gpt2box.dashboard.state import Watch; print(json.dumps(Watch().cards()))"
 
 
 def cards() -> dict[str, Any]:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from gpt2box.errors import TryAgain
-from gpt2box.machine.device import card_memory_named, choose_device
-from gpt2box.training.recovery import machine_fault
+from gpt2box.system.device import card_memory_named, choose_device
+from gpt2box.training.rollback import machine_fault
 
 ASYNC = """
 CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.

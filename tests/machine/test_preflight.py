@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from gpt2box.machine import checks, gpu, probe
-from gpt2box.machine.gpu import Nvml
+from gpt2box.preflight import checks, smoke_test
+from gpt2box.system import gpu
+from gpt2box.system.gpu import Nvml
 from tests.conftest import Command
 from tests.machine.conftest import Scene
 
@@ -157,9 +158,9 @@ def test_a_card_before_bfloat16_need_not_compute_it_unless_it_is_asked_to() -> N
 
 
 def test_a_probe_that_does_not_die_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(smoke_test, "TIMEOUT_S", 0.2)
     begun = time.monotonic()
-    assert "did not answer" in probe.probe("cpu", False)["fault"] and time.monotonic() - begun < 5
+    assert "did not answer" in smoke_test.probe("cpu", False)["fault"] and time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize(("in_container", "fix"), [(True, "--gpus all"), (False, "nvidia-smi")])
@@ -202,7 +203,7 @@ def test_training_stops_at_the_card_before_any_work(
 
 
 def test_card_numbers_follow_the_pci_bus() -> None:
-    code = "import os, gpt2box.output.sample; print(os.environ['CUDA_DEVICE_ORDER'])"
+    code = "import os, gpt2box.inference.sample; print(os.environ['CUDA_DEVICE_ORDER'])"
     environment = {key: value for key, value in os.environ.items() if key != "CUDA_DEVICE_ORDER"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout == "PCI_BUS_ID\n"

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from gpt2box.model.decode import Cache, Decoder
-from gpt2box.model.generate import Choice, begin, generate, generate_together, pick
+from gpt2box.model.decoder import Cache, Decoder
 from gpt2box.model.gpt2 import GPT2
+from gpt2box.model.sampling import Choice, begin, generate, generate_together, pick
 from tests.conftest import tiny_model
 from tests.model.test_gpt2 import saved
 

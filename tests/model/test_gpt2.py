@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2LMHeadModel
 
-from gpt2box.data.published import shape_in
+from gpt2box.checkpoint import writer as checkpoint
+from gpt2box.checkpoint.metadata import TrainState
+from gpt2box.data.pretrained import shape_in
 from gpt2box.data.tokenizer import CharTokenizer
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.model.gpt2 import GPT2
+from gpt2box.model.hf_weights import hub_state, load_hub
 from gpt2box.model.loss import chunked_cross_entropy
-from gpt2box.model.weights import hub_state, load_hub
-from gpt2box.planning.shape import ModelShape
-from gpt2box.training import checkpoint
-from gpt2box.training.state import TrainState
+from gpt2box.model.shape import ModelShape
 from tests.conftest import tiny_model
 
 VOCABULARY = CharTokenizer("".join(chr(33 + i) for i in range(100)), end_of_text=True)  # 101 tokens
@@ -66,7 +66,7 @@ def test_logits_and_gradients_are_those_of_transformers(tmp_path: Path, bias: bo
 
 
 def test_the_named_sizes_have_the_published_parameter_counts() -> None:
-    from gpt2box.config import MODEL_SHAPES
+    from gpt2box.config.schema import MODEL_SHAPES
 
     published = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
     for name, sizes in MODEL_SHAPES.items():

@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gpt2box.data.published import shape_in
+from gpt2box.checkpoint import retention
+from gpt2box.checkpoint import writer as checkpoint
+from gpt2box.data.pretrained import shape_in
 from gpt2box.errors import BadInput
-from gpt2box.job import run_job
-from gpt2box.model.decode import Cache, Decoder
+from gpt2box.model.decoder import Cache, Decoder
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import adapters, add_adapters, merged, own_parameters
-from gpt2box.stop import StopRequest
-from gpt2box.training import checkpoint, kept
+from gpt2box.training.run import run_job
+from gpt2box.utils.signals import StopRequest
 from tests.conftest import TINY, tiny_model
 
 LORA = {"init_from": "first", "lora_rank": 3, "max_steps": 10, "eval_interval": 5, "save_interval": 5}
@@ -105,7 +106,7 @@ def first(volumes: Path) -> Path:
     train("before", max_steps=10)
     folder = volumes / "models" / "first"
     folder.parent.mkdir(exist_ok=True)
-    shutil.copytree(volumes / "runs/before/checkpoints" / kept.folder_name(10), folder)
+    shutil.copytree(volumes / "runs/before/checkpoints" / retention.folder_name(10), folder)
     return folder
 
 
@@ -119,7 +120,7 @@ def test_a_run_goes_on_in_the_same_bits_and_leaves_the_weights_as_they_are(
     train("halved", **{**settings, "max_steps": 5}, decay_steps=10, warmup_steps=0)
     train("halved", **settings, decay_steps=10, warmup_steps=0)
     train("whole", **settings, decay_steps=10, warmup_steps=0)
-    ends = [volumes / "runs" / name / "checkpoints" / kept.folder_name(10) for name in ("halved", "whole")]
+    ends = [volumes / "runs" / name / "checkpoints" / retention.folder_name(10) for name in ("halved", "whole")]
     for file in ("adapters.safetensors", "optimizer.safetensors", "model.safetensors"):
         assert (ends[0] / file).read_bytes() == (ends[1] / file).read_bytes(), file
     before, after = (load_file(folder / "model.safetensors") for folder in (first, ends[1]))

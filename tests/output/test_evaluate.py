@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpt2box.job import run_job
-from gpt2box.model_commands import evaluate
-from gpt2box.output.evaluate import windows
-from gpt2box.output.tasks import Answer, lambada_figures
-from gpt2box.stop import StopRequest
+from gpt2box.cli.model_commands import evaluate
+from gpt2box.evaluation.benchmarks import Answer, lambada_figures
+from gpt2box.evaluation.perplexity import windows
+from gpt2box.training.run import run_job
+from gpt2box.utils.signals import StopRequest
 from tests.conftest import TINY, TINYSHAKESPEARE, Command
 from tests.test_bad_input import command
 

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpt2box.data.instructions import TEMPLATE
 from gpt2box.data.tokenizer import Gpt2Tokenizer, Tokenizer, from_texts
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.model.decode import Decoder
-from gpt2box.model.generate import Choice, generate
+from gpt2box.export import export as module
+from gpt2box.export.export import export, form_of
+from gpt2box.export.gguf import write_modelfile
+from gpt2box.model.decoder import Decoder
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.output import export as module
-from gpt2box.output.export import export, form_of
-from gpt2box.output.gguf import write_modelfile
-from gpt2box.planning.shape import ModelShape
+from gpt2box.model.sampling import Choice, generate
+from gpt2box.model.shape import ModelShape
 from tests.conftest import Command, options, write_checkpoint
 
 TEXTS = [

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.errors import BadInput, Damaged
+from gpt2box.export.export import export
+from gpt2box.export.nanogpt_import import import_nanogpt
+from gpt2box.inference.sample import load_model
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.output.export import export
-from gpt2box.output.from_nanogpt import import_nanogpt
-from gpt2box.output.sample import load_model
 from tests.conftest import TINYSHAKESPEARE, Command, options
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2box.output import learned
+from gpt2box.evaluation import memorization
 from tests.conftest import TINYSHAKESPEARE, Command, options
 
 IDS = st.lists(st.integers(0, 3), max_size=40)
@@ -26,10 +26,10 @@ def plain_longest(texts: list[list[int]], train: list[int]) -> int:
 @given(texts=st.lists(IDS, min_size=1, max_size=3), train=IDS.filter(bool), block=st.integers(1, 50))
 def test_the_overlap_is_the_longest_there_is(texts: list[list[int]], train: list[int], block: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learned, "BLOCK_TOKENS", block)
+        patch.setattr(memorization, "BLOCK_TOKENS", block)
         with tempfile.NamedTemporaryFile(suffix=".bin") as file:
             Path(file.name).write_bytes(np.array(train, "<u2").tobytes())
-            found = learned.longest_overlap([np.array(text, dtype=np.uint16) for text in texts], Path(file.name))
+            found = memorization.longest_overlap([np.array(text, dtype=np.uint16) for text in texts], Path(file.name))
     assert len(found) == plain_longest(texts, train)
     assert not len(found) or plain_longest([found.tolist()], train) == len(found)
 

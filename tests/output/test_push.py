@@ -16,10 +16,10 @@ from safetensors.torch import load
 
 from gpt2box.data.tokenizer import from_texts
 from gpt2box.errors import BadInput, Gpt2boxError, TryAgain
-from gpt2box.job import run_job
-from gpt2box.output.export import export
-from gpt2box.output.push import check_name, push
-from gpt2box.stop import StopRequest
+from gpt2box.export.export import export
+from gpt2box.export.push import check_name, push
+from gpt2box.training.run import run_job
+from gpt2box.utils.signals import StopRequest
 from tests.conftest import TINY, Command, tiny_model, write_checkpoint
 
 TOKEN = "hf_secret0123456789"

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2box import config_file
-from gpt2box.output.curves import history
-from gpt2box.output.page import published
-from gpt2box.output.runs import since
+from gpt2box.config import loader
+from gpt2box.report.page import published
+from gpt2box.runs.history import history
+from gpt2box.runs.listing import since
 from tests.conftest import Command, options
 
 
@@ -172,7 +172,7 @@ def test_no_peak_of_a_long_run_is_lost(tmp_path: Path) -> None:
 def test_what_was_published_is_said_of_the_same_text_and_network(
     changes: dict[str, object], said: float | None
 ) -> None:
-    settings = config_file.load("demo", {})[0].model_dump()
+    settings = loader.load("demo", {})[0].model_dump()
     assert published({**settings, **changes}) == said
     assert published({**settings, **changes, "expected_val_loss": 2.5}) == 2.5, "of a config of one's own"
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2box.data.published import shape_in
-from gpt2box.job import run_job
+from gpt2box.data.pretrained import shape_in
+from gpt2box.inference.sample import prompts_in
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.weights import load_hub
-from gpt2box.output.sample import prompts_in
-from gpt2box.stop import StopRequest
+from gpt2box.model.hf_weights import load_hub
+from gpt2box.training.run import run_job
+from gpt2box.utils.signals import StopRequest
 from tests.conftest import TINY, Command, options
 from tests.test_bad_input import command
 

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import uvicorn
 
-from gpt2box.files import locked, write_atomically
-from gpt2box.output.curves import Figures, history
-from gpt2box.output.dashboard import app, door
-from gpt2box.output.page import report_page
-from gpt2box.output.watching import Known, Watch
+from gpt2box.dashboard.server import app, door
+from gpt2box.dashboard.state import Known, Watch
+from gpt2box.report.page import report_page
+from gpt2box.runs.history import Figures, history
+from gpt2box.utils.files import locked, write_atomically
 from tests.conftest import Command
 from tests.output.browser import Browser, chromium
 

@@ -23,14 +23,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gpt2box.distributed.fsdp import local
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import add_adapters
-from gpt2box.planning.plan import RunPlan
-from gpt2box.training import eight_bit
-from gpt2box.training.network import configure, empty_model
-from gpt2box.training.optim import make_optimizer, make_update
-from gpt2box.training.shards import local
-from gpt2box.training.validation import autocast
+from gpt2box.optim import quantization
+from gpt2box.optim.factory import make_optimizer, make_update
+from gpt2box.planner.run_plan import RunPlan
+from gpt2box.training.evaluate import autocast
+from gpt2box.training.model_setup import configure, empty_model
 
 MIB = 1 << 20
 CUBLAS_WORKSPACE = 8_519_680  # :4096:2:16:8, cuBLAS's default below compute capability 9.0
@@ -227,13 +227,13 @@ def cuda_rules() -> Iterator[None]:
     def dropout_(x: Tensor, p: float, training: bool) -> Tensor:
         return torch.native_dropout(x, p, training)[0] if p and training else x  # keeps a mask of one byte
 
-    eight_bit.codes.cache_clear()  # a tensor of another mode
+    quantization.codes.cache_clear()  # a tensor of another mode
     F.layer_norm, F.scaled_dot_product_attention, F.dropout = layer_norm, _flash, dropout_  # type: ignore[assignment]
     torch.compiler.is_compiling = lambda: True  # loss.py then takes the path that it takes on CUDA
     try:
         yield
     finally:
-        eight_bit.codes.cache_clear()
+        quantization.codes.cache_clear()
         F.layer_norm, F.scaled_dot_product_attention, F.dropout, torch.compiler.is_compiling = kept
 
 

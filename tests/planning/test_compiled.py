@@ -10,8 +10,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.planning.memory import COMPILED
-from gpt2box.planning.shape import ModelShape
+from gpt2box.model.shape import ModelShape
+from gpt2box.planner.memory import COMPILED
 from tests.planning.simulator import cuda_rules
 
 

@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from gpt2box import config_file
-from gpt2box.config import MODEL_SHAPES
+from gpt2box.config import loader
+from gpt2box.config.schema import MODEL_SHAPES
 from gpt2box.errors import MachineCannot
-from gpt2box.machine.determinism import WORKSPACE
-from gpt2box.model.recompute import linear
-from gpt2box.planning.cards import CARDS, card_found, card_named
-from gpt2box.planning.choose import NCCL_BYTES, Option, Place, choose, options
-from gpt2box.planning.memory import CUBLAS_WORKSPACE, FIXED_WORKSPACE, GIB, WORKSPACES
-from gpt2box.planning.plan import RunPlan, make_plan
-from gpt2box.planning.shape import ModelShape
+from gpt2box.model.selective_recompute import linear
+from gpt2box.model.shape import ModelShape
+from gpt2box.planner.gpu_specs import CARDS, card_found, card_named
+from gpt2box.planner.memory import CUBLAS_WORKSPACE, FIXED_WORKSPACE, GIB, WORKSPACES
+from gpt2box.planner.run_plan import RunPlan, make_plan
+from gpt2box.planner.search import NCCL_BYTES, Option, Place, choose, options
+from gpt2box.system.determinism import WORKSPACE
 from tests.conftest import Command
 from tests.conftest import options as tiny
 from tests.planning.simulator import simulate
@@ -48,7 +48,7 @@ def planned(
         "activation_checkpointing": mode,
         **settings,
     }
-    loaded = config_file.load(None, {key: str(value) for key, value in flags.items()})[0]
+    loaded = loader.load(None, {key: str(value) for key, value in flags.items()})[0]
     place = Place("a card", 0, None, dtype, on_gpu=True, compiled=compiled, ranks=ranks)
     (way,) = options(loaded, shape, place)
     way = replace(way, memory=replace(way.memory, workspace=way.memory.workspace - (NCCL_BYTES if ranks > 1 else 0)))
@@ -162,7 +162,7 @@ def card(free_gib: float, name: str = "rtx-4070", dtype: str = "bfloat16", compi
 
 
 def chosen(place: Place, shape: ModelShape | None = None, **flags: str) -> Option:
-    loaded = config_file.load("openwebtext-adamw", flags)[0]
+    loaded = loader.load("openwebtext-adamw", flags)[0]
     shape = shape or shape_of("gpt2-medium")
     return choose(options(loaded, shape, place), loaded, shape, place)
 
@@ -187,7 +187,7 @@ def test_the_fastest_plan_that_fits_is_chosen_and_the_step_stays_the_same() -> N
     ],
 )
 def test_every_published_size_fits_twelve_gib(config: str, gib: float, at_least: int) -> None:
-    loaded = config_file.load(config, {"dataset": "x"})[0]
+    loaded = loader.load(config, {"dataset": "x"})[0]
     shape = shape_of(loaded.init_from)
     place = card(gib, compiled=True)
     assert choose(options(loaded, shape, place), loaded, shape, place).micro_batch_size >= at_least
@@ -203,7 +203,7 @@ def test_where_nothing_fits_it_says_which_settings_would() -> None:
 
 
 def test_compiled_plans_count_what_the_compiler_keeps_and_leave_selective_out() -> None:
-    loaded = config_file.load("openwebtext-adamw", {})[0]
+    loaded = loader.load("openwebtext-adamw", {})[0]
     shape = shape_of("gpt2-medium")
     compiled = options(loaded, shape, card(12, compiled=True))
     eager = options(loaded, shape, card(12))
@@ -308,7 +308,7 @@ def test_muon_takes_less_memory_a_little_more_time_and_smaller_checkpoints() -> 
     shape, place = shape_of("gpt2-medium"), card(12)
     ways = {}
     for optimizer in ("adamw", "muon"):
-        loaded = config_file.load("openwebtext", {"optimizer": optimizer, "micro_batch_size": "4"})[0]
+        loaded = loader.load("openwebtext", {"optimizer": optimizer, "micro_batch_size": "4"})[0]
         (ways[optimizer],) = (w for w in options(loaded, shape, place) if w.activation_checkpointing == "full")
     inside = 12 * 24 * 1024**2
     assert ways["adamw"].memory.optimizer - ways["muon"].memory.optimizer == 4 * inside
@@ -318,7 +318,7 @@ def test_muon_takes_less_memory_a_little_more_time_and_smaller_checkpoints() -> 
 
 
 def test_where_muon_does_not_fit_what_is_offered_keeps_it() -> None:
-    loaded, shape, place = config_file.load("openwebtext", {})[0], shape_of("gpt2-medium"), card(3.8)
+    loaded, shape, place = loader.load("openwebtext", {})[0], shape_of("gpt2-medium"), card(3.8)
     with pytest.raises(MachineCannot, match="--optimizer-states int8 --weights-dtype bfloat16 fits"):
         choose(options(loaded, shape, place), loaded, shape, place)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.planning.shape import ModelShape
-from gpt2box.training.network import through_compiler
+from gpt2box.model.shape import ModelShape
+from gpt2box.training.model_setup import through_compiler
 
 # More rows than the loss takes at a time (VOCAB_PART), so that it forms the embedding's gradient in two parts.
 SHAPE = ModelShape(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=17_000)

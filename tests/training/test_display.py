@@ -13,17 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from gpt2box import config_file
-from gpt2box.planning.choose import Place, options
-from gpt2box.planning.plan import RunPlan, make_plan
-from gpt2box.planning.shape import ModelShape
-from gpt2box.training.display import Display
+from gpt2box.config import loader
+from gpt2box.model.shape import ModelShape
+from gpt2box.planner.run_plan import RunPlan, make_plan
+from gpt2box.planner.search import Place, options
+from gpt2box.training.console import Display
 from tests.conftest import Command
 from tests.conftest import options as tiny
 
 
 def plan(**flags: str) -> RunPlan:
-    config = config_file.load(None, {"dataset": "x", **flags})[0]
+    config = loader.load(None, {"dataset": "x", **flags})[0]
     shape = ModelShape(24, 16, 1024, 1024, 50_257)
     way = options(config, shape, Place("a card", 0, None, "bfloat16", on_gpu=True, compiled=False))[0]
     return make_plan(config, shape, 10**6, "cpu", "bfloat16", False, way, peak_tflops=58.3)

@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2box.data.assets import sha256_of
-from gpt2box.data.batches import TrainWindows, micro_batches
+from gpt2box.checkpoint import retention
+from gpt2box.checkpoint import writer as checkpoint
+from gpt2box.checkpoint.async_writer import Saver
+from gpt2box.checkpoint.metadata import TrainState, read_state
+from gpt2box.data.dataloader import TrainWindows, micro_batches
+from gpt2box.data.dataset import open_dataset
+from gpt2box.data.downloads import sha256_of
 from gpt2box.data.tokenizer import Tokenizer
-from gpt2box.data.tokens import open_dataset
 from gpt2box.errors import Damaged
-from gpt2box.files import locked
-from gpt2box.start import unchanged
-from gpt2box.training import checkpoint, kept
-from gpt2box.training.saver import Saver
-from gpt2box.training.state import TrainState, read_state
+from gpt2box.training.resume import unchanged
+from gpt2box.utils.files import locked
 from tests.conftest import tiny_model
 from tests.training.test_train import process, train, wait_for
 
@@ -37,7 +38,7 @@ def test_a_run_whose_folder_is_anothers_by_now_writes_nothing_there(volumes: Pat
     train("alone", seed=7)
     running = process(volumes, **LONG)
     run = volumes / "runs/run"
-    wait_for(run / "checkpoints" / kept.folder_name(20), running)
+    wait_for(run / "checkpoints" / retention.folder_name(20), running)
     os.rename(run, volumes / "moved")
     train("run", seed=7)
     _, errors = running.communicate(timeout=120)
@@ -45,13 +46,13 @@ def test_a_run_whose_folder_is_anothers_by_now_writes_nothing_there(volumes: Pat
     assert f"{run} is not the folder any more that this began in" in errors or f"{run} is gone" in errors, errors
     assert "Traceback" not in errors
     assert end_of(volumes, "run") == end_of(volumes, "alone")
-    assert sorted(path.name for path in (run / "checkpoints").glob("step-*"))[-1] == kept.folder_name(20)
+    assert sorted(path.name for path in (run / "checkpoints").glob("step-*"))[-1] == retention.folder_name(20)
 
 
 @pytest.mark.parametrize("what", ["replaced", "gone"])
 def test_a_dataset_that_is_another_by_now_ends_the_run(volumes: Path, what: str) -> None:
     running = process(volumes, **LONG)
-    wait_for(volumes / "runs/run/checkpoints" / kept.folder_name(20), running)
+    wait_for(volumes / "runs/run/checkpoints" / retention.folder_name(20), running)
     os.rename(volumes / "data/text", volumes / "data/before")
     if what == "replaced":
         shutil.copytree(volumes / "data/before", volumes / "data/text")
@@ -93,7 +94,7 @@ def test_a_dataset_that_cannot_be_opened_is_no_reader_that_is_waited_for(tmp_pat
 
 def test_events_that_cannot_be_written_are_said_and_the_run_goes_on(volumes: Path) -> None:
     running = process(volumes, **{**LONG, "max_steps": 60})
-    wait_for(volumes / "runs/run/checkpoints" / kept.folder_name(20), running)
+    wait_for(volumes / "runs/run/checkpoints" / retention.folder_name(20), running)
     shutil.rmtree(volumes / "runs/run/tensorboard")
     _, errors = running.communicate(timeout=120)
     assert running.returncode == 0 and "run: finished at step 60" in errors, errors

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt2box.training import lean
-from gpt2box.training.eight_bit import codes, dequantise, quantise, round_to_bfloat16
-from gpt2box.training.lean import LeanAdamW, StepInBackward
-from gpt2box.training.optim import GuardedStep, make_optimizer, make_update
+from gpt2box.optim import low_memory_adamw
+from gpt2box.optim.factory import GuardedStep, make_optimizer, make_update
+from gpt2box.optim.low_memory_adamw import LeanAdamW, StepInBackward
+from gpt2box.optim.quantization import codes, dequantise, quantise, round_to_bfloat16
 from tests.conftest import tiny_model
 from tests.training.test_optim import plan
 
@@ -48,7 +48,7 @@ def distance(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def test_a_step_inside_the_backward_pass_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lean, "CHUNK", 1024)  # several chunks a tensor, the last not full
+    monkeypatch.setattr(low_memory_adamw, "CHUNK", 1024)  # several chunks a tensor, the last not full
     assert distance(trained(4), trained(4, optimizer_in_backward="true")) < 1e-6
 
     model = tiny_model(bias=False, dtype=torch.float64)

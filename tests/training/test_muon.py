@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt2box import config_file
+from gpt2box.config import loader
 from gpt2box.errors import BadInput
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.training import lean, muon
-from gpt2box.training.muon import Muon, orthogonal
-from gpt2box.training.optim import make_optimizer, make_update
+from gpt2box.optim import low_memory_adamw, muon
+from gpt2box.optim.factory import make_optimizer, make_update
+from gpt2box.optim.muon import Muon, orthogonal
 from tests.conftest import tiny_model
 from tests.training.test_lean import batches, distance, trained
 from tests.training.test_optim import plan
@@ -106,7 +106,7 @@ def test_accumulating_gradients_is_a_larger_batch() -> None:
 def test_low_memory_changes_the_numbers_little_and_by_seed_alone(
     flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (lean, muon):
+    for module in (low_memory_adamw, muon):
         monkeypatch.setattr(module, "CHUNK", 1024)  # several chunks a matrix
     plain, other, start = (trained(n, optimizer="muon", **more) for n, more in ((8, {}), (8, flags), (0, {})))
     apart = torch.cat([(a - b).flatten() for a, b in zip(plain, other, strict=True)]).norm()
@@ -126,5 +126,5 @@ def test_low_memory_changes_the_numbers_little_and_by_seed_alone(
 )
 def test_what_it_cannot_be_combined_with_is_said(flags: dict[str, str], part: str) -> None:
     with pytest.raises(BadInput) as fault:
-        config_file.load(None, {"dataset": "x", "optimizer": "muon", **flags})
+        loader.load(None, {"dataset": "x", "optimizer": "muon", **flags})
     assert part in str(fault.value)

@@ -7,17 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gpt2box import config_file
-from gpt2box.config import Config
-from gpt2box.planning.choose import Place, options
-from gpt2box.planning.plan import RunPlan, make_plan
-from gpt2box.planning.shape import ModelShape
-from gpt2box.training.optim import GuardedStep, learning_rate, make_optimizer
+from gpt2box.config import loader
+from gpt2box.config.schema import Config
+from gpt2box.model.shape import ModelShape
+from gpt2box.optim.factory import GuardedStep, learning_rate, make_optimizer
+from gpt2box.planner.run_plan import RunPlan, make_plan
+from gpt2box.planner.search import Place, options
 from tests.conftest import tiny_model
 
 
 def plan(**flags: str) -> RunPlan:
-    settings = config_file.load(None, {"dataset": "x", "max_steps": "1000", "warmup_steps": "100", **flags})[0]
+    settings = loader.load(None, {"dataset": "x", "max_steps": "1000", "warmup_steps": "100", **flags})[0]
     return planned(settings, ModelShape(3, 4, 32, 24, 101), 10_000)
 
 
@@ -117,7 +117,7 @@ def test_the_learning_rate_rises_and_falls(schedule: str, middle: float) -> None
 def test_what_is_left_out_is_derived_once() -> None:
     p = plan()
     assert p.min_lr == pytest.approx(p.learning_rate / 10) and p.decay_steps == p.max_steps
-    derived = planned(config_file.load(None, {"dataset": "x", "max_steps": "5000"})[0], p.shape, 1)
+    derived = planned(loader.load(None, {"dataset": "x", "max_steps": "5000"})[0], p.shape, 1)
     assert derived.warmup_steps == 100 and derived.save_interval == derived.eval_interval
     assert derived.grad_accum_steps * derived.micro_batch_size == derived.sequences_per_step == 64
     assert learning_rate(0, replace(p, warmup_steps=0)) == pytest.approx(p.learning_rate)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2box.errors import MachineCannot
-from gpt2box.job import run_job
-from gpt2box.stop import StopRequest
+from gpt2box.training.run import run_job
+from gpt2box.utils.signals import StopRequest
 from tests.conftest import TINY
 
 
@@ -143,7 +143,7 @@ def test_half_a_step_with_muon_is_taken_back(volumes: Path, capsys: pytest.Captu
 def test_when_memory_returns_so_does_the_way_before(
     volumes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpt2box.training.ladder.RETRY_STEPS", 3)
+    monkeypatch.setattr("gpt2box.training.oom_fallback.RETRY_STEPS", 3)
     train("plain", max_steps=12)
     train("refused", Refuse("gelu_backward", 5), max_steps=12)
     said = capsys.readouterr().err

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2box.data import batches
-from gpt2box.data.assets import sha256_of
+from gpt2box.checkpoint import async_writer, retention
+from gpt2box.checkpoint.metadata import FORMAT, parse_state
+from gpt2box.data import dataloader
+from gpt2box.data.downloads import sha256_of
 from gpt2box.errors import BadInput, Gpt2boxError
-from gpt2box.job import run_job
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.stop import StopRequest
-from gpt2box.training import kept, metrics, saver
-from gpt2box.training.state import FORMAT, parse_state
+from gpt2box.runs import metrics
+from gpt2box.training.run import run_job
+from gpt2box.utils.signals import StopRequest
 from tests.conftest import TINY
 from tests.faults.poison import poison_data
 
@@ -31,7 +32,7 @@ def train(name: str = "run", **changes: object) -> None:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The data of steps 23 to 30 give a loss that is not a number."""
-    for where, name in ((batches.TrainWindows, "start"), (batches, "read_windows"), (GPT2, "forward")):
+    for where, name in ((dataloader.TrainWindows, "start"), (dataloader, "read_windows"), (GPT2, "forward")):
         monkeypatch.setattr(where, name, getattr(where, name))  # which are put back afterwards
     poison_data(23, 30)
     yield
@@ -94,7 +95,7 @@ def test_a_run_that_no_other_data_help_stops_and_says_what_to_try(
 def test_where_returns_to_a_checkpoint_do_not_help_a_run_goes_on_from_the_one_before(
     volumes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for where, name in ((batches.TrainWindows, "start"), (batches, "read_windows"), (GPT2, "forward")):
+    for where, name in ((dataloader.TrainWindows, "start"), (dataloader, "read_windows"), (GPT2, "forward")):
         monkeypatch.setattr(where, name, getattr(where, name))  # which are put back afterwards
     poison_data(23, 45)
     steady = {**LONG, "lr_schedule": "constant", "warmup_steps": 0, "keep_last": 1}
@@ -138,7 +139,7 @@ def test_a_gpu_that_fails_is_named_and_the_run_can_be_started_again(
         train(max_steps=20)
     assert raised.value.exit_code == 75 and words.splitlines()[0] in str(raised.value)
     assert "step-00000010" in str(raised.value)
-    assert kept.newest(checkpoints(volumes))[1].step == 10  # type: ignore[index]
+    assert retention.newest(checkpoints(volumes))[1].step == 10  # type: ignore[index]
     monkeypatch.undo()
 
 
@@ -194,7 +195,7 @@ def test_without_memory_for_a_copy_training_waits_for_the_same_files(
     volumes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train("beside")
-    monkeypatch.setattr(saver, "SPARE_BYTES", 1 << 60)
+    monkeypatch.setattr(async_writer, "SPARE_BYTES", 1 << 60)
     train("waiting")
     assert capsys.readouterr().err.count("checkpoints are written while training waits") == 1
     assert end(volumes, "beside") == end(volumes, "waiting")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2box.stop import BEFORE, UNSAVED
+from gpt2box.utils.signals import BEFORE, UNSAVED
 from tests.conftest import TINYSHAKESPEARE
 from tests.training.test_train import process, wait_for
 
@@ -65,7 +65,7 @@ program.main()
 """
 
 
-@pytest.mark.parametrize("module", ["gpt2box.cli", "click", "gpt2box.ranks"])
+@pytest.mark.parametrize("module", ["gpt2box.cli.main", "click", "gpt2box.utils.ranks"])
 def test_while_the_commands_are_loaded(module: str) -> None:
     run = subprocess.run([sys.executable, "-c", INTERRUPTED, module], capture_output=True, text=True, timeout=60)
     assert (run.returncode, run.stdout, run.stderr) == (130, "", "interrupted\n")

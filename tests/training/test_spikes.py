@@ -10,21 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2box.data import batches
-from gpt2box.data.assets import sha256_of
-from gpt2box.data.batches import TrainWindows
-from gpt2box.data.corpora import own_text
-from gpt2box.data.few import Request, prepare_few
+from gpt2box.checkpoint.metadata import parse_state
+from gpt2box.data import dataloader
+from gpt2box.data.dataloader import TrainWindows
+from gpt2box.data.downloads import sha256_of
 from gpt2box.data.prepare import Options, prepare
+from gpt2box.data.prepare_texts import Request, prepare_few
+from gpt2box.data.sources import own_text
 from gpt2box.errors import BadInput
-from gpt2box.job import run_job
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.output.runs import find_run
-from gpt2box.stop import StopRequest
-from gpt2box.training import bad_steps, metrics
-from gpt2box.training.bad_steps import HISTORY, MOST_BAD_STEPS, BadSteps
-from gpt2box.training.state import parse_state
-from gpt2box.verify import verify
+from gpt2box.optim import loss_spikes
+from gpt2box.optim.loss_spikes import HISTORY, MOST_BAD_STEPS, BadSteps
+from gpt2box.runs import metrics
+from gpt2box.runs.listing import find_run
+from gpt2box.training.run import run_job
+from gpt2box.utils.signals import StopRequest
+from gpt2box.verify.verify import verify
 from tests.conftest import TINY, TINYSHAKESPEARE
 from tests.faults.poison import poison_data
 from tests.training.test_distributed import train_on_two
@@ -146,7 +147,7 @@ def test_spikes_and_what_is_not_finite_count_together(
     volumes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     letters(volumes, range(AT, AT + 8))
-    for where, name in ((batches.TrainWindows, "start"), (batches, "read_windows"), (GPT2, "forward")):
+    for where, name in ((dataloader.TrainWindows, "start"), (dataloader, "read_windows"), (GPT2, "forward")):
         monkeypatch.setattr(where, name, getattr(where, name))  # which are put back afterwards
     poison_data(AT + 2, AT + 7)
     train()
@@ -202,7 +203,7 @@ def test_odd_passages_in_a_healthy_run_are_none(volumes: Path, monkeypatch: pyte
     train("kept", **settings)
     assert last_row(volumes, "kept")["skipped_steps"] == 0
     for least in ("LEAST_DEVIATION", "ODD_ONE"):  # what holds them back
-        monkeypatch.setattr(bad_steps, least, 0.0)
+        monkeypatch.setattr(loss_spikes, least, 0.0)
     train("left", **settings)
     assert last_row(volumes, "left")["loss_spikes"] > 0
 

@@ -17,18 +17,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpt2box.checkpoint.metadata import TrainState
+from gpt2box.distributed.group import Group
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import add_adapters
-from gpt2box.planning.memory import evaluation_sequences
-from gpt2box.planning.shape import ModelShape
-from gpt2box.ranks import ALONE
-from gpt2box.stop import StopRequest
-from gpt2box.training.distributed import Group
-from gpt2box.training.loop import Job, take_step
-from gpt2box.training.network import configure
-from gpt2box.training.optim import make_optimizer, make_update
-from gpt2box.training.state import TrainState
-from gpt2box.training.validation import autocast
+from gpt2box.model.shape import ModelShape
+from gpt2box.optim.factory import make_optimizer, make_update
+from gpt2box.planner.memory import evaluation_sequences
+from gpt2box.training.evaluate import autocast
+from gpt2box.training.model_setup import configure
+from gpt2box.training.trainer import Job, take_step
+from gpt2box.utils.ranks import ALONE
+from gpt2box.utils.signals import StopRequest
 from tests.planning.simulator import Recorder, cuda_rules
 from tests.planning.test_plan import planned, shape_of
 

@@ -15,13 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gpt2box.data.assets import sha256_of
-from gpt2box.data.corpora import own_text
-from gpt2box.data.few import Request, prepare_few
+from gpt2box.checkpoint import retention
+from gpt2box.data.downloads import sha256_of
+from gpt2box.data.prepare_texts import Request, prepare_few
+from gpt2box.data.sources import own_text
 from gpt2box.errors import BadInput, Damaged, Gpt2boxError
-from gpt2box.job import run_job
-from gpt2box.stop import StopRequest
-from gpt2box.training import kept, metrics
+from gpt2box.runs import metrics
+from gpt2box.training.run import run_job
+from gpt2box.utils.signals import StopRequest
 from tests.conftest import ROOT, TINY, Command, options
 
 EXACT = {"max_steps": 60, "save_interval": 10, "dropout": 0.1, "name": "run", "log_interval": 1}
@@ -48,7 +49,7 @@ def wait_for(path: Path, running: subprocess.Popen[str]) -> None:
 
 
 def digests(volumes: Path, step: int = 60) -> list[str]:
-    folder = volumes / "runs" / "run" / "checkpoints" / kept.folder_name(step)
+    folder = volumes / "runs" / "run" / "checkpoints" / retention.folder_name(step)
     return [sha256_of(folder / name) for name in ("model.safetensors", "optimizer.safetensors")]
 
 
@@ -67,7 +68,7 @@ def straight(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
 @pytest.mark.parametrize("kill_at", [10, 30])
 def test_a_killed_run_ends_in_the_same_bits(volumes: Path, straight: list[str], kill_at: int) -> None:
     running = process(volumes, **EXACT)
-    wait_for(volumes / "runs/run/checkpoints" / kept.folder_name(kill_at), running)
+    wait_for(volumes / "runs/run/checkpoints" / retention.folder_name(kill_at), running)
     running.kill()
     running.communicate()
     again = process(volumes, **EXACT)
@@ -92,7 +93,7 @@ def test_a_killed_run_with_another_optimizer_ends_in_the_same_bits(volumes: Path
     _, errors = (running := process(volumes, **straight)).communicate()
     assert running.returncode == 0, errors
     running = process(volumes, **lean)
-    wait_for(volumes / "runs/run/checkpoints" / kept.folder_name(20), running)
+    wait_for(volumes / "runs/run/checkpoints" / retention.folder_name(20), running)
     running.kill()
     running.communicate()
     _, errors = process(volumes, **lean).communicate()
@@ -109,7 +110,7 @@ def test_a_signal_saves_between_intervals_and_the_same_command_goes_on(
     volumes: Path, straight: list[str], number: signal.Signals
 ) -> None:
     running = process(volumes, **EXACT)
-    wait_for(volumes / "runs/run/checkpoints" / kept.folder_name(10), running)
+    wait_for(volumes / "runs/run/checkpoints" / retention.folder_name(10), running)
     time.sleep(0.02)
     running.send_signal(number)
     _, errors = running.communicate()
@@ -125,7 +126,7 @@ def test_a_signal_saves_between_intervals_and_the_same_command_goes_on(
 )
 def test_a_damaged_checkpoint_is_passed_over(volumes: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     train(max_steps=20, save_interval=5)
-    folder = volumes / "runs/run/checkpoints" / kept.folder_name(20)
+    folder = volumes / "runs/run/checkpoints" / retention.folder_name(20)
     expected = digests(volumes, 20)
     if damage == "truncated weights":
         os.truncate(folder / "model.safetensors", 1000)
@@ -149,17 +150,17 @@ def test_a_damaged_checkpoint_is_passed_over(volumes: Path, damage: str, capsys:
 def test_after_a_damaged_checkpoint_pruning_keeps_the_whole_ones(volumes: Path) -> None:
     train(max_steps=20, save_interval=5, eval_interval=20)
     folder = volumes / "runs/run/checkpoints"
-    os.truncate(folder / kept.folder_name(20) / "model.safetensors", 1000)
-    os.truncate(folder / kept.folder_name(15) / "model.safetensors", 1000)
+    os.truncate(folder / retention.folder_name(20) / "model.safetensors", 1000)
+    os.truncate(folder / retention.folder_name(15) / "model.safetensors", 1000)
     running = process(volumes, **{**TINY, "name": "run", "save_interval": 1, "eval_interval": 20, "keep_last": 1})
-    wait_for(folder / kept.folder_name(12), running)
+    wait_for(folder / retention.folder_name(12), running)
     running.kill()
     running.communicate()
-    _, state, _ = kept.newest(folder)  # type: ignore[misc]
+    _, state, _ = retention.newest(folder)  # type: ignore[misc]
     assert 12 <= state.step < 20 and (folder / "last" / "state.json").exists()
     train(max_steps=20, save_interval=1, eval_interval=20, keep_last=1)
-    assert {path.name for path in folder.glob("step-*")} == {kept.folder_name(19), kept.folder_name(20)}
-    assert (folder / "best").resolve().name == kept.folder_name(20)
+    assert {path.name for path in folder.glob("step-*")} == {retention.folder_name(19), retention.folder_name(20)}
+    assert (folder / "best").resolve().name == retention.folder_name(20)
 
 
 @pytest.mark.parametrize("moment", ["between the renames of a second save", "before the links"])
@@ -168,12 +169,12 @@ def test_a_kill_inside_a_save_loses_nothing(volumes: Path, moment: str) -> None:
     folder = volumes / "runs/run/checkpoints"
     if moment == "before the links":
         for name in ("best", "last"):
-            kept.point(folder, name, 10)
+            retention.point(folder, name, 10)
     else:
-        (folder / kept.folder_name(20)).rename(folder / f".{kept.folder_name(20)}.old")
-        (folder / f".{kept.folder_name(20)}.tmp").mkdir()
+        (folder / retention.folder_name(20)).rename(folder / f".{retention.folder_name(20)}.old")
+        (folder / f".{retention.folder_name(20)}.tmp").mkdir()
     train(max_steps=20)
-    assert os.readlink(folder / "last") == os.readlink(folder / "best") == kept.folder_name(20)
+    assert os.readlink(folder / "last") == os.readlink(folder / "best") == retention.folder_name(20)
     assert sorted(path.name for path in folder.iterdir()) == ["best", "last", "step-00000010", "step-00000020"]
 
 
@@ -181,7 +182,7 @@ def test_a_file_that_may_not_be_so_large_keeps_the_checkpoint_before(volumes: Pa
     train(max_steps=10)
     before = digests(volumes, 10)
     code = (
-        "import resource, sys; from gpt2box.cli import main\n"
+        "import resource, sys; from gpt2box.cli.main import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"sys.argv = ['gpt2box', 'train', *{options(name='run', max_steps=20)!r}]; main()"
@@ -195,7 +196,7 @@ def test_a_file_that_may_not_be_so_large_keeps_the_checkpoint_before(volumes: Pa
 
 def test_a_stop_in_the_last_step_still_gets_its_evaluation(volumes: Path) -> None:
     train(max_steps=20)
-    folder = volumes / "runs/run/checkpoints" / kept.folder_name(20)
+    folder = volumes / "runs/run/checkpoints" / retention.folder_name(20)
     state = json.loads((folder / "state.json").read_text())
     best = state["best_val_loss"]
     state |= {"evaluated_step": 10, "best_val_loss": 9.0, "best_step": 10}  # as a signal there leaves it
@@ -296,9 +297,9 @@ def test_best_and_last_are_kept_and_older_ones_go(volumes: Path) -> None:
     folder = volumes / "runs/run/checkpoints"
     state = json.loads((folder / "last/state.json").read_text())
     assert state["step"] == 60
-    assert os.readlink(folder / "best") == kept.folder_name(state["best_step"])
+    assert os.readlink(folder / "best") == retention.folder_name(state["best_step"])
     there = {path.name for path in folder.glob("step-*")}
-    assert there == {kept.folder_name(step) for step in (50, 60, state["best_step"])}
+    assert there == {retention.folder_name(step) for step in (50, 60, state["best_step"])}
     assert (volumes / "runs/run/loss.png").read_bytes().startswith(b"\x89PNG")
     for name in ("config.yaml", "plan.json", "manifest.json"):
         assert (volumes / "runs/run" / name).stat().st_size > 100
@@ -331,7 +332,7 @@ def test_weights_that_give_nan_never_train_and_it_says_what_to_try(volumes: Path
     train(max_steps=10)
     folder = volumes / "models" / "broken"
     folder.parent.mkdir(exist_ok=True)
-    (volumes / "runs/run/checkpoints").joinpath(kept.folder_name(10)).rename(folder)
+    (volumes / "runs/run/checkpoints").joinpath(retention.folder_name(10)).rename(folder)
     state = load_file(folder / "model.safetensors")
     state["transformer.h.0.mlp.c_fc.bias"][0] = torch.inf
     save_file(state, folder / "model.safetensors")
@@ -439,7 +440,7 @@ def test_a_finetune_goes_on_without_its_first_weights(volumes: Path, capsys: pyt
     train(max_steps=10)
     first = volumes / "models" / "first"
     first.parent.mkdir()
-    (volumes / "runs/run/checkpoints" / kept.folder_name(10)).rename(first)
+    (volumes / "runs/run/checkpoints" / retention.folder_name(10)).rename(first)
     tuned = {"init_from": "first", "n_layer": "2", "max_steps": 10}
     train("tuned", **tuned)
     train("tuned", **tuned, eval_only=True)
@@ -497,7 +498,7 @@ def test_a_compiled_run_trains_like_an_eager_one(volumes: Path) -> None:
 def test_a_checkpoint_is_never_older_than_save_minutes(volumes: Path) -> None:
     train(max_steps=20, save_interval=1000, eval_interval=1000, save_minutes=1e-9)
     there = sorted(path.name for path in (volumes / "runs/run/checkpoints").glob("step-*"))
-    assert there == [kept.folder_name(step) for step in range(1, 21)]
+    assert there == [retention.folder_name(step) for step in range(1, 21)]
 
 
 def test_where_there_is_no_space_for_a_checkpoint_none_is_begun(volumes: Path, gpt2box: Command) -> None:

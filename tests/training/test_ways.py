@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from gpt2box.data import batches
-from gpt2box.job import run_job
+from gpt2box.checkpoint.metadata import parse_state
+from gpt2box.data import dataloader
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.output.runs import find_run
-from gpt2box.reproduce import reproduce
-from gpt2box.sessions import as_of, sessions_in, ways_after
-from gpt2box.stop import StopRequest
-from gpt2box.training import metrics
-from gpt2box.training.state import parse_state
-from gpt2box.verify import verify
+from gpt2box.runs import metrics
+from gpt2box.runs.listing import find_run
+from gpt2box.runs.sessions import as_of, sessions_in, ways_after
+from gpt2box.training.run import run_job
+from gpt2box.utils.signals import StopRequest
+from gpt2box.verify.reproduce import reproduce
+from gpt2box.verify.verify import verify
 from tests.conftest import TINY
 from tests.faults.poison import poison_data
 from tests.training.test_out_of_memory import Refuse
@@ -45,7 +45,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """The data of steps 18 to 23 give a loss that is not a number."""
-    for where, name in ((batches.TrainWindows, "start"), (batches, "read_windows"), (GPT2, "forward")):
+    for where, name in ((dataloader.TrainWindows, "start"), (dataloader, "read_windows"), (GPT2, "forward")):
         monkeypatch.setattr(where, name, getattr(where, name))  # which are put back afterwards
     poison_data(18, 23)
 
@@ -71,7 +71,7 @@ def without_ways(volumes: Path) -> None:
 def test_steps_after_memory_ran_out_are_done_again_as_they_were(
     volumes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("gpt2box.training.ladder.RETRY_STEPS", 3)
+    monkeypatch.setattr("gpt2box.training.oom_fallback.RETRY_STEPS", 3)
     with Refuse("gelu_backward", 5):  # in step 2
         train()
     assert ways(volumes) == [(1, 2, "none"), (4, 4, "none")]

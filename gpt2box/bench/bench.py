@@ -1,0 +1,217 @@
+"""`gpt2box bench`: how fast this machine trains, what evaluation and checkpoints cost, and, swept, the fastest way."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from gpt2box.bench import table
+from gpt2box.bench.timing import Stopwatch, Way, synthetic
+from gpt2box.config.schema import Config
+from gpt2box.data.dataset import Dataset, open_dataset
+from gpt2box.errors import MachineCannot, VolumeUnwritable
+from gpt2box.model.shape import ModelShape
+from gpt2box.planner.bench_records import Job, Measured, job_of, store
+from gpt2box.planner.report import shape_of
+from gpt2box.planner.run_plan import make_plan
+from gpt2box.planner.search import RECOMPUTE, Place, choose, informed, options
+from gpt2box.preflight.preflight import check_gpu
+from gpt2box.preflight.requirements import has_dataset
+from gpt2box.system import host
+from gpt2box.system.device import choose_compile, choose_device, choose_dtype, peak_memory_bytes
+from gpt2box.training.execution import place_of
+from gpt2box.training.run import set_arithmetic
+from gpt2box.utils.paths import bench_file, dataset_dir, make_writable, runs_dir, shown
+from gpt2box.utils.progress import say, size
+
+ROUNDS = 3  # of a sweep: so often has each way its turn
+SIZES = 3  # the largest micro-batches of each kind that a sweep tries
+DARING = 1.2  # of the free memory: on a card, the next that is estimated to take so much is tried, too
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured, and where."""
+
+    config: Config
+    shape: ModelShape
+    place: Place  # without what was measured there before
+    device: torch.device
+    can_compile: bool  # where the settings leave it open, too
+
+    @property
+    def job(self) -> Job:
+        """What the records hold for."""
+        return job_of(self.place.card, self.config, self.shape, self.place.dtype)
+
+
+def bench(config: Config, steps: int, sweep: bool, share: bool, as_json: bool) -> None:
+    """Measure, and print what came of it on standard output.
+
+    Raises:
+        MachineCannot: nothing fits, or no such GPU.
+        VolumeUnwritable: what a sweep finds could not be kept.
+        KeyboardInterrupt, SystemExit: at Ctrl-C or SIGTERM, after what was measured until then is kept and printed.
+    """
+    check_gpu(config.device)
+    if sweep:
+        make_writable(runs_dir())
+    say_load()
+    task = look(config)
+    ways = candidates(task) if sweep else []
+    ways = ways or [as_trained(task)]
+    peak = task.place.kind.bf16_tflops if task.place.kind and task.place.dtype == "bfloat16" else 0.0
+    plan = make_plan(config, task.shape, 0, str(task.device), task.place.dtype, ways[0].compiled, ways[0].option, peak)
+    set_arithmetic(plan)
+    beside: dict[str, Any] = {}
+    stopped = None
+    with dataset_of(task) as dataset, saying_too_large(ways[0]):
+        watch = Stopwatch(plan, dataset)
+        on = config.dataset if dataset.manifest else "random tokens"
+        each = f" of each of {len(ways)} ways, in turns" if sweep else ""
+        say(f"{config.name} on {task.place.card or task.place.name}, {on}: {steps} steps{each}")
+        try:
+            in_turns(watch, ways, steps, task, sweep)
+            if done := fastest(ways, task):
+                measure_beside(watch, done[0][0], beside, alone=not sweep)
+        except (KeyboardInterrupt, SystemExit) as error:
+            stopped = error
+    if sweep:  # also of a turn that was broken off
+        store(bench_file(), [way.record(task.job, task.place.free_bytes) for way in ways if way.known])
+    done = fastest(ways, task)
+    figures = table.figures(config, plan, task.place, done, [way for way in ways if way.fault], beside)
+    figures["interrupted"] = stopped is not None
+    if as_json:
+        print(json.dumps(figures, indent=2))
+    elif done and share:
+        print(table.row(figures))
+    elif done:
+        print("\n".join(table.lines(figures)))
+    if done and sweep:
+        say(f"kept in {shown(bench_file())}: plan and train go by it where a setting is auto")
+    if stopped is not None:
+        raise stopped
+    if not done:
+        raise too_large(ways[0], "; ".join(sorted({way.fault for way in ways})))
+
+
+def say_load() -> None:
+    """Beside other work the figures are not the machine's."""
+    load, cores = os.getloadavg()[0], host.cores()
+    if load > cores:
+        say(f"note: load {load:.0f} on {cores:g} core{'s' * (cores != 1)}: other work slows this")
+
+
+def look(config: Config) -> Task:
+    """What training would look at first."""
+    device = choose_device(config.device)
+    compiled, note = choose_compile(config.compile if config.may_compile else False, device)
+    if note:
+        say(f"note: {note}")
+    dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
+    can_compile = config.may_compile and choose_compile(True, device)[0]
+    return Task(config, shape_of(config), place_of(device, dtype, compiled), device, can_compile)
+
+
+def as_trained(task: Task) -> Way:
+    """The way in which a new run would be trained, with what is estimated of it.
+
+    Raises:
+        MachineCannot: nothing fits.
+    """
+    config, shape = task.config, task.shape
+    known = informed(task.place, config, shape, task.can_compile)
+    chosen = choose(options(config, shape, known), config, shape, known)
+    plain = options(config, shape, replace(known, measured=[]))
+    way = (chosen.micro_batch_size, chosen.activation_checkpointing)
+    return Way(next(o for o in plain if (o.micro_batch_size, o.activation_checkpointing) == way), known.compiled)
+
+
+def candidates(task: Task) -> list[Way]:
+    """What a sweep tries: compiled and not, each kind of recompute, the largest micro-batches that fit or nearly do."""
+    free, found = task.place.free_bytes, []
+    kinds = [False, True] if task.config.compile == "auto" and task.can_compile else [task.place.compiled]
+    for compiled in kinds:
+        left_open = options(task.config, task.shape, replace(task.place, compiled=compiled))
+        for mode in RECOMPUTE:
+            same = [option for option in left_open if option.activation_checkpointing == mode]
+            same.sort(key=lambda option: option.micro_batch_size)
+            fits = [option for option in same if option.memory.total <= free]
+            beyond = [option for option in same if free < option.memory.total <= DARING * free]
+            # On a CPU, running out of memory ends the process, and compiling takes longer than most tries.
+            sizes = SIZES if task.place.on_gpu or not compiled else 1
+            tried = fits[-sizes:] + (beyond[:1] if task.place.on_gpu else [])
+            found += [Way(option, compiled) for option in tried]
+    return found
+
+
+def in_turns(watch: Stopwatch, ways: list[Way], steps: int, task: Task, sweep: bool) -> None:
+    """Time all ways, each in several turns; of a sweep, what is known after a turn is kept."""
+    rounds = min(ROUNDS, steps) if sweep else 1
+    for number in range(rounds):
+        for way in ways:
+            if way.fault:
+                continue
+            watch.turn(way, -(-steps // rounds))
+            if sweep and way.known:
+                store(bench_file(), [way.record(task.job, task.place.free_bytes)])
+            if sweep and number == 0:
+                say(f"  {way.words()}: {way.fault or table.rate(fastest([way], task)[0][2])}")
+
+
+def fastest(ways: list[Way], task: Task) -> list[tuple[Way, Measured, float]]:
+    """The ways that were timed, with their records and tokens a second in the config's step, fastest first."""
+    records = [(way, way.record(task.job, task.place.free_bytes)) for way in ways if way.done]
+    rated = [(way, record, record.tokens_per_sec(way.option.grad_accum_steps)) for way, record in records]
+    return sorted(rated, key=lambda each: -each[2])
+
+
+def measure_beside(watch: Stopwatch, way: Way, beside: dict[str, Any], alone: bool) -> None:
+    """What else training does, in the fastest way: loader, evaluation, checkpoint. Written down one by one.
+
+    `alone`: no other way was tried in this process, so that its highest memory is this one's.
+    """
+    watch.use(way)
+    if watch.device.type == "cpu" and alone:
+        beside["memory_bytes"] = max(peak_memory_bytes(watch.device) - watch.before_bytes, 0)
+    beside["loader_s"] = watch.loader_s()
+    beside["evaluation_s"], beside["evaluation_windows"] = watch.evaluation_s()
+    try:
+        found = watch.checkpoint_s(make_writable(runs_dir()))
+        beside["checkpoint_s"], beside["checkpoint_durable_s"], beside["checkpoint_bytes"] = found
+    except VolumeUnwritable as fault:
+        beside["checkpoint_fault"] = fault.found
+
+
+@contextmanager
+def dataset_of(task: Task) -> Iterator[Dataset]:
+    """The config's where it is there, else random tokens."""
+    if has_dataset(task.config):
+        yield open_dataset(dataset_dir(task.config.dataset))
+    else:
+        with synthetic(task.shape) as dataset:
+            yield dataset
+
+
+@contextmanager
+def saying_too_large(way: Way) -> Iterator[None]:
+    """Where not even the weights and averages find memory."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise too_large(way, "out of memory") from error
+
+
+def too_large(way: Way, fault: str) -> MachineCannot:
+    """What to do where no way could be measured."""
+    return MachineCannot(
+        f"nothing could be measured: {fault}; estimated: {size(way.option.memory.total)} ({way.words()})",
+        "memory for one sequence",
+        "close other programs (gpt2box monitor), or a smaller model or block_size",
+    )

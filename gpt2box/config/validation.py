@@ -1,0 +1,60 @@
+"""Settings that are right each by itself, and not together."""
+
+from __future__ import annotations
+
+from gpt2box.config.schema import Config
+
+
+def contradictions(config: Config) -> list[str]:
+    """Faults that no single value shows."""
+    faults = []
+    shape = config.shape()
+    if shape["n_embd"] % shape["n_head"]:
+        faults.append(f"n_embd: found {shape['n_embd']}; expected a multiple of n_head, {shape['n_head']}")
+    micro_batch_size = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
+    per_micro_step = micro_batch_size * config.block_size
+    if config.tokens_per_step % per_micro_step:
+        below = config.tokens_per_step // per_micro_step * per_micro_step
+        choices = f"{below} or {below + per_micro_step}" if below else str(per_micro_step)
+        faults.append(
+            f"tokens_per_step: found {config.tokens_per_step}; expected a multiple of micro_batch_size × block_size "
+            f"({micro_batch_size} × {config.block_size} = {per_micro_step} tokens), such as {choices}"
+        )
+    if config.lr_schedule != "constant" and config.min_lr is not None and config.min_lr > config.learning_rate:
+        faults.append(f"min_lr: found {config.min_lr}; expected at most learning_rate, {config.learning_rate}")
+    limit = config.decay_steps or config.max_steps
+    if config.warmup_steps and config.warmup_steps > limit > 0:
+        faults.append(
+            f"warmup_steps: found {config.warmup_steps}; expected at most decay_steps or max_steps, {limit}, "
+            f"such as {max(limit // 10, 1)}"
+        )
+    if config.compile is True and config.optimizer_in_backward:
+        faults.append("compile: found true; expected auto or false with optimizer_in_backward")
+    if config.optimizer == "muon" and config.optimizer_in_backward:
+        faults.append("optimizer: found muon with optimizer_in_backward; expected adamw: muon needs whole gradients")
+    if config.shard and config.weights_dtype != "float32":
+        faults.append(f"shard: found with weights_dtype {config.weights_dtype}; expected float32")
+    if config.lora_rank:
+        faults += contradictions_of_adapters(config)
+    elif config.lora_alpha is not None:
+        faults.append(f"lora_alpha: found {config.lora_alpha}; expected none without lora_rank")
+    if not config.dataset:
+        faults.append("dataset: missing; expected the name of a prepared dataset (gpt2box prepare --help)")
+    return faults
+
+
+def contradictions_of_adapters(config: Config) -> list[str]:
+    """The same, of settings that adapters leave no room for."""
+    faults = []
+    if config.init_from == "scratch":
+        faults.append("lora_rank: found with init_from scratch; expected weights to begin from, such as gpt2-medium")
+    if config.lora_rank > config.shape()["n_embd"]:
+        faults.append(f"lora_rank: found {config.lora_rank}; expected at most n_embd, {config.shape()['n_embd']}")
+    if config.optimizer == "muon":
+        faults.append("optimizer: found muon with lora_rank; expected adamw, as adapters are published with")
+    for key in ("optimizer_states", "optimizer_in_backward", "shard"):
+        if getattr(config, key) != Config.model_fields[key].default:
+            faults.append(f"{key}: found with lora_rank, whose gradients and averages are small; expected the default")
+    if config.activation_checkpointing == "selective":
+        faults.append("activation_checkpointing: found selective; expected auto, none or full with lora_rank")
+    return faults

@@ -1,0 +1,288 @@
+"""Where tokenised documents go: train.bin and val.bin, written so that a kill at any moment changes nothing.
+
+`Sink` appends in the order of the source and decides by each document's content whether it is held out. `ShuffledSink`
+puts the documents into the order that nanoGPT's preparation has them in: it appends each to one of many buckets by its
+place in that order, and at the end sorts one bucket after the other in memory. What is durable stands in
+progress.json; on going on, the files are cut back to that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt2box.data.dataset import SPLITS
+from gpt2box.data.tokenizer import Tokens
+from gpt2box.errors import BadInput
+from gpt2box.utils.files import read_object, write_atomically
+from gpt2box.utils.progress import say
+
+DIGEST_BYTES = 16
+BUCKET_DOCUMENTS = 100_000  # some 230 MB of tokens in OpenWebText
+SORTED = "sorted"  # in progress.json: how many buckets are
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Documents of one unit, tokenised."""
+
+    tokens: Tokens | Path  # all, each document's end-of-text token with it; or the file with them
+    lengths: npt.NDArray[np.uint32]  # tokens of each
+    digests: bytes  # DIGEST_BYTES of each
+    characters: npt.NDArray[np.uint32]  # of each
+    empty: int  # documents left out because there is nothing in them
+
+    def documents(self) -> list[Tokens]:
+        """Each by itself."""
+        tokens: Tokens = self.tokens if isinstance(self.tokens, np.ndarray) else np.memmap(self.tokens, "<u2", "r")
+        ends = self.lengths.cumsum(dtype=np.int64)
+        return [tokens[end - length : end] for end, length in zip(ends, self.lengths, strict=True)]
+
+
+def digest_of(text_digest: Any) -> bytes:
+    """A short digest, finished."""
+    return bytes(text_digest.digest())
+
+
+def new_digest() -> Any:
+    """Of a document's text in UTF-8."""
+    return hashlib.blake2b(digest_size=DIGEST_BYTES)
+
+
+def first(chunk: Chunk, count: int) -> Chunk:
+    """Its first documents."""
+    parts = chunk.lengths[:count], chunk.digests[: count * DIGEST_BYTES], chunk.characters[:count]
+    return Chunk(chunk.tokens, *parts, chunk.empty)
+
+
+def put(file: BinaryIO, documents: Iterable[Tokens]) -> None:
+    """Write token ids as they stand in a .bin file."""
+    file.writelines(ids.astype("<u2", copy=False).data for ids in documents)
+
+
+class Seen:
+    """Which digests have come before; 16 bytes for each, where a Python set would take a hundred."""
+
+    RECENT = 1 << 19
+
+    def __init__(self, digests: bytes) -> None:
+        self.old = np.unique(np.frombuffer(digests, dtype=f"S{DIGEST_BYTES}"))
+        self.recent: set[bytes] = set()
+
+    def firsts(self, digests: bytes) -> npt.NDArray[np.bool_]:
+        """Of digests in a row, those that come for the first time."""
+        new = np.frombuffer(digests, dtype=f"S{DIGEST_BYTES}")
+        places = np.searchsorted(self.old, new)
+        first = np.ones(len(new), dtype=bool)
+        inside = places < len(self.old)
+        first[inside] = self.old[places[inside]] != new[inside]
+        for index in np.flatnonzero(first):
+            digest = digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+            first[index] = digest not in self.recent
+            self.recent.add(digest)
+        if len(self.recent) > self.RECENT:
+            added = np.array(sorted(self.recent), dtype=self.old.dtype)
+            self.old, self.recent = np.sort(np.concatenate([self.old, added])), set()
+        return first
+
+
+class Sink:
+    """Documents in the source's order, held out by chance that their content decides, exact duplicates left out."""
+
+    def __init__(self, folder: Path, val_fraction: float, seed: int, drop_duplicates: bool, tail: bool = False) -> None:
+        self.folder, self.drop_duplicates = folder, drop_duplicates
+        self.tail = 1 - val_fraction if tail else None  # the end of each document is held out
+        self.threshold = round(val_fraction * 2**64)
+        self.key = seed.to_bytes(8, "little")
+        self.seen = Seen(b"")
+        self.files: dict[str, BinaryIO] = {}
+        self.state: dict[str, Any] = {"sizes": {}, "counts": {}, "file": 0, "unit": 0}
+
+    def open(self) -> tuple[int, int]:
+        """Open the files, cut back to what was durable; returns the file and unit to go on with."""
+        stored = read_object(self.folder / "progress.json")
+        if "sizes" in stored and all(
+            (self.folder / name).exists() and (self.folder / name).stat().st_size >= size
+            for name, size in stored["sizes"].items()
+        ):
+            self.state = stored
+        for name in self.names():
+            size = self.state["sizes"].setdefault(name, 0)
+            path = self.folder / name
+            path.touch()
+            os.truncate(path, size)
+            self.files[name] = open(path, "ab")  # noqa: SIM115, closed by finish
+        if self.drop_duplicates:
+            self.seen = Seen((self.folder / "digests").read_bytes())
+        return self.state["file"], self.state["unit"]
+
+    def names(self) -> list[str]:
+        """Files that grow."""
+        return ["train.bin", "val.bin", *(["digests"] if self.drop_duplicates else [])]
+
+    @property
+    def taken(self) -> int:
+        """Documents so far, duplicates and all."""
+        return int(self.state["counts"].get("documents", 0))
+
+    def count(self, name: str, by: int) -> None:
+        """Add to a figure for the manifest."""
+        self.state["counts"][name] = self.state["counts"].get(name, 0) + int(by)
+
+    def take(self, chunk: Chunk) -> None:
+        """The next unit's documents."""
+        count = len(chunk.lengths)
+        digests = [chunk.digests[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES] for i in range(count)]
+        blank = chunk.characters == 0
+        keep = ~blank
+        if self.drop_duplicates:
+            keep &= self.seen.firsts(chunk.digests)
+            self.files["digests"].write(b"".join(digests[i] for i in np.flatnonzero(keep)))
+        drawn = [hashlib.blake2b(digest, key=self.key, digest_size=8).digest() for digest in digests]
+        held_out = np.array([int.from_bytes(number, "little") < self.threshold for number in drawn], dtype=bool)
+        documents = chunk.documents()
+        if self.tail is None:
+            put(self.files["train.bin"], (documents[i] for i in np.flatnonzero(keep & ~held_out)))
+            put(self.files["val.bin"], (documents[i] for i in np.flatnonzero(keep & held_out)))
+            self.note(chunk, keep & ~held_out, keep & held_out)
+        else:
+            cuts = [(documents[i], int(chunk.lengths[i] * self.tail)) for i in np.flatnonzero(keep)]
+            put(self.files["train.bin"], (ids[:cut] for ids, cut in cuts))
+            put(self.files["val.bin"], (ids[cut:] for ids, cut in cuts))
+            self.note(chunk, keep, keep)
+        self.count("empty", blank.sum())
+        self.count("duplicates", (~keep & ~blank).sum())
+        self.count("documents", count)
+
+    def note(self, chunk: Chunk, train: npt.NDArray[np.bool_], val: npt.NDArray[np.bool_]) -> None:
+        """Count what went where."""
+        shares = (1.0, 1.0) if self.tail is None else (self.tail, 1 - self.tail)
+        for split, chosen, share in zip(SPLITS, (train, val), shares, strict=True):
+            self.count(f"{split} documents", chosen.sum())
+            self.count(f"{split} characters", round(share * int(chunk.characters[chosen].sum(dtype=np.int64))))
+        self.count("empty", chunk.empty)
+        longest = int(chunk.lengths.max(initial=0))
+        self.state["counts"]["longest"] = max(self.state["counts"].get("longest", 0), longest)
+
+    def save(self, file: int, unit: int) -> None:
+        """Make durable all that was taken; the next to come is this unit of this file."""
+        for name, stream in self.files.items():
+            stream.flush()
+            os.fsync(stream.fileno())
+            self.state["sizes"][name] = os.fstat(stream.fileno()).st_size
+        self.state |= {"file": file, "unit": unit}
+        write_atomically(self.folder / "progress.json", json.dumps(self.state))
+
+    def finish(self) -> dict[str, int]:
+        """All is taken: close; returns the counts. What else is in the folder stays until the dataset is published."""
+        if self.tail is None and self.threshold:
+            self.hold_out_the_end()
+        return self.closed()
+
+    def closed(self) -> dict[str, int]:
+        """Close the files; returns the counts."""
+        for stream in self.files.values():
+            stream.close()
+        return dict(self.state["counts"])
+
+    def hold_out_the_end(self) -> None:
+        """Where chance held out next to nothing, as it may of few documents, the end of the whole text is held out.
+
+        From the document's beginning that is nearest to the wanted share, if one is near; else from within one.
+        """
+        train, val = (self.folder / f"{split}.bin" for split in SPLITS)
+        total = (train.stat().st_size + val.stat().st_size) // 2
+        wanted = int(total * self.threshold / 2**64)
+        if val.stat().st_size // 2 >= wanted / 10 or not self.state["sizes"]["train.bin"]:
+            return
+        tokens = np.memmap(train, "<u2", "r")
+        cut = max(len(tokens) - wanted, 0)
+        end_of_text, near = tokens[-1], max(cut - wanted // 2, 0)
+        begins = near + 1 + np.flatnonzero(tokens[near : len(tokens) - wanted // 2] == end_of_text)
+        if len(begins):
+            cut = int(begins[np.abs(begins - cut).argmin()])
+        moved = tokens[cut:]
+        put(self.files["val.bin"], (moved[i : i + (1 << 22)] for i in range(0, len(moved), 1 << 22)))
+        counts, documents = self.state["counts"], int((moved == end_of_text).sum())
+        share = round(counts["train characters"] * len(moved) / len(tokens))
+        for split, sign in zip(SPLITS, (-1, 1), strict=True):
+            counts[f"{split} characters"] += sign * share
+            counts[f"{split} documents"] += sign * documents
+        self.files["val.bin"].flush()
+        os.fsync(self.files["val.bin"].fileno())
+        os.truncate(train, cut * 2)  # ended before: done again; ended after: all begins anew
+        self.save(self.state["file"], self.state["unit"])
+        say(f"note: chance held out too few of {counts['documents']:,} documents, so the end of the text is held out")
+
+
+class ShuffledSink(Sink):
+    """nanoGPT's order and split: those of `datasets.Dataset.train_test_split(test_size=…, seed=…, shuffle=True)`.
+
+    That draws one permutation of all documents from NumPy's default generator; its beginning is the validation set.
+    """
+
+    def __init__(self, folder: Path, documents: int, val_fraction: float, seed: int) -> None:
+        super().__init__(folder, val_fraction, seed, drop_duplicates=False)
+        order = np.random.default_rng(seed).permutation(documents)
+        self.place = np.empty(documents, dtype=np.int64)  # of a document in that order
+        self.place[order] = np.arange(documents)
+        self.held_out = math.ceil(val_fraction * documents)
+        self.buckets = -(-(documents - self.held_out) // BUCKET_DOCUMENTS)
+        self.documents = documents
+
+    def names(self) -> list[str]:
+        if SORTED in self.state:
+            return ["train.bin", "val.bin"]
+        return [f"bucket-{index}{kind}" for index in range(-1, self.buckets) for kind in (".bin", ".idx")]
+
+    def take(self, chunk: Chunk) -> None:
+        begin = self.taken
+        count = len(chunk.lengths)
+        if begin + count > self.documents:
+            raise BadInput(f"more than the {self.documents:,} documents that were announced", "the pinned files")
+        place = self.place[begin : begin + count]
+        bucket = np.where(place < self.held_out, -1, (place - self.held_out) // BUCKET_DOCUMENTS)
+        documents = chunk.documents()
+        for index in np.unique(bucket):
+            chosen = np.flatnonzero(bucket == index)
+            put(self.files[f"bucket-{index}.bin"], (documents[i] for i in chosen))
+            records = np.stack([place[chosen], chunk.lengths[chosen].astype(np.int64)], axis=1)
+            self.files[f"bucket-{index}.idx"].write(records.astype("<i8").tobytes())
+        self.note(chunk, bucket >= 0, bucket < 0)
+        self.count("documents", count)
+
+    def finish(self) -> dict[str, int]:
+        if self.taken != self.documents:
+            raise BadInput(f"{self.taken:,} documents", f"{self.documents:,}, as announced")
+        if SORTED not in self.state:
+            for stream in self.files.values():
+                stream.close()
+            self.files = {}
+            self.state |= {SORTED: -1, "sizes": {}}
+            write_atomically(self.folder / "progress.json", json.dumps(self.state))
+            self.open()
+        for index in range(self.state[SORTED], self.buckets):
+            put(self.files["train.bin" if index >= 0 else "val.bin"], self.sorted_bucket(index))
+            self.state[SORTED] = index + 1
+            self.save(self.state["file"], self.state["unit"])
+            for kind in (".bin", ".idx"):
+                (self.folder / f"bucket-{index}{kind}").unlink(missing_ok=True)
+        for stray in self.folder.glob("bucket-*"):
+            stray.unlink()
+        return self.closed()
+
+    def sorted_bucket(self, index: int) -> list[Tokens]:
+        """A bucket's documents by their place."""
+        tokens = np.fromfile(self.folder / f"bucket-{index}.bin", dtype="<u2")
+        records = np.fromfile(self.folder / f"bucket-{index}.idx", dtype="<i8").reshape(-1, 2)
+        ends = records[:, 1].cumsum()
+        return [tokens[ends[i] - records[i, 1] : ends[i]] for i in np.argsort(records[:, 0])]

@@ -1,0 +1,142 @@
+"""Collections of documents too large to hold in memory: OpenWebText, any dataset of the Hub, the user's own files."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gpt2box.data import hub_datasets
+from gpt2box.data.dataset_folder import WHOLE_DOCUMENTS
+from gpt2box.data.readers import kind_of, parquet
+from gpt2box.data.sources import fingerprint, is_compressed
+from gpt2box.data.tokenize_workers import Source
+from gpt2box.errors import BadInput
+from gpt2box.utils.paths import RECORD_SUFFIXES
+from gpt2box.utils.progress import counted, say, size
+
+TOKEN_BYTES = {True: 0.76, False: 0.5}  # a byte of compressed text (OpenWebText's 18.1 of 24.2 GB) and of plain
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Files of documents, in a fixed order."""
+
+    source: str
+    identity: list[dict[str, Any]]  # what the files are; the same gives the same bytes
+    sources: list[Source]
+    of: int  # files that there are in all, of which these may be a part
+    documents: int | None = None  # where known beforehand
+    tail: bool = False  # a few long texts: the end of each is held out
+    brought: bool = False  # the files are downloaded
+
+    def size_bytes(self) -> int:
+        """Of the files."""
+        return sum(source.size_bytes for source in self.sources)
+
+    def token_bytes(self) -> int:
+        """About what the tokens take on disk."""
+        return sum(round(s.size_bytes * TOKEN_BYTES[is_compressed(Path(s.name))]) for s in self.sources)
+
+
+def openwebtext(folder: Path | None, files: slice, keep_raw: bool) -> Collection:
+    """OpenWebText or a part of it, from the Hub, a mirror (HF_ENDPOINT) or a folder of the same files.
+
+    Raises:
+        BadInput: no such files there.
+    """
+    pin = hub_datasets.OPENWEBTEXT
+    if folder is None:
+        sources, known = hub_datasets.openwebtext(keep_raw)
+        documents = pin.documents if len(sources[files]) == len(sources) else None
+        source = f"OpenWebText, {pin.repo}@{pin.revision}"
+        return Collection(source, known[files], check_any(sources[files]), len(sources), documents, brought=True)
+    paths = sorted(folder.glob("train-*.parquet"))
+    if not paths:
+        raise BadInput(f"no train-*.parquet in {folder}", "the Parquet files of openwebtext, or a part of them")
+    paths, of = numbered(paths, files)
+    sources = check_any([hub_datasets.local_source(path) for path in paths])
+    total = sum(source.size_bytes for source in sources)
+    if (len(sources), total) != (pin.files, pin.size_bytes):
+        say(f"note: {len(sources)} of {of} files, {size(total)}: not the whole of OpenWebText")
+    identity = [fingerprint(path, path.name) for path in paths]
+    if any(hub_datasets.KNOWN.get(i["name"]) not in (None, (i["bytes"], i["sha256"])) for i in identity):
+        say("note: these are not OpenWebText's files, but others of their names")
+    return Collection("OpenWebText, from a folder", identity, sources, of)
+
+
+def numbered(paths: list[Path], files: slice) -> tuple[list[Path], int]:
+    """Those that are asked for, by the number in their names if all have one: other machines may have the others.
+
+    Returns: them, and how many there are in all.
+
+    Raises:
+        BadInput: one that is asked for is missing.
+    """
+    found = [re.fullmatch(r"train-(\d{5})-of-(\d{5})\.parquet", path.name) for path in paths]
+    if files.stop is None or not all(found) or len({match[2] for match in found if match}) != 1:
+        return paths[files], len(paths)
+    of = int(found[0][2]) if found[0] else 0
+    by_number = {int(match[1]): path for match, path in zip(found, paths, strict=True) if match}
+    wanted = range(of)[files]
+    if missing := [number for number in wanted if number not in by_number]:
+        raise BadInput(
+            f"no train-{missing[0]:05d}-of-{of:05d}.parquet in {paths[0].parent}",
+            f"the files {wanted.start} to {wanted.stop - 1}",
+        )
+    return [by_number[number] for number in wanted], of
+
+
+def from_hub(name: str, config: str, split: str, files: slice, keep_raw: bool) -> Collection:
+    """Any dataset of the Hub.
+
+    Raises:
+        BadInput: no such dataset, or no such files of it.
+    """
+    sources, title, of = hub_datasets.dataset(name, config, split, files, keep_raw)
+    identity = [{"name": s.name, "bytes": s.size_bytes, "sha256": s.sha256} for s in check_any(sources)]
+    return Collection(title, identity, sources, of, brought=True)
+
+
+def check_any(sources: list[Source]) -> list[Source]:
+    """The same.
+
+    Raises:
+        BadInput: there are none.
+    """
+    if not sources:
+        raise BadInput("there are not so many files", "two numbers, such as 0:8, of files counted from 0")
+    return sources
+
+
+def own_collection(files: list[tuple[Path, str]]) -> Collection:
+    """The user's files; they are read once to know them again."""
+    plain = all(kind_of(path) not in RECORD_SUFFIXES for path, _ in files)
+    if (total := sum(path.stat().st_size for path, _ in files)) > 1 << 32:
+        say(f"reading {counted(len(files), 'file')}, {size(total)}, to know them again")
+    identity = [fingerprint(path, name) for path, name in files]
+    sources = [replace(hub_datasets.local_source(path), name=name) for path, name in files]
+    source = ", ".join(str(path) for path, _ in files[:20]) + (", …" if len(files) > 20 else "")
+    return Collection(source, identity, sources, len(files), None, plain and len(files) < WHOLE_DOCUMENTS)
+
+
+def check_counted(sources: list[Source]) -> None:
+    """Whether these files can be put into nanoGPT's order.
+
+    Raises:
+        BadInput: one says not how many documents it holds.
+    """
+    if others := [source.name for source in sources if kind_of(Path(source.name)) != ".parquet"]:
+        expected = "Parquet files, which say how many documents they hold"
+        raise BadInput(f"--split nanogpt with {others[0]}", expected)
+
+
+def rows_in(sources: list[Source]) -> int:
+    """Documents in Parquet files, by their own account."""
+    total = 0
+    for source in sources:
+        with parquet(source.bring()) as file:
+            total += file.metadata.num_rows
+        source.leave()
+    return total

@@ -1,0 +1,204 @@
+"""Batches: a pure function of (seed, step), so that resuming needs one integer.
+
+The token file is cut into windows of block_size; each epoch visits every window once, in an order
+that a keyed permutation gives without storing it, and starts cutting at another offset, so that
+window borders move. A step takes the next `sequences_per_step` windows. How they are dealt to
+micro-steps and ranks does not change which they are.
+
+    B  sequences in a micro-batch     T  block_size
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Generator
+from contextlib import closing
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gpt2box.data.dataset import TokenFile
+from gpt2box.errors import BadInput
+
+PREFETCH = 4  # micro-batches kept ready
+
+
+class TrainWindows:
+    """The order of a training split's windows."""
+
+    def __init__(self, tokens: int, block_size: int, seed: int) -> None:
+        check_long_enough({"train": tokens}, block_size)
+        self.block_size = block_size
+        self.seed = seed
+        # One window less than fit, so that every offset below block_size leaves room for all.
+        self.count = max(1, (tokens - block_size) // block_size)
+        self.offsets = min(block_size, tokens - self.count * block_size)
+
+    def start(self, sequence: int) -> int:
+        """First token of the run's `sequence`-th window, counted from the start of training."""
+        epoch, position = divmod(sequence, self.count)
+        key = hashlib.sha256(f"{self.seed}:{epoch}".encode()).digest()
+        offset = int.from_bytes(key[:8], "little") % self.offsets
+        return offset + permuted(position, self.count, key) * self.block_size
+
+
+def permuted(index: int, count: int, key: bytes) -> int:
+    """Where a keyed permutation of range(count) sends `index`.
+
+    Four Feistel rounds on the next even power of two, walked until the value is in range (Black and
+    Rogaway 2002, "Ciphers with arbitrary finite domains"). Own code, since no library promises the
+    same order from version to version, and a stored order of OpenWebText would be 35 MB.
+    """
+    half_bits = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half_bits) - 1
+    while True:
+        left, right = index >> half_bits, index & mask
+        for turn in range(4):
+            word = hashlib.blake2b(right.to_bytes(8, "little"), key=key, salt=bytes([turn]), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(word, "little") & mask)
+        index = (left << half_bits) | right
+        if index < count:
+            return index
+
+
+def val_window_starts(tokens: int, block_size: int, wanted: int) -> npt.NDArray[np.int64]:
+    """First tokens of the fixed validation windows: evenly spread, never overlapping; all for wanted=0.
+
+    Raises:
+        BadInput: not one window fits.
+    """
+    check_long_enough({"val": tokens}, block_size)
+    count = (tokens - 1) // block_size
+    chosen = min(wanted or count, count)
+    return (np.arange(chosen) * count // chosen) * block_size
+
+
+def check_long_enough(tokens: dict[str, int], block_size: int) -> None:
+    """Whether a window and its target fit into each split.
+
+    Raises:
+        BadInput: with the largest block_size that does.
+    """
+    split, shortest = min(tokens.items(), key=lambda item: item[1])
+    if shortest <= block_size:
+        raise BadInput(
+            f"the {split} split has {shortest:,} tokens, too few for block_size {block_size:,} and a target",
+            f"block_size at most {max(shortest - 1, 1):,}",
+            f"--block-size {max(shortest - 1, 1)}, or prepare more text",
+        )
+
+
+def read_windows(file: TokenFile, starts: list[int], block_size: int, vocab_size: int) -> torch.Tensor:
+    """Windows with their targets, int32 of shape (B, T + 1), for `inputs_and_targets`.
+
+    An id that does not count as a target is there as -1 - id.
+
+    Raises:
+        BadInput: an id that the vocabulary does not have; it would be an illegal read on a GPU.
+    """
+    windows = np.stack([file.read(start, block_size + 1) for start in starts])  # (B, T + 1)
+    if (largest := int(windows.max())) >= vocab_size:
+        raise BadInput(f"the dataset holds token id {largest:,}", f"ids below {vocab_size:,}, the vocabulary's size")
+    windows = windows.astype(np.int32)
+    counted = [file.counted(start, block_size + 1) for start in starts]
+    if counted[0] is not None:
+        windows = np.where(np.stack(counted), windows, ~windows)  # type: ignore[arg-type]
+    return torch.from_numpy(windows)
+
+
+def page_locked(batch: torch.Tensor) -> torch.Tensor:
+    """The batch in page-locked memory, or as it is where the system has none left: WSL2 has half a GiB, or one.
+
+    Not verified on a GPU. That lack is said as the card's own ("CUDA error: out of memory"), and has nothing to do
+    with it.
+    """
+    try:
+        return batch.pin_memory()
+    except RuntimeError:
+        return batch
+
+
+def upload(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The batch on the device. From page-locked memory the copy runs beside what the device has to do, unwaited for.
+
+    Not verified on a GPU.
+    """
+    if device.type != "cuda":
+        return batch.to(device)
+    beside, working = copy_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(beside):
+        there = batch.to(device, non_blocking=True)
+    working.wait_stream(beside)  # the device waits there, not the host
+    there.record_stream(working)  # which has it until it has worked off what comes now
+    return there
+
+
+@lru_cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """A queue of the device's own for copies."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def inputs_and_targets(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets (B, T) of windows (B, T + 1); targets that do not count are -1."""
+    inputs = batch[:, :-1]
+    return inputs ^ (inputs >> 31), batch[:, 1:].clamp(min=-1)
+
+
+def counted_targets(batch: torch.Tensor) -> int:
+    """How many targets of windows in the CPU's memory count."""
+    return int((batch[:, 1:] >= 0).sum())
+
+
+def micro_batches(
+    path: Path,
+    windows: TrainWindows,
+    vocab_size: int,
+    first_sequence: int,
+    micro_batch_size: int,
+    pin: bool,
+    ranks: int,
+) -> Generator[torch.Tensor, None, None]:
+    """Micro-batches without end from the run's `first_sequence`-th window on, read ahead on a thread.
+
+    `pin`: in page-locked memory, from which a copy to the GPU need not be waited for. `ranks`: how many take turns; the
+    micro-batches between are the others'.
+    """
+    ready: queue.Queue[torch.Tensor | BaseException] = queue.Queue(PREFETCH)
+    stop = threading.Event()
+
+    def put(item: torch.Tensor | BaseException) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def read_ahead() -> None:
+        sequence = first_sequence
+        try:
+            with closing(TokenFile(path)) as file:
+                while not stop.is_set():
+                    starts = [windows.start(sequence + i) for i in range(micro_batch_size)]
+                    batch = read_windows(file, starts, windows.block_size, vocab_size)
+                    put(page_locked(batch) if pin else batch)
+                    sequence += micro_batch_size * ranks
+        except BaseException as error:  # handed over, not lost with the thread
+            put(error)
+
+    thread = threading.Thread(target=read_ahead, name="batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,205 @@
+"""A dataset's folder: made beside its place, given its name by one rename, and checked against its manifest."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gpt2box
+from gpt2box.data import downloads
+from gpt2box.data.dataset import ID_BYTES, SPLITS
+from gpt2box.data.tokenizer import Tokenizer, vocabulary_digest
+from gpt2box.errors import BadInput, Damaged, VolumeUnwritable
+from gpt2box.utils.files import fsync_dir, locked, read_object
+from gpt2box.utils.paths import fix_hint, make_writable
+from gpt2box.utils.progress import say
+
+SPLIT_SEED = 2357  # nanoGPT's, for OpenWebText
+SMALLEST_WINDOW = 64  # tokens of a split without which no loss means anything
+WHOLE_DOCUMENTS = 10  # from this many on, whole documents are held out
+FILES = {"train.bin", "val.bin", "train.mask", "val.mask", "dataset.json", "tokenizer"}
+
+Made = tuple[dict[str, Any], bool]  # the manifest, and whether anything was written
+
+
+def make(folder: Path, identity: dict[str, Any], write: Callable[[Path], dict[str, Any]], resumable: bool) -> Made:
+    """Make the dataset in `folder` unless it is there with the same identity: what its bytes follow from.
+
+    `write` fills a folder beside it and returns the rest of the manifest; if `resumable`, it finds there again what it
+    had when it was ended.
+
+    Raises:
+        BadInput: files that are not a dataset's have its name, another process is making it, or what `write` raises.
+        VolumeUnwritable: no space or no permission.
+    """
+    identity = json.loads(json.dumps(identity))
+    of_bytes = {key: value for key, value in identity.items() if key != "source"}  # a path may be spelled otherwise
+    digest = hashlib.sha256(json.dumps(of_bytes, sort_keys=True).encode()).hexdigest()[:8]
+    retired, temporary = (folder.parent / f".{folder.name}.{suffix}" for suffix in ("old", f"{digest}.tmp"))
+    if not retired.exists() and (present := whole_manifest(folder, of_bytes)):
+        return present, False
+    make_writable(folder.parent)
+    with locked(folder.parent / f".{folder.name}.lock", f"the dataset {folder.name} is being made"):
+        if retired.exists() and not folder.exists():  # killed between publish's two renames
+            os.rename(retired, folder)
+        check_replaceable(folder)
+        shutil.rmtree(retired, ignore_errors=True)
+        if present := whole_manifest(folder, of_bytes):
+            return present, False
+        others = [path for path in folder.parent.glob(f".{folder.name}.????????.tmp") if path != temporary]
+        if not resumable:
+            shutil.rmtree(temporary, ignore_errors=True)
+        elif (temporary / "progress.json").exists():
+            say(f"going on with {folder.name} where it was")
+        elif others:
+            say(f"note: {others[0]} is unfinished work on {folder.name} as asked for before; kept until this is done")
+        try:
+            temporary.mkdir(exist_ok=True)
+            manifest = whole_manifest(temporary, of_bytes)
+            if not manifest:  # else it was ended just before the last rename
+                manifest = identity | write(temporary)
+                write_object(temporary / "dataset.json", manifest)
+            for name in {path.name for path in temporary.iterdir()} - FILES:
+                (temporary / name).unlink()
+            publish(temporary, folder, retired)
+            for path in others:
+                shutil.rmtree(path, ignore_errors=True)
+        except OSError as error:
+            found = f"cannot write {folder}: {error.strerror or error}"
+            expected = "free space" + ("; it goes on where it was" if resumable else "")
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            more_space = "free space, or set GPT2BOX_VOLUMES to a folder on a larger disk"
+            raise VolumeUnwritable(found, expected, more_space if full else fix_hint(folder)) from error
+        finally:
+            if not resumable:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return manifest, True
+
+
+def write_object(path: Path, content: dict[str, Any]) -> None:
+    """A JSON file. A file's name that is not UTF-8 stands in it as an escape, which JSON has for such."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def whole_manifest(folder: Path, of_bytes: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a dataset that follows from just that and is undamaged; else nothing."""
+    manifest = read_manifest(folder)
+    same = {key: manifest.get(key) for key in of_bytes} == of_bytes
+    return manifest if same and not damaged_splits(folder, manifest) else {}
+
+
+def check_replaceable(folder: Path) -> None:
+    """Whether what bears the dataset's name is an earlier dataset and nothing else.
+
+    Raises:
+        BadInput: it holds other files, which publishing would remove.
+    """
+    if not folder.exists():
+        return
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    foreign = sorted(present - FILES)
+    if foreign or (present and "dataset.json" not in present):
+        raise BadInput(
+            f"{folder} holds {', '.join((foreign or sorted(present))[:5])}, not written by `prepare`",
+            "a name that is free, or an earlier dataset's",
+            "choose another with --name, or move that folder away",
+        )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """dataset.json, or nothing where it is missing or unreadable (the dataset is then made anew)."""
+    return read_object(folder / "dataset.json")
+
+
+def damaged_splits(folder: Path, manifest: dict[str, Any], splits: Sequence[str] = SPLITS) -> list[str]:
+    """The .bin files that do not hash to what the manifest says, or whose masks do not."""
+    damaged = []
+    for split in splits:
+        try:
+            about = manifest["splits"][split]
+            whole = downloads.sha256_of(folder / f"{split}.bin") == about["sha256"]
+            if whole and "mask_sha256" in about:
+                whole = downloads.sha256_of(folder / f"{split}.mask") == about["mask_sha256"]
+        except (OSError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            damaged.append(f"{split}.bin")
+    return damaged
+
+
+def check_content(folder: Path, manifest: dict[str, Any], splits: Sequence[str] = SPLITS) -> None:
+    """Compare a dataset's files with its manifest; nanoGPT's folders have none.
+
+    Raises:
+        Damaged: they are not what was written.
+    """
+    if manifest and (damaged := damaged_splits(folder, manifest, splits)):
+        raise Damaged(
+            f"{folder}/{damaged[0]} does not hash to what dataset.json says",
+            str(manifest["splits"][damaged[0].removesuffix(".bin")].get("sha256")),
+            f"prepare it again, or remove {folder}",
+        )
+    for split in splits if "loss_on" in manifest else ():
+        if not any_counts(folder / f"{split}.mask"):
+            raise Damaged(
+                f"{folder}/{split}.mask: no token counts", "some that do", f"prepare it again: rm -r {folder}"
+            )
+
+
+def any_counts(mask: Path) -> bool:
+    """Whether a mask has a byte that is not zero."""
+    with open(mask, "rb") as file:
+        return any(block.strip(b"\0") for block in iter(lambda: file.read(1 << 20), b""))
+
+
+def described(folder: Path, encoder: Tokenizer, figures: dict[str, int]) -> dict[str, Any]:
+    """The manifest's account of the finished .bin files; `figures` has "SPLIT documents", "SPLIT characters" and more.
+
+    Raises:
+        BadInput: too little text.
+    """
+    splits: dict[str, dict[str, Any]] = {}
+    for split in SPLITS:
+        path = folder / f"{split}.bin"
+        splits[split] = {
+            "tokens": path.stat().st_size // ID_BYTES,
+            "documents": figures.get(f"{split} documents", 0),
+            "characters": figures.get(f"{split} characters", 0),
+            "sha256": downloads.sha256_of(path),
+        }
+    if min(part["tokens"] for part in splits.values()) <= SMALLEST_WINDOW:
+        raise BadInput(
+            f"too little text: {splits['train']['tokens']:,} tokens to train, {splits['val']['tokens']:,} to validate",
+            f"more than {SMALLEST_WINDOW} tokens of each, the smallest useful window",
+            "give more text, or another --val-fraction",
+        )
+    return {
+        "tokenizer": {
+            "kind": encoder.kind,
+            "vocab_size": encoder.vocab_size,
+            "digest": vocabulary_digest(encoder.vocabulary()),
+        },
+        "splits": splits,
+        "longest_document": figures.get("longest", 0),
+        "duplicates_left_out": figures.get("duplicates", 0),
+        "empty_left_out": figures.get("empty", 0),
+        "written_by": f"gpt2box {gpt2box.__version__}",
+    }
+
+
+def publish(temporary: Path, folder: Path, retired: Path) -> None:
+    """Give a finished folder its name; an older dataset of that name makes way."""
+    for path in [*temporary.rglob("*"), temporary]:
+        fsync_dir(path)
+    if folder.exists():
+        os.rename(folder, retired)
+    os.rename(temporary, folder)
+    fsync_dir(folder.parent)
+    shutil.rmtree(retired, ignore_errors=True)

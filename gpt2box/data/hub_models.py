@@ -1,0 +1,153 @@
+"""Any model of the Hugging Face Hub that has GPT-2's architecture: OWNER/NAME, or OWNER/NAME@REVISION."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gpt2box.data import downloads, hf_tokenizer
+from gpt2box.data.downloads import Asset, hub_endpoint
+from gpt2box.data.hub_datasets import ask, persistently
+from gpt2box.errors import BadInput, Damaged
+from gpt2box.utils.files import fsync_dir, read_json, read_object, write_atomically
+from gpt2box.utils.paths import make_writable, model_dir, raw_dir
+from gpt2box.utils.progress import say, size
+
+NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+INDEX = "model.safetensors.index.json"
+TOKENIZER = hf_tokenizer.FILES
+
+
+def hub_model(name: str) -> Path:
+    """Its folder in volumes/models, downloaded unless it is there: config, safetensors and tokenizer.
+
+    The revision is resolved to a commit, which is noted in hub.json. Each file is checked against the size and the hash
+    that the Hub has for it at that commit. What was broken off goes on; half a model is never visible.
+
+    Raises:
+        BadInput: no such model, no safetensors, or another revision of it is there.
+        Damaged: a file is not what the Hub says.
+        TryAgain: the Hub does not answer.
+    """
+    return repository(name, model_dir(folder_of(name)), "config.json", bring)
+
+
+def hub_tokenizer(name: str) -> Path:
+    """The folder with the tokenizer of a model of the Hub: the model's, where it is here, else these files alone.
+
+    Raises:
+        See hub_model.
+    """
+    if (model_dir(folder_of(name)) / "config.json").is_file():
+        return hub_model(name)
+    return repository(name, raw_dir() / "tokenizers" / folder_of(name), "hub.json", bring_tokenizer)
+
+
+def folder_of(name: str) -> str:
+    """OWNER--NAME."""
+    return name.partition("@")[0].replace("/", "--")
+
+
+def repository(
+    name: str, folder: Path, proof: str, bring_files: Callable[[str, dict[str, Any], str, Path], None]
+) -> Path:
+    """The folder with files of a repository; where it lacks the file `proof`, `bring_files` fills it."""
+    matched = NAME.fullmatch(name)
+    assert matched, name
+    repo, revision = matched.groups()
+    there = read_object(folder / "hub.json")
+    if (folder / proof).is_file():
+        if revision and revision not in (there.get("asked"), there.get("commit")):
+            found = f"{folder} is {repo} at {there.get('asked') or 'an unknown revision'}"
+            raise BadInput(found, f"revision {revision}", f"move {folder} away")
+        return folder
+    quoted = urllib.parse.quote(repo)
+    about = ask(f"{hub_endpoint()}/api/models/{quoted}/revision/{urllib.parse.quote(revision or 'main', safe='')}")
+    commit = str(about["sha"])
+    entries = {entry["path"]: entry for entry in ask(f"{hub_endpoint()}/api/models/{quoted}/tree/{commit}")}
+    temporary = make_writable(folder.with_name(f".{folder.name}.tmp"))
+    if read_object(temporary / "hub.json").get("commit") != commit:
+        for stale in temporary.iterdir():
+            stale.unlink()
+    write_atomically(temporary / "hub.json", json.dumps({"repo": repo, "asked": revision or "main", "commit": commit}))
+    try:
+        bring_files(repo, entries, f"{hub_endpoint()}/{quoted}/resolve/{commit}", temporary)
+    except BadInput:
+        shutil.rmtree(temporary)  # nothing that would go on
+        raise
+    os.rename(temporary, folder)
+    fsync_dir(folder.parent)
+    return folder
+
+
+def bring(repo: str, entries: dict[str, Any], url: str, folder: Path) -> None:
+    """All files of a model into a folder; what it is, before gigabytes.
+
+    Raises:
+        BadInput: it is no GPT-2, or has no safetensors.
+    """
+    if "config.json" not in entries:
+        raise BadInput(f"{repo} has no config.json", f"a GPT-2 for transformers; it has: {', '.join(entries)}")
+    kind = read_object(fetched("config.json", entries["config.json"], url, folder)).get("model_type")
+    if kind != "gpt2":
+        raise BadInput(f"{repo} is of model_type {kind!r}", "'gpt2'")
+    weights = [path for path in ("model.safetensors", INDEX) if path in entries][:1]
+    if not weights:
+        pickled = any(path.endswith(".bin") for path in entries)
+        raise BadInput(
+            f"{repo} has no safetensors" + (" but pickled weights, which can run any code" if pickled else ""),
+            "model.safetensors",
+            "another revision (the Hub's robot offers some as @refs/pr/N), or convert it with transformers yourself",
+        )
+    for path in [*(path for path in TOKENIZER if path in entries), *weights]:
+        fetched(path, entries[path], url, folder)
+    if weights == [INDEX]:
+        try:
+            shards = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+            found = [(shard, entries[shard]) for shard in shards]
+        except (ValueError, KeyError, AttributeError) as error:
+            raise BadInput(f"{repo}: {INDEX} names what is not there ({error})", "its shards") from error
+        for shard, entry in found:
+            fetched(shard, entry, url, folder)
+
+
+def bring_tokenizer(repo: str, entries: dict[str, Any], url: str, folder: Path) -> None:
+    """The tokenizer's files into a folder.
+
+    Raises:
+        BadInput: there are none of a kind that is read here.
+    """
+    found = [path for path in TOKENIZER if path in entries]
+    if not {"tokenizer.json", "vocab.json"} & set(found):
+        raise BadInput(
+            f"{repo} has no tokenizer of a kind that is read here; it has: {', '.join(entries)}", hf_tokenizer.EXPECTED
+        )
+    for path in found:
+        fetched(path, entries[path], url, folder)
+
+
+def fetched(path: str, entry: dict[str, Any], url: str, folder: Path) -> Path:
+    """One file, checked: large ones by sha256, small ones by the hash that git has of them.
+
+    Raises:
+        Damaged: it is not what the Hub says.
+    """
+    sha256 = str(entry.get("lfs", {}).get("oid", ""))
+    if sha256:
+        say(f"{path}: {size(entry['size'])}")
+    asset = Asset(path, int(entry["size"]), sha256, f"{url}/{path}")
+    file = persistently(lambda: downloads.fetch(asset, folder), path)
+    if not sha256:
+        content = file.read_bytes()
+        found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        if found != entry["oid"]:
+            file.unlink()
+            raise Damaged(f"{asset.url} has git hash {found}", str(entry["oid"]), "try again")
+    return file

@@ -1,0 +1,110 @@
+"""Texts in memory to a dataset: split, tokenise, write."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2box.data import downloads, tokenizer
+from gpt2box.data.dataset import FORMAT
+from gpt2box.data.dataset_folder import SPLIT_SEED, WHOLE_DOCUMENTS, Made, described, make
+from gpt2box.data.sources import Corpus
+from gpt2box.data.tokenizer import Tokenizer
+from gpt2box.utils.paths import raw_dir
+from gpt2box.utils.progress import bytes_bar
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a dataset besides the text."""
+
+    tokenizer: str  # gpt2, char, or the folder of another
+    val_fraction: float
+
+
+def prepare_few(corpus: Corpus, request: Request, folder: Path) -> Made:
+    """Make the dataset in `folder` unless it is there from the same text and settings.
+
+    Returns: the manifest, and whether anything was written.
+
+    Raises:
+        BadInput: too little text.
+        VolumeUnwritable: no space or no permission.
+    """
+    return make(folder, identity(corpus, request), lambda beside: write(corpus, request, beside), resumable=False)
+
+
+def identity(corpus: Corpus, request: Request) -> dict[str, Any]:
+    """What the dataset follows from: the same identity gives the same bytes."""
+    return {
+        "format": FORMAT,
+        "source": corpus.source,
+        "documents": corpus.files,
+        "split": {"val_fraction": request.val_fraction, "seed": SPLIT_SEED},
+        "end_of_text": corpus.end_of_text,
+        "requested_tokenizer": tokenizer.identity_of(request.tokenizer),
+        "duplicates_left_out": corpus.duplicates,
+    }
+
+
+def split(texts: list[str], val_fraction: float) -> dict[str, list[str]]:
+    """The texts of each split.
+
+    Of ten documents or more, whole ones are held out: in a seeded order each that still fits into the
+    wanted share of characters, so that validation is on texts never seen. Where that comes to less
+    than 80% of the share (few documents, or one that is most of the text), and with fewer documents,
+    the end of each is held out instead, as nanoGPT does with its one.
+    """
+    wanted = sum(map(len, texts)) * val_fraction
+    order = list(range(len(texts)))
+    random.Random(SPLIT_SEED).shuffle(order)
+    chosen: set[int] = set()
+    characters = 0
+    for index in order:
+        if characters + len(texts[index]) <= wanted:
+            chosen.add(index)
+            characters += len(texts[index])
+    if len(texts) >= WHOLE_DOCUMENTS and characters >= 0.8 * wanted:
+        return {
+            "train": [text for i, text in enumerate(texts) if i not in chosen],
+            "val": [text for i, text in enumerate(texts) if i in chosen],
+        }
+    cuts = [(text, int(len(text) * (1 - val_fraction))) for text in texts]
+    return {"train": [text[:cut] for text, cut in cuts], "val": [text[cut:] for text, cut in cuts]}
+
+
+def write(corpus: Corpus, request: Request, folder: Path) -> dict[str, Any]:
+    """Write both .bin files and the tokenizer into `folder`; returns the manifest's share."""
+    encoder = make_tokenizer(corpus, request)
+    (folder / "tokenizer").mkdir()
+    encoder.save(folder / "tokenizer")
+    parts = split(corpus.texts, request.val_fraction)
+    figures = {"longest": 0, "duplicates": corpus.duplicates, "empty": corpus.empty}
+    with bytes_bar("tokenising", sum(map(len, corpus.texts))) as advance:
+        for name, texts in parts.items():
+            figures |= {f"{name} documents": len(texts), f"{name} characters": sum(map(len, texts))}
+            with open(folder / f"{name}.bin", "wb") as file:
+                for text in texts:
+                    ids = encoder.encode(text)
+                    if corpus.end_of_text and encoder.end_of_text is not None:
+                        ids = np.append(ids, np.uint16(encoder.end_of_text))
+                    file.write(ids.astype("<u2").tobytes())
+                    figures["longest"] = max(figures["longest"], len(ids))
+                    advance(len(text))
+                file.flush()
+                os.fsync(file.fileno())
+    return described(folder, encoder, figures)
+
+
+def make_tokenizer(corpus: Corpus, request: Request) -> Tokenizer:
+    """GPT-2's BPE, the characters of the whole corpus, or that of a folder."""
+    if request.tokenizer == "char":
+        return tokenizer.from_texts(corpus.texts, corpus.end_of_text)
+    if request.tokenizer != "gpt2":
+        return tokenizer.load(Path(request.tokenizer))
+    return tokenizer.from_ranks(downloads.fetch(downloads.GPT2_RANKS, raw_dir()))

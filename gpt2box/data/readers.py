@@ -1,0 +1,335 @@
+"""Documents out of files: plain text, JSON lines, JSON, CSV, Parquet; also compressed. In the file's order."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from gpt2box.errors import BadInput, Damaged
+from gpt2box.utils.paths import COMPRESSED, RECORD_SUFFIXES
+
+BLOCK = 1 << 24  # bytes of a plain text decoded at a time
+BATCH_ROWS = 256  # documents of a Parquet file decoded at a time
+GROUP_BYTES = 1 << 23  # text of a Parquet file's row groups that make one unit of work
+LONGEST_FIELD = 1 << 30  # characters in a field of a CSV file
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one worker does at a time: a file, or some row groups of a Parquet file."""
+
+    path: Path
+    name: str  # as the manifest and messages have it
+    column: str
+    may_lack: bool = False  # an object without the column has nothing there
+    groups: tuple[int, int] | None = None  # first row group, and the one after the last
+    rows: int | None = None  # where the file says so
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that says how to read a file, without that of its compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def units_of(path: Path, name: str, column: str) -> list[Unit]:
+    """A file's units of work, in order.
+
+    Raises:
+        BadInput: no such column, or a file that cannot be read.
+        Damaged: a Parquet file that ends too early or is broken.
+    """
+    if kind_of(path) != ".parquet":
+        return [Unit(path, name, column)]
+    with parquet(path) as file:
+        column = column_of(list(file.schema_arrow.names), column, path)
+        found: list[Unit] = []
+        begin = rows = size = 0
+        for group in range(file.num_row_groups):
+            about = file.metadata.row_group(group)
+            leaves = [about.column(leaf) for leaf in range(about.num_columns)]  # of a nested column there are several
+            rows, size = (
+                rows + about.num_rows,
+                size
+                + sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema.split(".")[0] == column),
+            )
+            if size >= GROUP_BYTES or group == file.num_row_groups - 1:
+                found.append(Unit(path, name, column, False, (begin, group + 1), rows))
+                begin, rows, size = group + 1, 0, 0
+        return found
+
+
+def parquet(path: Path) -> Any:
+    """An opened Parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise Damaged(
+            f"{path} is no whole Parquet file: {first}", "the file as it was written", "get it again"
+        ) from error
+
+
+def column_of(names: list[str], wanted: str, path: Path | str) -> str:
+    """The column with the text: the one asked for, or the only likely one.
+
+    Raises:
+        BadInput: it is not there.
+    """
+    if wanted in names:
+        return wanted
+    likely = [name for name in ("text", "content", "document") if name in names] or (names if len(names) == 1 else [])
+    if not wanted and likely:
+        return likely[0]
+    raise BadInput(
+        f"{path}: no column {wanted!r}" if wanted else f"{path}: which column is the text?",
+        f"one of: {', '.join(map(str, names[:20]))}",
+        "--text-column NAME",
+    )
+
+
+def names_in(path: Path) -> list[str]:
+    """The columns of a file of records, by its first; none where that is no object, or is longer than a block.
+
+    Raises:
+        BadInput, Damaged: the file cannot be read.
+    """
+    kind = kind_of(path)
+    if kind == ".parquet":
+        with parquet(path) as file:
+            return list(file.schema_arrow.names)
+    with opened(path) as file:
+        try:
+            begin = file.read(BLOCK).decode("utf-8-sig", errors="ignore")
+        except UNREADABLE as error:
+            raise unreadable(path, error) from error
+    if kind in (".csv", ".tsv"):
+        csv.field_size_limit(LONGEST_FIELD)
+        try:
+            return next(csv.reader(io.StringIO(begin, newline=None), delimiter="\t" if kind == ".tsv" else ","), [])
+        except csv.Error:
+            return []
+    try:
+        record, _ = json.JSONDecoder().raw_decode(begin.lstrip(" \r\n\t["))
+    except (ValueError, RecursionError):
+        return []
+    return list(record) if isinstance(record, dict) else []
+
+
+def texts(unit: Unit) -> Iterator[Iterator[str]]:
+    """The documents of a unit; each a sequence of parts, so that a long one never lies in memory whole.
+
+    Raises:
+        BadInput: not UTF-8, binary, not of its format, no such column: where.
+        Damaged: a compressed or Parquet file that is broken.
+    """
+    kind = kind_of(unit.path)
+    if kind == ".parquet":
+        for text in parquet_texts(unit):
+            yield iter((text,))
+        return
+    with opened(unit.path) as file:
+        if kind not in RECORD_SUFFIXES:
+            yield decoded(file, unit.path)
+            return
+        read = {".jsonl": json_lines, ".ndjson": json_lines, ".json": json_array}.get(kind, table)
+        lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="" if read is table else None)
+        try:
+            for text in read(lines, unit):
+                yield iter((text,))
+        except UnicodeDecodeError as error:
+            with opened(unit.path) as again:
+                for _ in decoded(again, unit.path):  # which says where
+                    pass
+            raise BadInput(f"{unit.path} is not UTF-8: {error.reason}", "text in UTF-8", iconv(unit.path)) from error
+        except UNREADABLE as error:
+            raise unreadable(unit.path, error) from error
+
+
+UNREADABLE = (EOFError, zlib.error, lzma.LZMAError, OSError)  # a compressed file that is torn or is none
+
+
+def unreadable(path: Path, error: BaseException) -> Damaged:
+    """Says that a file ends too early or is not what its name says."""
+    return Damaged(f"{path} cannot be read: {error}", "a whole file", "get it again")
+
+
+def iconv(path: Path) -> str:
+    """How to convert a text, for messages."""
+    return f"iconv -f WINDOWS-1252 -t UTF-8 {path} > converted.txt, if that is its encoding"
+
+
+def opened(path: Path) -> IO[bytes]:
+    """A file's content, unpacked."""
+    ending = path.suffix.lower()
+    if ending == ".zst":
+        import pyarrow
+
+        return pyarrow.input_stream(path, compression="zstd")  # type: ignore[no-any-return]
+    opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(ending, open)
+    return opener(path, "rb")  # type: ignore[no-any-return, operator]
+
+
+def decoded(file: IO[bytes], path: Path) -> Iterator[str]:
+    """A plain text in parts: UTF-8 with any line ends, as Python's text mode reads it; a byte-order mark is dropped.
+
+    Raises:
+        BadInput: binary, or not UTF-8: at which offset.
+    """
+    utf8 = codecs.getincrementaldecoder("utf-8")()
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+    offset, line, mark = 0, 1, "\ufeff"
+    while True:
+        try:
+            block = file.read(BLOCK)
+        except UNREADABLE as error:
+            raise unreadable(path, error) from error
+        if not offset and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise BadInput(
+                f"{path} is UTF-16", "plain text in UTF-8", f"iconv -f UTF-16 -t UTF-8 {path} > converted.txt"
+            )
+        if (zero := block.find(b"\0")) >= 0:
+            raise BadInput(f"{path} is binary: a zero byte at offset {offset + zero:,}", "plain text in UTF-8")
+        held = len(utf8.getstate()[0])  # bytes of a character that the last block began
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            line += error.object.count(b"\n", 0, error.start)
+            raise BadInput(
+                f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset"
+                f" {offset - held + error.start:,}, line {line:,}",
+                "plain text in UTF-8",
+                iconv(path),
+            ) from error
+        if text:
+            yield text.removeprefix(mark)
+            mark = ""
+        if not block:
+            return
+        offset, line = offset + len(block), line + block.count(b"\n")
+
+
+def parquet_texts(unit: Unit) -> Iterator[str]:
+    """The column's texts, a row group at a time."""
+    import pyarrow
+
+    assert unit.groups is not None
+    where = f"{unit.path}, row groups {unit.groups[0]} to {unit.groups[1] - 1}"
+    with parquet(unit.path) as file:
+        batches = file.iter_batches(BATCH_ROWS, row_groups=list(range(*unit.groups)), columns=[unit.column])
+        while True:
+            try:
+                batch = next(batches, None)
+                values = batch.column(0).to_pylist() if batch is not None else None
+            except UnicodeDecodeError as error:
+                raise BadInput(f"{where}: not UTF-8 ({error.reason})", "text in UTF-8") from error
+            except (pyarrow.ArrowException, OSError) as error:
+                first = str(error).splitlines()[0]
+                raise Damaged(f"{where}: {first}", "the file as it was written", "get it again") from error
+            if values is None:
+                return
+            for value in values:
+                yield checked(value, where)
+
+
+def json_lines(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
+    """An object a line."""
+    column = unit.column
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{unit.path}, line {number}: {error}", "a JSON object a line") from error
+        where = f"{unit.path}, line {number}"
+        column = column or (column_of(list(record), "", unit.path) if isinstance(record, dict) else "")
+        yield writable(checked(of_object(record, column, unit, where), where))
+
+
+def json_array(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
+    """An array of texts or objects; also an object a line, as many such files are."""
+    content = lines.read()
+    try:
+        records = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        if content.lstrip().startswith("["):
+            raise BadInput(f"{unit.path}: {error}", "a whole JSON array, or a JSON object a line") from error
+        yield from json_lines(io.StringIO(content), unit)  # type: ignore[arg-type]
+        return
+    for number, record in enumerate(records if isinstance(records, list) else [records], 1):
+        where = f"{unit.path}, element {number}"
+        column = unit.column or (column_of(list(record), "", unit.path) if isinstance(record, dict) else "")
+        yield writable(checked(of_object(record, column, unit, where), where))
+
+
+def of_object(record: object, column: str, unit: Unit, where: str) -> object:
+    """What an object has in the column; a record that is no object is the text, unless a column was asked for.
+
+    Raises:
+        BadInput: no such column.
+    """
+    if isinstance(record, dict):
+        return (
+            record.get(column) if column in record or unit.may_lack else record[column_of(list(record), column, where)]
+        )
+    if unit.column:
+        raise BadInput(f"{where}: {type(record).__name__}", f"an object with the column {unit.column}")
+    return record
+
+
+def table(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
+    """A table with a line of names."""
+    csv.field_size_limit(LONGEST_FIELD)
+    rows = csv.reader(lines, delimiter="\t" if kind_of(unit.path) == ".tsv" else ",", strict=True)
+    try:
+        names = next((row for row in rows if row), [])
+        if not names:
+            return
+        index = names.index(column_of(names, unit.column, unit.path))
+        for number, row in enumerate(rows, 2):
+            if row:
+                if len(row) != len(names):  # an unquoted comma, say: the text's rest would be lost
+                    expected = f"{len(names)} fields; a field with a delimiter in double quotes"
+                    raise BadInput(f"{unit.path}, row {number}: {len(row)} fields", expected)
+                yield row[index]
+    except csv.Error as error:  # a quote that is never closed takes in all that follows
+        expected = 'fields in double quotes closed, and quotes inside them doubled: "so ""it"" is"'
+        raise BadInput(f"{unit.path}, up to line {rows.line_num:,}: {error}", expected) from error
+
+
+def checked(value: object, where: str) -> str:
+    """A text, or nothing for null.
+
+    Raises:
+        BadInput: of another type.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BadInput(f"{where}: the text is {type(value).__name__} {str(value)[:40]!r}", "text", "--text-column NAME")
+    return value
+
+
+def writable(text: str) -> str:
+    """With a replacement sign for half a surrogate pair, which JSON may name and UTF-8 has not."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -1,0 +1,244 @@
+"""From facts to findings: what is well, what is not, and what to do about it. No fact is gathered here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gpt2box.system.gpu import Card, Nvml
+from gpt2box.utils.progress import size
+
+# The oldest Linux driver that runs any program built for this CUDA major version, and the card generations it
+# has code for (CUDA's release notes, "minor version compatibility").
+OLDEST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
+CU13_ONLY = (10, 0)  # from here on CUDA 12.1 has no code for a card
+BF16 = (8, 0)  # compute capability from which bfloat16 is computed in hardware
+HOT_C = 83  # GeForce cards slow down from about here on
+GIB = 2**30
+FLOAT32_INSTEAD = "training uses float32 here: more memory, slower"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check's outcome. `fix` is the next thing to do, for a warning or failure."""
+
+    name: str
+    status: Literal["ok", "warning", "failure"]
+    found: str
+    fix: str = ""
+
+
+def driver(nvml: Nvml, cuda: str | None, in_container: bool, is_wsl: bool) -> Finding:
+    """The driver, against the CUDA version (such as 12.1) that PyTorch was built for."""
+    if nvml.fault:
+        if in_container and "libnvidia-ml" in nvml.fault:
+            fix = "start the container with --gpus all (the NVIDIA Container Toolkit must be installed on the host)"
+        elif is_wsl:
+            fix = "install NVIDIA's driver in Windows (none inside WSL), then: wsl --shutdown"
+        else:
+            fix = "install NVIDIA's driver and reboot: nvidia-smi must list the card"
+        return Finding("driver", "failure", nvml.fault, f"{fix}; or --device cpu")
+    runs = f", runs CUDA up to {nvml.cuda[0]}.{nvml.cuda[1]}" if nvml.cuda else ""
+    if not cuda:
+        return Finding("driver", "ok", f"{nvml.driver or 'of unknown version'}{runs}")
+    needed = int(cuda.split(".")[0])
+    found = f"{nvml.driver}{runs}; this PyTorch is built for CUDA {cuda}"
+    if nvml.cuda and nvml.cuda[0] < needed:
+        older = all(found.capability and found.capability < CU13_ONLY for found in nvml.cards)
+        other = "; or the image for older drivers: STACK=cu121" if needed > 12 and nvml.cuda[0] == 12 and older else ""
+        return Finding("driver", "failure", found, f"install driver {OLDEST_DRIVER[needed]} or newer{other}")
+    return Finding("driver", "ok", found)
+
+
+def card(nvml: Nvml, index: int, in_container: bool) -> Finding:
+    """Whether there is a card of this number."""
+    listed = "; ".join(f"{number}: {found.name}" for number, found in enumerate(nvml.cards)) or "none"
+    if index >= len(nvml.cards):
+        bring = "start with --gpus all" if in_container else "a card that nvidia-smi lists, or --device cpu"
+        fix = "the device of a card that is listed, such as --device cuda:0" if nvml.cards else bring
+        return Finding("card", "failure", f"no card with the number {index}; listed: {listed}", fix)
+    note = ", a MIG slice" if nvml.cards[index].is_mig else ""
+    return Finding("card", "ok", nvml.cards[index].name + note)
+
+
+def architecture(capability: tuple[int, int] | None, built_for: list[str], cuda: str | None) -> Finding:
+    """Whether PyTorch holds code for the card: binary code of its generation, or PTX of it or an older one."""
+    if capability is None or not built_for:
+        return Finding("architecture", "warning", "unknown", "the card's compute capability was not told")
+    name = f"compute capability {capability[0]}.{capability[1]}"
+    if runs_on(capability, built_for):
+        return Finding("architecture", "ok", name)
+    found = f"{name}; this PyTorch (CUDA {cuda}) has code for {' '.join(built_for)}"
+    newest = max(number(entry) for entry in built_for)
+    if capability > newest:
+        fix = "the image for newer cards: STACK=cu13x in .env"
+    elif (cuda or "").startswith("13"):
+        fix = "the image for older cards: STACK=cu121 in .env"
+    else:
+        fix = "a newer card, or --device cpu"
+    return Finding("architecture", "failure", found, fix)
+
+
+def number(architecture_name: str) -> tuple[int, int]:
+    """sm_86 to (8, 6)."""
+    digits = "".join(c for c in architecture_name.split("_")[-1] if c.isdigit())
+    return int(digits[:-1]), int(digits[-1])
+
+
+def runs_on(capability: tuple[int, int], built_for: list[str]) -> bool:
+    """CUDA's rule: sm_XY runs on X.Z with Z ≥ Y, compute_XY (PTX) on anything from X.Y on."""
+    for entry in built_for:
+        own = number(entry)
+        if entry.startswith("compute_") and own <= capability:
+            return True
+        if own[0] == capability[0] and own[1] <= capability[1]:
+            return True
+    return False
+
+
+def vram(found: Card) -> Finding:
+    """Memory in all, free now, and who holds the rest."""
+    if found.total_bytes is None or found.free_bytes is None:
+        return Finding("vram", "warning", "the driver does not tell", "watch nvidia-smi while training")
+    taken = found.total_bytes - found.free_bytes
+    text = f"{size(found.free_bytes)} free of {size(found.total_bytes)}"
+    holders = [
+        f"{process.name} {size(process.used_bytes) if process.used_bytes else ''}".strip()
+        for process in found.processes[:4]
+    ]
+    if holders:
+        text += f"; held by {', '.join(holders)}" + (" and others" if len(found.processes) > 4 else "")
+    elif taken > found.total_bytes * 0.05:
+        text += "; held by programs outside this container, such as the desktop"
+    if taken > found.total_bytes * 0.15:
+        return Finding("vram", "warning", text, "close what is not needed; a browser and a desktop hold 1 to 3 GiB")
+    return Finding("vram", "ok", text)
+
+
+def health(found: Card) -> Iterator[Finding]:
+    """Temperature, power limit and PCIe link: what makes a card slower than it is."""
+    if found.temperature_c is not None:
+        hot = found.temperature_c >= min(HOT_C, (found.slowdown_c or 200) - 5)
+        yield Finding(
+            "temperature",
+            "warning" if hot else "ok",
+            f"{found.temperature_c} °C",
+            "better cooling: it runs slower when hot" if hot else "",
+        )
+    if found.power_limit_w:
+        lowered = found.power_default_w and found.power_limit_w < 0.8 * found.power_default_w
+        usual = f", usually {found.power_default_w:.0f} W" if lowered and found.power_default_w else ""
+        yield Finding(
+            "power",
+            "warning" if lowered else "ok",
+            f"limited to {found.power_limit_w:.0f} W{usual}",
+            f"sudo nvidia-smi -pl {found.power_default_w:.0f}, unless it is meant" if lowered else "",
+        )
+    if found.pcie_width and found.pcie_max_width:
+        narrow = found.pcie_width < min(4, found.pcie_max_width)
+        yield Finding(
+            "pcie",
+            "warning" if narrow else "ok",
+            f"x{found.pcie_width} of x{found.pcie_max_width}",
+            "another slot or no riser: checkpoints are slow to save" if narrow else "",
+        )
+
+
+def bfloat16(facts: dict[str, Any], capability: tuple[int, int] | None, on_gpu: bool, wanted: bool) -> Finding:
+    """The product that was really computed; on a card without bfloat16 it need not be, unless the job wants it."""
+    old = capability if on_gpu and capability and capability < BF16 else None
+    if old and not wanted and "bf16_fault" in facts:
+        found = f"none: compute capability {old[0]}.{old[1]}"
+        return Finding("bfloat16", "warning", found, FLOAT32_INSTEAD)
+    if fault := facts.get("bf16_fault"):
+        return Finding("bfloat16", "failure", fault, "see the driver and the architecture above")
+    if "bf16_error" not in facts:
+        return Finding("bfloat16", "failure", facts.get("fault") or "not computed", "see PyTorch's own failure above")
+    error = facts["bf16_error"]
+    if error > 0.02:  # rounding to bfloat16 alone is 2^-9
+        found = f"a product of bfloat16 matrices is wrong by {error:.0%}"
+        return Finding("bfloat16", "failure", found, "a defective card or memory: try again, then another card")
+    if old:
+        found = f"computed, but slowly: compute capability {old[0]}.{old[1]}"
+        return Finding("bfloat16", "warning", found, FLOAT32_INSTEAD)
+    return Finding("bfloat16", "ok", f"a product was computed, right to {error:.1%}")
+
+
+def pytorch(facts: dict[str, Any], on_gpu: bool) -> Finding:
+    """Whether PyTorch came up, and on the GPU if there is to be one."""
+    version = facts.get("torch")
+    if not version:
+        return Finding("pytorch", "failure", facts.get("fault") or "gave no answer", "build or install anew")
+    if fault := facts.get("cuda_error"):
+        fix = "see the driver above" if facts.get("cuda") else "a build of PyTorch for CUDA: the image has one"
+        return Finding("pytorch", "failure", f"{version}: {fault}", fix)
+    if fault := facts.get("fault"):
+        return Finding("pytorch", "failure", f"{version}: {fault}", "nvidia-smi; a reboot if it hangs, too")
+    return Finding("pytorch", "ok", version)
+
+
+def compiler(facts: dict[str, Any]) -> Finding | None:
+    """The trial of torch.compile, where training would use it: it would otherwise fail there, minutes later."""
+    fix = "--compile false: slower, and more memory"
+    if fault := facts.get("compile_fault"):
+        return Finding("torch.compile", "failure", fault, fix)
+    if "compile_error" not in facts:
+        return None
+    if facts["compile_error"] > 0.01:
+        return Finding("torch.compile", "failure", f"a compiled gradient differs by {facts['compile_error']:.2g}", fix)
+    return Finding("torch.compile", "ok", f"a small function compiled in {facts['compile_seconds']:.0f} s")
+
+
+def runtime(docker_runtimes: list[str] | None) -> Finding:
+    """On the host: whether containers would see the card."""
+    if docker_runtimes is None:
+        return Finding("container", "ok", "no Docker here; not in a container")
+    if "nvidia" not in docker_runtimes:
+        fix = "for containers: install the NVIDIA Container Toolkit (docs/containers.md)"
+        return Finding("container", "warning", f"Docker's runtimes: {', '.join(docker_runtimes)}", fix)
+    return Finding("container", "ok", "Docker has the NVIDIA runtime; not in a container")
+
+
+def dataset(name: str, there: bool, source: str) -> Finding:
+    """Whether the dataset is there or can be made."""
+    if there or source:
+        return Finding("dataset", "ok", f"{name}: {'there' if there else f'to be made from {source}'}")
+    fix = "gpt2box prepare TEXT, or nanoGPT's train.bin and val.bin in its folder"
+    return Finding("dataset", "failure", f"no dataset {name}", fix)
+
+
+def memory(total: int, available: int, needed: int) -> Finding:
+    """Main memory, against what the job holds of it."""
+    found = f"{size(available)} free of {size(total)}"
+    if available < needed:
+        fix = "close programs, or raise the container's or WSL's memory limit"
+        return Finding("memory", "warning", f"{found}; the job wants about {size(needed)}", fix)
+    return Finding("memory", "ok", found)
+
+
+def cpu(cores: float) -> Finding:
+    """Cores; one is enough for training on a GPU, preparing OpenWebText wants more."""
+    if cores < 2:
+        return Finding(
+            "cores", "warning", f"{cores:g}", "2 or more: one prepares batches while the other drives the GPU"
+        )
+    return Finding("cores", "ok", f"{cores:g}")
+
+
+def shared_memory(total: int | None) -> Finding:
+    """/dev/shm: NCCL and worker processes use it; training on one card does not."""
+    if total is None or total < 64 << 20:
+        found = "none" if total is None else size(total)
+        return Finding("/dev/shm", "warning", found, "--shm-size 1g, for more than one GPU")
+    return Finding("/dev/shm", "ok", size(total))
+
+
+def disk(volumes: str, free: int, needed: int, what: str) -> Finding:
+    """Space on a disk that holds some volumes, against what the job writes there."""
+    found = f"{size(free)} free for {volumes}" + (f"; the job writes {size(needed)} ({what})" if needed else "")
+    if free < needed:
+        return Finding("disk", "failure", found, "free space, or GPT2BOX_VOLUMES on a larger disk")
+    if free < needed + GIB:
+        return Finding("disk", "warning", found, "free some space: it will be nearly full")
+    return Finding("disk", "ok", found)

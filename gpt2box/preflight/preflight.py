@@ -1,0 +1,212 @@
+"""`gpt2box preflight`: gathers the facts, tries things out, and prints what is well and what is not."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from gpt2box.config.schema import Config
+from gpt2box.data import downloads
+from gpt2box.errors import MachineCannot, VolumeUnwritable
+from gpt2box.preflight import checks
+from gpt2box.preflight.checks import Finding
+from gpt2box.preflight.requirements import CHAR, VOLUMES, by_disk, checkpoint_bytes, corpus_of, has_dataset, needs
+from gpt2box.preflight.smoke_test import probe
+from gpt2box.system import gpu, host
+from gpt2box.utils.paths import make_writable, raw_dir, volumes
+from gpt2box.utils.progress import counted, say
+
+HUB_TIMEOUT_S = 10.0
+
+
+def preflight(config: Config | None, text: Path | None, wanted: str, as_json: bool) -> None:
+    """Check the machine for a job, or in general, and print the findings on standard output.
+
+    `text` is what the job's dataset will be made from, where that was given.
+
+    Raises:
+        MachineCannot: a check failed.
+    """
+    nvml = gpu.ask_driver()
+    device = ("cuda" if nvml.cards else "cpu") if wanted == "auto" else wanted
+    if not as_json:
+        say(f"checking this machine for {config.name if config else 'training'} on {device}")
+    findings = list(all_findings(config, text, device, nvml))
+    failures = [finding for finding in findings if finding.status == "failure"]
+    if as_json:
+        cards = [asdict(card) for card in nvml.cards]
+        report = {"ok": not failures, "device": device, "cards": cards, "findings": [asdict(f) for f in findings]}
+        print(json.dumps(report, indent=2))
+    else:
+        for finding in findings:
+            show(finding)
+    if failures:
+        raise MachineCannot(f"preflight: {', '.join(finding.name for finding in failures)} failed")
+    warnings = sum(finding.status == "warning" for finding in findings)
+    say(f"preflight: {len(findings) - warnings} ok, {counted(warnings, 'warning')}")
+
+
+def show(finding: Finding) -> None:
+    """A line for a finding, and one for what to do."""
+    colour = {"ok": "green", "warning": "yellow", "failure": "red"}[finding.status]
+    label = click.style(f"{finding.status:8}", fg=colour) if sys.stdout.isatty() else f"{finding.status:8}"
+    print(f"{label} {finding.name:14} {finding.found}")
+    if finding.fix:
+        print(f"{'':23}   → {finding.fix}")
+
+
+def all_findings(config: Config | None, text: Path | None, device: str, nvml: gpu.Nvml) -> Iterator[Finding]:
+    """Every check, in the order of what depends on what."""
+    on_gpu = device != "cpu"
+    wanted = on_gpu if config is None or config.compile == "auto" else bool(config.compile)
+    chosen = nvml.cards[device_index(device) :][:1] if on_gpu else []
+    old = any(card.capability and card.capability < (7, 0) for card in chosen)  # Triton has no code for it
+    facts = probe(device, wanted and not old)
+    if on_gpu:
+        yield checks.driver(nvml, facts.get("cuda"), host.in_container(), host.is_wsl())
+        if not nvml.fault:
+            yield from card_findings(nvml, device_index(device))
+    yield checks.pytorch(facts, on_gpu)
+    if "cuda_error" not in facts and facts.get("torch"):
+        capability = tuple(facts["capability"]) if "capability" in facts else None
+        if on_gpu and "architectures" in facts:
+            yield checks.architecture(capability, facts["architectures"], facts.get("cuda"))
+        yield checks.bfloat16(facts, capability, on_gpu, config is not None and config.dtype == "bfloat16")
+        if finding := checks.compiler(facts):
+            yield finding
+    yield from host_findings(config)
+    written = [write_test(volume) for volume in VOLUMES]
+    yield from written
+    if all(finding.status == "ok" for finding in written):
+        for names, free, here in by_disk(config):
+            what = ", ".join(need.what for need in here)
+            yield checks.disk(", ".join(names), free, sum(need.size_bytes for need in here), what)
+    if config is None or config.init_from != "scratch" or not config.dataset.endswith(CHAR):
+        yield vocabulary()
+    if config:
+        yield checks.dataset(config.dataset, has_dataset(config), str(text or corpus_of(config.dataset)))
+    if config and (from_hub := [need.what for need in needs(config) if need.hub]):
+        yield hub(from_hub)
+
+
+def device_index(device: str) -> int:
+    """cuda:1 to 1."""
+    return int(device.partition(":")[2] or 0)
+
+
+def card_findings(nvml: gpu.Nvml, index: int) -> Iterator[Finding]:
+    """What the driver says of the chosen card."""
+    chosen = checks.card(nvml, index, host.in_container())
+    yield chosen
+    if chosen.status == "ok":
+        yield checks.vram(nvml.cards[index])
+        yield from checks.health(nvml.cards[index])
+
+
+def host_findings(config: Config | None) -> Iterator[Finding]:
+    """The box around it."""
+    if image := os.environ.get("GPT2BOX_IMAGE"):
+        stack, version, revision, _ = [*image.split(" "), "", "", "", ""][:4]
+        yield Finding("container", "ok", f"image {stack}, gpt2box {version}, revision {revision[:12]}")
+    elif not host.in_container():
+        yield checks.runtime(host.docker_runtimes())
+    total, available = host.memory_bytes()
+    needed = (4 << 30) + (checkpoint_bytes(config) if config else 0)  # the copy that a checkpoint is written from
+    yield checks.memory(total, available, needed)
+    yield checks.cpu(host.cores())
+    yield checks.shared_memory(host.shm_bytes())
+    if host.is_wsl():
+        yield windows()
+
+
+def windows() -> Finding:
+    """Linux under Windows: what differs there."""
+    if any(host.is_windows_drive(volumes() / volume) for volume in VOLUMES):
+        fix = "keep gpt2box inside WSL's own file system, such as ~/gpt2box"
+        return Finding("wsl", "warning", f"{volumes()} is on a Windows drive, many times slower", fix)
+    found = (
+        "under Windows: .wslconfig limits the memory, the driver does not name who holds the card's, "
+        "and a container sees every card whatever GPU in .env says (choose with --device cuda:N)"
+    )
+    return Finding("wsl", "ok", found)
+
+
+def write_test(volume: str) -> Finding:
+    """Whether a volume can really be written."""
+    folder = volumes() / volume
+    try:
+        with tempfile.TemporaryFile(dir=make_writable(folder)) as file:
+            file.write(b"x" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except VolumeUnwritable as error:
+        return Finding(f"write: {volume}", "failure", error.found, error.next_step)
+    except OSError as error:
+        return Finding(f"write: {volume}", "failure", f"{folder}: {error.strerror}", "free space, or another disk")
+    return Finding(f"write: {volume}", "ok", str(folder))
+
+
+def vocabulary() -> Finding:
+    """GPT-2's vocabulary: there, or to be fetched when it is first needed."""
+    there = downloads.present(downloads.GPT2_RANKS, raw_dir())
+    if there is None:
+        fix = "prepare fetches it; without network put a copy into " + str(raw_dir())
+        return Finding("vocabulary", "warning", f"{downloads.GPT2_RANKS.filename} is not there yet", fix)
+    if downloads.sha256_of(there) != downloads.GPT2_RANKS.sha256:
+        return Finding("vocabulary", "failure", f"{there} is not the file that was published", f"remove {there}")
+    return Finding("vocabulary", "ok", str(there))
+
+
+def hub(wanted: list[str]) -> Finding:
+    """Whether the Hub answers; asked only where something has to come from it."""
+    address = downloads.hub_endpoint()
+    what = f"needed for {', '.join(wanted)}"
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        fix = "network, a mirror in HF_ENDPOINT, or the files in volumes/models"
+        return Finding("hub", "failure", f"{address} does not answer ({reason}), {what}", fix)
+    return Finding("hub", "ok", f"{address} answers; {what}")
+
+
+def check_gpu(wanted: str) -> None:
+    """Before a job that may use a GPU: its driver and card against this build of PyTorch, without trying them.
+
+    Raises:
+        MachineCannot: the first check that failed, in its own words.
+    """
+    nvml = gpu.ask_driver()
+    if wanted == "cpu" or (wanted == "auto" and not nvml.cards):
+        return
+    import torch
+
+    if wanted == "auto" and torch.version.cuda is None:
+        return  # a PyTorch for the CPU was installed
+    index = device_index(wanted)
+    findings = [checks.driver(nvml, torch.version.cuda, host.in_container(), host.is_wsl())]
+    if not nvml.fault:
+        findings.append(checks.card(nvml, index, host.in_container()))
+    if all(finding.status != "failure" for finding in findings):
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            capability = torch.cuda.get_device_capability(index)
+            findings.append(checks.architecture(capability, torch.cuda.get_arch_list(), torch.version.cuda))
+        except Exception as error:  # whatever a broken driver makes of it
+            lines = str(error).splitlines() or [type(error).__name__]
+            findings.append(Finding("pytorch", "failure", f"{torch.__version__}: {lines[0]}", "gpt2box preflight"))
+    for finding in findings:
+        if finding.status == "failure":
+            raise MachineCannot(f"{finding.name}: {finding.found}", f"a GPU for device {wanted}", finding.fix)

@@ -1,0 +1,141 @@
+"""What a training job needs from outside (its dataset, the weights to begin from): what is missing, and bringing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt2box.config.schema import MODEL_SHAPES, Config
+from gpt2box.data.dataset import open_dataset
+from gpt2box.data.prepare import Options, prepare
+from gpt2box.data.pretrained import ASKED, HUB_PINS, pretrained_folder
+from gpt2box.data.sources import KNOWN, OPENWEBTEXT
+from gpt2box.errors import VolumeUnwritable
+from gpt2box.model.shape import ModelShape
+from gpt2box.planner.report import shape_of
+from gpt2box.system import host
+from gpt2box.utils.paths import checkpoints, dataset_dir, make_writable, model_dir, run_dir, volumes
+from gpt2box.utils.progress import say, size
+
+VOLUMES = ("data", "models", "runs")
+CHAR = "-char"  # what a dataset of characters is called by default
+CORPUS_BYTES = {  # of the tokens, and of raw text that is there at the same time
+    "shakespeare": 9_000_000,
+    "tinyshakespeare": 3_000_000,
+    "openwebtext": 19_500_000_000,
+    "openwebtext-10k": 1_000_000_000,
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something that a job will write to a volume."""
+
+    volume: str  # data, models or runs
+    what: str
+    size_bytes: int
+    hub: bool = False  # whether it comes from the Hugging Face Hub
+
+
+def needs(config: Config) -> list[Need]:
+    """What is not there yet, and what the run itself will write."""
+    found = []
+    corpus = corpus_of(config.dataset)
+    if not has_dataset(config) and corpus:
+        found.append(Need("data", f"the dataset {config.dataset}", CORPUS_BYTES[corpus], hub=corpus in OPENWEBTEXT))
+    weights = config.init_from
+    published = {**HUB_PINS, **ASKED}
+    if weights in published and not any(
+        (model_dir(weights) / n).exists() for n in ("model.safetensors", "config.json")
+    ):
+        found.append(Need("models", f"the weights of {weights}", published[weights][0], hub=True))
+    kept = config.keep_last + 4  # the best, two to go back to, and the one being written
+    there = sum(path.stat().st_size for path in (run_dir(config.name) / "checkpoints").glob("step-*/*"))
+    found.append(Need("runs", f"{kept} checkpoints", max(kept * checkpoint_bytes(config) - there, 0)))
+    return found
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Size of one, on disk and, while it is written, in the host's memory."""
+    if config.init_from == "scratch":
+        shape = shape_of(config)
+    else:  # one from elsewhere may have to be brought first
+        sizes = MODEL_SHAPES.get(config.init_from) or config.shape()
+        shape = ModelShape(**sizes, block_size=config.block_size, vocab_size=50_257, bias=True)
+    return shape.checkpoint_bytes(config.weights_dtype, config.optimizer, config.optimizer_states, config.lora_rank)
+
+
+def by_disk(config: Config | None) -> list[tuple[list[str], int, list[Need]]]:
+    """Volumes that share a disk: their names, the bytes free on it, and what the job writes there.
+
+    Raises:
+        VolumeUnwritable: a volume cannot be created or written.
+    """
+    wanted = needs(config) if config else []
+    disks: dict[int, list[str]] = {}
+    for volume in VOLUMES:
+        disks.setdefault(make_writable(volumes() / volume).stat().st_dev, []).append(volume)
+    return [
+        (names, host.free_bytes(volumes() / names[0]), [need for need in wanted if need.volume in names])
+        for names in disks.values()
+    ]
+
+
+def check_space(config: Config) -> None:
+    """Before a long preparation: whether the volumes can be written and hold what the job will write.
+
+    Raises:
+        VolumeUnwritable: with the bytes missing.
+    """
+    for names, free, wanted in by_disk(config):
+        needed = sum(need.size_bytes for need in wanted)
+        if needed > free:
+            listed = ", ".join(f"{need.what} {size(need.size_bytes)}" for need in wanted)
+            raise VolumeUnwritable(
+                f"{size(free)} free for {', '.join(names)} in {volumes()}; the job writes {size(needed)} ({listed})",
+                f"{size(needed - free)} more",
+                "free space, or set GPT2BOX_VOLUMES to a folder on a larger disk",
+            )
+
+
+def has_dataset(config: Config) -> bool:
+    """Whether the dataset's tokens are there."""
+    return (dataset_dir(config.dataset) / "train.bin").exists()
+
+
+def corpus_of(dataset: str) -> str:
+    """The known corpus that a dataset's default name stands for, or nothing."""
+    name = dataset.removesuffix(CHAR)
+    return name if name in KNOWN and (name == dataset or name not in OPENWEBTEXT) else ""
+
+
+def words_for(config: Config) -> str:
+    """In which tokens a text is prepared: those of the weights that a run begins from, as prepare's --tokenizer."""
+    if config.init_from in ("scratch", *MODEL_SHAPES):
+        return "gpt2"
+    begun = bool(checkpoints(run_dir(config.name) / "checkpoints"))  # the first weights may be gone
+    folder = dataset_dir(config.dataset) / "tokenizer" if begun else pretrained_folder(config.init_from)
+    return str(folder) if any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")) else "gpt2"
+
+
+def bring(config: Config, text: Path | None) -> None:
+    """Make the dataset, from `text` or the known corpus of its name, and download the weights, unless they are there.
+
+    Raises:
+        BadInput: the dataset is not there and nothing says what to make it from.
+        TryAgain, Damaged, VolumeUnwritable: see assets.fetch.
+    """
+    folder = dataset_dir(config.dataset)
+    corpus = corpus_of(config.dataset)
+    if text:
+        _, written = prepare([str(text)], Options(words_for(config)), folder=folder)
+    elif not has_dataset(config) and corpus:
+        tokenizer = "char" if config.dataset.endswith(CHAR) else "gpt2"
+        _, written = prepare([corpus], Options(tokenizer), folder=folder)
+    else:
+        written = False
+    dataset = open_dataset(folder)  # says what to do where it is missing
+    made = "made" if written else "there"
+    say(f"dataset {config.dataset}: {made}, {dataset.tokens('train'):,} tokens to train on")
+    if config.init_from != "scratch" and not checkpoints(run_dir(config.name) / "checkpoints"):
+        say(f"weights of {config.init_from}: {pretrained_folder(config.init_from)}")

@@ -1,0 +1,159 @@
+"""`gpt2box runs --compare`: what runs differ in, in settings and in outcome, and their curves over each other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2box.errors import BadInput
+from gpt2box.report.html import Chart, Line, document, plots, section, table, tag
+from gpt2box.report.page import mapping, settings_of
+from gpt2box.runs.history import History, history
+from gpt2box.runs.listing import Run, amount
+from gpt2box.utils.files import read_object, whole, write_atomically
+from gpt2box.utils.paths import make_writable, run_dir
+from gpt2box.utils.progress import duration, size
+
+Rows = dict[str, list[str]]  # by name, a cell for each run
+UNKNOWN = "-"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side."""
+
+    runs: list[Run]
+    settings: Rows  # those that differ
+    figures: Rows
+    notes: list[str]  # what does not compare
+    histories: list[History]
+    tokens_per_step: list[int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        names = [run.name for run in self.runs]
+        differing = {key: dict(zip(names, values, strict=True)) for key, values in self.settings.items()}
+        return {"settings": differing, "runs": [run.as_dict() for run in self.runs], "notes": self.notes}
+
+    def lines(self) -> Iterator[str]:
+        """For a terminal."""
+        head = ["", *(run.name for run in self.runs)]
+        parts = [("settings that differ", self.settings), ("figures", self.figures)]
+        cells = [head, *([key, *row] for _, rows in parts for key, row in rows.items())]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+        def aligned(row: list[str]) -> str:
+            return "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+        yield aligned(head)
+        for title, rows in parts:
+            yield title if rows else f"{title}: none"
+            yield from (aligned([key, *row]) for key, row in rows.items())
+        yield from (f"note: {note}" for note in self.notes)
+
+
+def compare(runs: list[Run]) -> Comparison:
+    """Read what there is to compare. Nothing is refused: what is missing or damaged is a dash."""
+    places = [run_dir(run.name) for run in runs]
+    histories = [history(place / "metrics.jsonl") for place in places]
+    tokens = [whole(read_object(place / "plan.json").get("tokens_per_step")) for place in places]
+    settings = differing([settings_of(place) for place in places])
+    return Comparison(runs, settings, key_figures(runs, histories), doubts(places, histories), histories, tokens)
+
+
+def differing(settings: list[dict[str, Any]]) -> Rows:
+    """The settings that are not the same in all, but for the runs' names."""
+    keys = dict.fromkeys(key for each in settings for key in each if key != "name")
+    rows = {key: [str(each.get(key, UNKNOWN)) for each in settings] for key in keys}
+    return {key: row for key, row in rows.items() if len(set(row)) > 1}
+
+
+def key_figures(runs: list[Run], histories: list[History]) -> Rows:
+    """How far, how good, how fast."""
+    rows: list[list[str]] = []
+    for run, past in zip(runs, histories, strict=True):
+        value = {name: curve.value for name, curve in past.curves.items()}
+        best = past.best()
+        rows.append(
+            [
+                run.words(),
+                f"{run.step:,} of {run.max_steps:,}",
+                f"{best[0]:.4f}" if best else UNKNOWN,
+                f"{best[1]:,}" if best else UNKNOWN,
+                f"{value['loss'][-1]:.4f}" if "loss" in value else UNKNOWN,
+                amount(run.tokens),
+                duration(run.seconds),
+                f"{np.median(value['tokens_per_sec']):,.0f}" if "tokens_per_sec" in value else UNKNOWN,
+                size(float(value["peak_memory_bytes"].max())) if "peak_memory_bytes" in value else UNKNOWN,
+                size(run.size_bytes),
+            ]
+        )
+    names = ["state", "step", "best val_loss", "at step", "last train loss", "tokens seen", "time in training"]
+    names += ["tokens a second", "most memory", "on disk"]
+    return {name: list(cells) for name, cells in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+def doubts(places: list[Path], histories: list[History]) -> list[str]:
+    """Why figures of these runs may not compare."""
+    notes = []
+    sets = {past.val_sets[-1] for past in histories if past.val_sets}
+    if len(sets) > 1:
+        notes.append(f"val_loss does not compare: it is over different validation windows ({', '.join(sorted(sets))})")
+    trained = []
+    for place in places:
+        dataset = mapping(read_object(place / "manifest.json").get("dataset"))
+        trained.append(mapping(mapping(dataset.get("splits")).get("train")).get("sha256"))
+    if len({digest for digest in trained if digest}) > 1:
+        notes.append("they were trained on different texts")
+    return notes
+
+
+def write_page(compared: Comparison, path: Path) -> None:
+    """The same as a page, with the curves of all runs over each other.
+
+    Raises:
+        BadInput: it is not a file's place.
+        VolumeUnwritable: no page can be written there.
+    """
+    if not path.name or (path.exists() and not path.is_file()):
+        raise BadInput(f"{path} is not a file", "a place for a page, or an earlier page's", "--out PAGE.html")
+    names = [run.name for run in compared.runs]
+    charts = [
+        overlaid(compared, "val_loss", "Validation loss, nats a token"),
+        overlaid(compared, "loss", "Training loss, nats a token"),
+        overlaid(compared, "grad_norm", "Gradient norm, before clipping"),
+        overlaid(compared, "tokens_per_sec", "Throughput, tokens a second"),
+    ]
+    charts = [chart for chart in charts if chart.lines]
+    none = tag("p", "none")
+    body = [
+        tag("h1", " · ".join(names)),
+        *(tag("p", note, class_="bad") for note in compared.notes),
+        section("Curves", plots(charts) if charts else tag("p", "Not one figure has been noted yet.")),
+        section("Settings that differ", as_table(names, compared.settings) if compared.settings else none),
+        section("Figures", as_table(names, compared.figures)),
+        tag("p", f"Written by gpt2box on {time.strftime('%Y-%m-%d at %H:%M')}.", class_="note"),
+    ]
+    make_writable(path.absolute().parent)
+    write_atomically(path, document(" · ".join(names), *body))
+
+
+def overlaid(compared: Comparison, name: str, title: str) -> Chart:
+    """A chart with a curve for each run that has one."""
+    runs = zip(compared.runs, compared.histories, compared.tokens_per_step, strict=True)
+    lines = [
+        Line(run.name, past.curves[name], tokens, name == "val_loss")
+        for run, past, tokens in runs
+        if name in past.curves
+    ]
+    return Chart(title, lines)
+
+
+def as_table(names: list[str], rows: Rows) -> str:
+    """A column for each run."""
+    return table(["", *names], ([key, *cells] for key, cells in rows.items()))

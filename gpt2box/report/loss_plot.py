@@ -1,0 +1,38 @@
+"""loss.png: the training and validation loss of a run."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+from gpt2box.runs.history import history
+from gpt2box.utils.files import write_atomically
+
+
+def loss_png(run: Path) -> Path:
+    """Draw `run`/metrics.jsonl; returns the picture's path."""
+    os.environ["MPLBACKEND"] = "agg"  # whatever it was: a name that Matplotlib does not know ends its import
+    from matplotlib import pyplot
+
+    curves = history(run / "metrics.jsonl").curves
+    train, val = (curves[name].thinned() if name in curves else None for name in ("loss", "val_loss"))
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
+    if train:
+        axes.plot(train.step, train.value, color="#9bb7d4", linewidth=1, label="train")
+    if val:
+        axes.plot(val.step, val.value, color="#b3341f", linewidth=2, marker="o", markersize=3, label="validation")
+        step, best = int(val.step[val.value.argmin()]), float(val.value.min())
+        axes.annotate(
+            f"{best:.4f} at step {step:,}", (step, best), xytext=(-8, 14), textcoords="offset points", ha="right"
+        )
+    axes.set(xlabel="step", ylabel="cross-entropy (nats a token)", title=run.name)
+    axes.grid(alpha=0.3)
+    if train or val:
+        axes.legend()
+    path = run / "loss.png"
+    figure.tight_layout()
+    figure.savefig(drawn := io.BytesIO(), format="png")
+    write_atomically(path, drawn.getvalue())
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,213 @@
+"""What a run keeps of how it began and what it ran on: config.yaml, plan.json, manifest.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from gpt2box.config import loader
+from gpt2box.config.schema import CHANGEABLE, Config, may_change, validate
+from gpt2box.data.dataset import SPLITS, Dataset
+from gpt2box.data.downloads import sha256_of
+from gpt2box.data.pretrained import HUB_REVISIONS
+from gpt2box.errors import BadInput, Damaged
+from gpt2box.planner.run_plan import RunPlan
+from gpt2box.runs.sessions import as_of, differences, noted_in, sessions_in
+from gpt2box.utils.files import read_json, read_object, write_atomically
+from gpt2box.utils.progress import say, size
+
+FORMAT = 2  # of manifest.json; 1 had neither settings nor weights
+WORTH_A_WORD = 1 << 30  # bytes: a second or more
+ASIDE = "manifest.json.damaged"
+MOST_FILES = 1000  # of a dataset, that are listed one by one
+
+
+def check_unchanged(
+    config: Config, dataset: Dataset, run: Path, allow: Collection[str] = (), step: int = 0
+) -> dict[str, Any]:
+    """A run goes on, from `step`, with the settings and the text it began with, but for settings that do not change
+    what is learned, and for those whose change is asked for.
+
+    Returns: what each setting that differs was before.
+
+    Raises:
+        BadInput: lists what differs.
+        Damaged: nothing says with what settings it began.
+    """
+    before = kept_settings(run)
+    began = read_manifest(run)
+    if not began:
+        say(
+            f"note: {run / 'manifest.json'} is {'damaged' if os.path.lexists(run / 'manifest.json') else 'missing'}: "
+            "whether the dataset is the one that the run began with is not known, nor what was noted of its sessions"
+        )
+    elif not same_tokens(began["dataset"]["splits"], about_dataset(dataset, began)["splits"]):
+        raise BadInput(
+            f"the dataset in {dataset.folder} is not the one that the run {config.name} began with",
+            f"the same text: {began['dataset']['splits']}",
+            f"prepare it as it was, or begin another run with --name {config.name}-2",
+        )
+    differing = [key for key in Config.model_fields if getattr(before, key) != getattr(config, key)]
+    if refused := [key for key in differing if not may_change(key) and key not in allow]:
+        lines = [f"{key}: {getattr(before, key)} before, {getattr(config, key)} now" for key in refused]
+        sound = [key for key in refused if key in CHANGEABLE]
+        asked = "".join(f" --allow-change {key.replace('_', '-')}" for key in sound)
+        raise BadInput(
+            f"the run {config.name} began with other settings:\n    " + "\n    ".join(lines),
+            "the same settings to go on",
+            f"undo the change, or begin another run with --name {config.name}-2"
+            + (f"; to go on so from here:{asked}" if sound == refused else ""),
+        )
+    for key in differing:
+        stretched = key == "max_steps" and config.decay_steps is None and config.lr_schedule != "constant"
+        tail = "; the learning rate's schedule now ends there" if stretched else ""
+        if key == "max_steps" and config.max_steps < step:
+            tail = f", which the run is past: it is at step {step:,}, and nothing is left to do"
+        say(f"note: {key}: {getattr(before, key)} before, {getattr(config, key)} now{tail}")
+    return {key: getattr(before, key) for key in differing}
+
+
+def checked_allowance(given: Sequence[str]) -> tuple[str, ...]:
+    """The settings of --allow-change.
+
+    Raises:
+        BadInput: one that may change without it, may never change, or is none.
+    """
+    keys = tuple(key.replace("-", "_") for key in given)
+    for key in keys:
+        if key not in CHANGEABLE:
+            known = key in Config.model_fields
+            reason = "no such setting" if not known else "it may" if may_change(key) else "it never may in a run"
+            raise BadInput(f"--allow-change {key}: {reason}", f"one of: {', '.join(CHANGEABLE)}")
+    return keys
+
+
+def kept_settings(run: Path) -> Config:
+    """The settings that a run began or last went on with: config.yaml's, or where that is gone manifest.json's.
+
+    Raises:
+        BadInput: they are none.
+        Damaged: neither has any.
+    """
+    path, manifest = run / "config.yaml", run / "manifest.json"
+    if path.exists() and (values := loader.read_yaml(path)):
+        return validate(values, str(path))
+    values = read_object(manifest).get("settings") or {}
+    if not values or not isinstance(values, dict):
+        raise Damaged(
+            f"nothing says with what settings {run.name} began: neither {path} nor {manifest}",
+            "one of them",
+            f"restore it from a backup; or begin another run from the weights: --init-from {run}/checkpoints/last",
+        )
+    say(f"note: {path} is {'empty' if path.exists() else 'missing'}: the settings before are those in {manifest.name}")
+    return validate(values, str(manifest))
+
+
+def read_manifest(run: Path) -> dict[str, Any]:
+    """manifest.json, or nothing where it is missing or unreadable."""
+    try:
+        content: dict[str, Any] = read_json(run / "manifest.json")
+        return content if isinstance(content["dataset"]["splits"], dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def say_what_may_change_bits(run: Path, session: dict[str, Any]) -> None:
+    """Where a session goes on in another way than the one before, or on another machine."""
+    before = sessions_in(read_manifest(run))
+    last = as_of(before, max(session["step"] - 1, 0)) if before else session
+    for line in differences(last, session, of_bits=True):
+        say(f"note: {line}: from here on not in the bits of an uninterrupted run")
+
+
+def write_records(
+    run: Path, config: Config, plan: RunPlan, dataset: Dataset, session: dict[str, Any], weights: Path | None
+) -> None:
+    """manifest.json, plan.json and config.yaml: all that the run follows from, and what each session ran on.
+
+    config.yaml last: who is ended before it notes the same change once more, which says the same.
+    """
+    path = run / "manifest.json"
+    before = read_object(path)
+    if os.path.lexists(path) and not read_manifest(run):
+        os.replace(path, run / ASIDE)
+        say(f"note: what is left of manifest.json is kept as {ASIDE}")
+    known = before.get("weights") if plan.lora_rank == 0 or session["step"] else None  # read anew with adapters
+    manifest = {
+        "format": FORMAT,
+        "name": config.name,
+        "settings": config.model_dump(mode="json"),
+        "seed": config.seed,
+        "plan": asdict(plan),
+        "weights": known or weights_source(config.init_from, weights),
+        "dataset": {"folder": str(dataset.folder), **about_dataset(dataset, before)},
+        "checked": stamps_of(dataset),
+        "sessions": [*noted_in(before), session],
+    }
+    write_atomically(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(run / "plan.json", json.dumps(asdict(plan), indent=2) + "\n")
+    write_atomically(run / "config.yaml", loader.to_yaml(config))
+
+
+def stamps_of(dataset: Dataset) -> dict[str, list[int]]:
+    """Bytes and time of change, in nanoseconds, of a dataset's files: while these stay, so does what was compared."""
+    files = sorted([*dataset.folder.glob("*.bin"), *dataset.folder.glob("*.mask")])
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
+def about_dataset(dataset: Dataset, before: dict[str, Any]) -> dict[str, Any]:
+    """Its manifest, with a long list of files cut to its sha256; of nanoGPT's, which has none, what makes it up.
+
+    `before`: a manifest of a run on it, of which checksums are taken as long as the files have not been touched.
+    """
+    if not dataset.manifest:
+        splits: dict[str, Any] = {split: {"tokens": dataset.tokens(split)} for split in SPLITS}
+        splits["train"]["sha256"] = known_train_sha256(dataset, before) or sha256_of_tokens(
+            dataset.folder / "train.bin", *stamps_of(dataset)["train.bin"]
+        )
+        return {"source": "a folder as nanoGPT's", "splits": splits | {"val_digest": dataset.digest}}
+    about = dict(dataset.manifest)
+    files = about.get("documents")
+    if isinstance(files, list) and len(files) > MOST_FILES:
+        about["documents"] = {"count": len(files), "sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
+    return about
+
+
+def known_train_sha256(dataset: Dataset, before: dict[str, Any]) -> str:
+    """Of nanoGPT's train.bin, as a run's manifest has it; nothing where the files have been touched since."""
+    try:
+        return str(before["dataset"]["splits"]["train"]["sha256"]) if before["checked"] == stamps_of(dataset) else ""
+    except (KeyError, TypeError):
+        return ""
+
+
+@cache
+def sha256_of_tokens(path: Path, size_bytes: int, changed: int) -> str:
+    """Once in a process, as long as size and time of change stay."""
+    if size_bytes > WORTH_A_WORD:
+        say(f"taking the checksum of {size(size_bytes)} of tokens")
+    return sha256_of(path)
+
+
+def same_tokens(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Of what two manifests say of a dataset's splits; an earlier version noted no checksum of nanoGPT's train.bin."""
+    train = before.get("train")
+    if isinstance(train, dict) and "val_digest" in before:
+        before = {**before, "train": {"sha256": now.get("train", {}).get("sha256"), **train}}
+    return before == now
+
+
+def weights_source(init_from: str, folder: Path | None) -> dict[str, Any]:
+    """What the weights that a run begins from are: of the Hub their commit, and of each file the sha256."""
+    if folder is None:
+        return {"init_from": init_from}
+    hub = read_object(folder / "hub.json")
+    commit = hub.get("commit") or (HUB_REVISIONS.get(init_from) if folder.name in HUB_REVISIONS else None)
+    files = {path.name: sha256_of(path) for path in sorted(folder.glob("model*.safetensors"))}
+    return {"init_from": init_from, "repo": hub.get("repo"), "commit": commit, "sha256": files}

@@ -1,0 +1,118 @@
+"""Which device, number format and compiler this machine has, and how much memory was used."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import resource
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from gpt2box.config.schema import DEVICES
+from gpt2box.errors import BadInput, MachineCannot
+from gpt2box.system.host import is_wsl
+from gpt2box.utils.progress import counted
+
+# Read when CUDA starts. Cards are numbered as NVML does; CUDA's own order is the fastest first.
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+# One growing segment in place of many fixed ones, so that what is planned fits without gaps. The name changed in 2.9.
+# Not on WSL2, where some cards' drivers before R615 refuse the first piece of memory then (PyTorch's issue 192330).
+SINCE_2_9 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
+if not is_wsl():
+    os.environ.setdefault("PYTORCH_ALLOC_CONF" if SINCE_2_9 else "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# As cuBLAS, cuDNN, CUDA, its driver, Triton, NCCL and a compiler that tries kernels out have it.
+NO_CARD_MEMORY = re.compile(
+    r".*(CU(BLAS|DNN)_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED when calling .?cublasCreate|"
+    r"(CUDA( driver)? error|Triton Error \[CUDA\]|OutOfMemoryError): (CUDA )?out of memory|"
+    r"Cuda failure .*out of memory).*"
+)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`; a card always with its number, as PyTorch 2.4's
+    mem_get_info and set_device want it.
+
+    Raises:
+        BadInput: none of these.
+        MachineCannot: no such GPU.
+    """
+    if not re.fullmatch(DEVICES, wanted):
+        raise BadInput(f"device {wanted!r}", "auto, cpu, cuda or cuda:N")
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    device = torch.device("cuda", int(wanted.partition(":")[2] or 0))
+    if device.index >= torch.cuda.device_count():
+        raise MachineCannot(
+            f"device {wanted}: PyTorch sees {torch.cuda.device_count()} GPUs",
+            "an NVIDIA GPU with its driver (nvidia-smi lists it)",
+            "--device cpu, or in a container: --gpus all",
+        )
+    return device
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that computes in it, float32 elsewhere; or what is asked for."""
+    if wanted == "auto":
+        # By capability: torch.cuda.is_bf16_supported() also counts slow emulation on older cards.
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if fast else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[wanted]
+
+
+def choose_compile(wanted: bool | str, device: torch.device) -> tuple[bool, str]:
+    """Whether to use torch.compile, and a message where a compiler is missing."""
+    if wanted is False or (wanted == "auto" and device.type == "cpu"):
+        return False, ""
+    missing = [] if shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc") else ["a C compiler (gcc)"]
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        missing.append("Triton")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+        missing.append("a GPU of compute capability 7.0 or more")
+    if device.type == "cuda" and not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        missing.append("Python's headers (python3-dev)")
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        missing = ["a C++ compiler (g++)"]
+    if missing:
+        return False, f"torch.compile needs {' and '.join(missing)}, not found here: going on without it, slower"
+    return True, ""
+
+
+@contextmanager
+def card_memory_named() -> Iterator[None]:
+    """Have what cuBLAS, Triton and CUDA itself say of a card whose memory ran out be what PyTorch's allocator says.
+
+    cuBLAS asks for memory when it is first used, which may be in the first backward pass (PyTorch's issue 128601).
+
+    Raises:
+        torch.cuda.OutOfMemoryError: memory ran out.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = NO_CARD_MEMORY.search(str(error))
+        if isinstance(error, torch.cuda.OutOfMemoryError) or not said:
+            raise
+        raise torch.cuda.OutOfMemoryError(said[0].strip()) from None
+
+
+def describe(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory so far: reserved on the GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,54 @@
+"""What an error of the system that nobody expected there means; nothing for what only a bug can be."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+from gpt2box.errors import BadInput, Gpt2boxError, MachineCannot, VolumeUnwritable
+
+# What a failing or vanished disk, drive or network share says.
+DISK_FAULTS = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO, errno.ESHUTDOWN)
+# What a limit of the system says, with what is expected and what to do.
+OPEN_FILES = ("fewer open files", "ulimit -n 4096, and the same command again")
+LIMITS = {
+    errno.EMFILE: OPEN_FILES,
+    errno.ENFILE: OPEN_FILES,
+    errno.EAGAIN: ("room for another process", "close other programs, or raise the limits (ulimit -a)"),
+}
+
+
+def fault_of(error: OSError) -> Gpt2boxError | None:
+    """What a refusal of the system that nobody expected there means; nothing for what only a bug can be."""
+    what = f"{error.filename or 'a file'}: {error.strerror}"
+    names = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
+    if error.errno in names or (error.errno == errno.EINVAL and error.filename):
+        return BadInput(f"cannot use {what}", "a file where a file belongs, a folder where a folder does")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return VolumeUnwritable(f"cannot write {what}", "free space on a disk that may be written")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return VolumeUnwritable(f"cannot open {what}", f"permission for uid {os.getuid()}")
+    if error.errno == errno.EFBIG:
+        return VolumeUnwritable(f"cannot write {what}", "a file system and a limit (ulimit -f) for files of that size")
+    if error.errno in DISK_FAULTS:
+        return VolumeUnwritable(f"cannot read or write {what}", "a disk that works; the system's log may say more")
+    if error.errno in LIMITS:
+        return MachineCannot(f"the system refuses: {what}", *LIMITS[error.errno])
+    return None
+
+
+def card_is_full(error: Exception) -> Gpt2boxError | None:
+    """Where a card's memory ran out; nothing for any other error."""
+    if "gpt2box.system.device" in sys.modules:  # else no card was used
+        import torch
+
+        from gpt2box.system.device import NO_CARD_MEMORY
+
+        if isinstance(error, torch.cuda.OutOfMemoryError) or NO_CARD_MEMORY.search(str(error)):
+            return MachineCannot(
+                "out of memory on the card",
+                "free memory of the card",
+                "close other programs on it (gpt2box monitor), or --device cpu",
+            )
+    return None

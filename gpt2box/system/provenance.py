@@ -1,0 +1,111 @@
+"""What a run was made with: versions, code, machine. Named one by one, so nothing secret is ever among it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gpt2box
+from gpt2box.system import host
+from gpt2box.system.device import describe
+from gpt2box.system.gpu import ask_driver
+
+ROOT = Path(__file__).resolve().parents[2]
+STACKS = ("cpu", "cu121", "cu13x")
+PACKAGES = ("torch", "triton", "numpy", "tiktoken", "safetensors", "click", "pydantic")
+# What changes numbers or kernels. None of these holds a secret; HF_TOKEN and the like are not looked at.
+ENVIRONMENT = (
+    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE",
+    "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT",
+    "TORCHINDUCTOR_MAX_AUTOTUNE", "TORCHINDUCTOR_DETERMINISTIC", "NCCL_ALGO", "NCCL_PROTO",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
+)  # fmt: skip
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """For a run's manifest.json: a session's part."""
+    return {
+        "gpt2box": gpt2box.__version__,
+        "git": git_state(),
+        "image": os.environ.get("GPT2BOX_IMAGE", ""),  # stack, version, revision and the lock's sha256
+        "locks": lock_digests(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": describe(device),
+        "gpu": gpu_facts(device),
+        "cpu": cpu_facts(),
+        "packages": packages(),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+    }
+
+
+def git_state() -> str:
+    """The revision of a source checkout, with `+changes` for uncommitted ones; empty elsewhere."""
+    if not (ROOT / ".git").exists():
+        return ""
+    try:
+        revision, changes = (
+            subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, timeout=10, check=True).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return revision.strip() + ("+changes" if changes.strip() else "")
+
+
+def lock_digests() -> dict[str, str]:
+    """sha256 of each stack's lock files, one after the other (as scripts/box.sh has it); in an image, of its own."""
+    image = os.environ.get("GPT2BOX_IMAGE", "").split()
+    if len(image) == 4:
+        return {image[0]: image[3]}
+    found = {}
+    for stack in STACKS:
+        if locks := sorted((ROOT / "requirements").glob(f"{stack}*.lock")):
+            found[stack] = hashlib.sha256(b"".join(path.read_bytes() for path in locks)).hexdigest()
+    return found
+
+
+def packages() -> dict[str, str]:
+    """Versions of what the numbers come from, and one sha256 over the names and versions of all that is installed."""
+    every = {
+        (each.metadata["Name"] or "").lower(): each.version
+        for each in importlib.metadata.distributions()
+        # setuptools, which torch.compile imports, puts what it brings along on the path for the rest of the process
+        if "_vendor" not in Path(str(each.locate_file(""))).parts
+    }
+    listed = "".join(f"{name}=={version}\n" for name, version in sorted(every.items()))
+    chosen = {name: every[name] for name in PACKAGES if name in every}
+    chosen["torch"] = str(torch.__version__)  # with its build, such as +cu121
+    return {**chosen, "all_sha256": hashlib.sha256(listed.encode()).hexdigest()}
+
+
+def gpu_facts(device: torch.device) -> dict[str, Any]:
+    """The card and what drives it; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "driver": ask_driver().driver,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+    }
+
+
+def cpu_facts() -> dict[str, Any]:
+    """The processor, the instructions that PyTorch uses of it, and how many threads add up."""
+    return {
+        "model": host.cpu_model(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": host.cores(),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,62 @@
+"""The validation loss, and the precision that it and training share."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, closing, suppress
+
+import torch
+
+from gpt2box.data.dataloader import (
+    counted_targets,
+    inputs_and_targets,
+    page_locked,
+    read_windows,
+    upload,
+    val_window_starts,
+)
+from gpt2box.data.dataset import Dataset, TokenFile
+from gpt2box.distributed.fsdp import end_pass, is_split
+from gpt2box.distributed.group import Group
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.planner.run_plan import RunPlan
+from gpt2box.system.device import card_memory_named
+
+
+def autocast(plan: RunPlan) -> AbstractContextManager[object]:
+    """bfloat16 products where the plan says so; weights stay float32."""
+    wanted = plan.dtype == "bfloat16"
+    return torch.autocast(torch.device(plan.device).type, torch.bfloat16, enabled=wanted, cache_enabled=False)
+
+
+@torch.no_grad()
+def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan, group: Group) -> tuple[float, str]:
+    """Mean loss over the fixed validation windows, and that set's name. Each rank of the group takes its share."""
+    windows = val_window_starts(dataset.tokens("val"), plan.shape.block_size, plan.eval_windows)
+    starts = windows[group.ranks.rank :: group.ranks.count]
+    # Where weights are split, all ranks put them together as often: one that has a window less looks at another's.
+    share = -(-len(windows) // group.ranks.count) if is_split(model) else len(starts)
+    total, weights = torch.zeros((), device=plan.device), 0.0
+    was_training = model.training
+    model.eval()
+    begin, count, device = 0, plan.eval_batch_size, torch.device(plan.device)
+    with closing(TokenFile(dataset.folder / "val.bin")) as file, autocast(plan):
+        while begin < share:
+            chosen = [int(start) for start in starts[begin : begin + count]]
+            batch = read_windows(file, chosen or [int(windows[0])], plan.shape.block_size, plan.shape.vocab_size)
+            # The device works on the windows before while these are read: nothing here waits for it.
+            inputs, targets = inputs_and_targets(upload(page_locked(batch) if device.type == "cuda" else batch, device))
+            loss = None
+            halves = [torch.cuda.OutOfMemoryError] if count > 1 and not is_split(model) else []
+            with suppress(*halves), card_memory_named():
+                loss = model(inputs, targets)
+            if loss is None:
+                torch.cuda.empty_cache()
+                count = max(count // 2, 1)
+                continue
+            weight = counted_targets(batch) / plan.shape.block_size if chosen else 0.0
+            total, weights = total + loss * weight, weights + weight
+            begin += count
+    model.train(was_training)
+    end_pass(model)
+    loss, weights = group.sums(float(total), weights)
+    return loss / max(weights, 1e-9), f"{dataset.digest}/{len(windows)}x{plan.shape.block_size}"

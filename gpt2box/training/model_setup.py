@@ -1,0 +1,99 @@
+"""The network and its optimizer on the device, whole or split over the ranks, and the values that they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from gpt2box.distributed import fsdp
+from gpt2box.distributed.group import Group
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.model.lora import add_adapters
+from gpt2box.optim.factory import Optimizer, make_optimizer
+from gpt2box.planner.run_plan import RunPlan
+from gpt2box.system.host import memory_while
+
+MOST_WAYS = 64  # compiled: PyTorch would go on without the compiler from the ninth on, and not say it
+
+
+def empty_model(plan: RunPlan) -> GPT2:
+    """The network without values, as the plan has it."""
+    weights_dtype = getattr(torch, plan.weights_dtype)
+    if plan.shard:
+        model = GPT2.outline(plan.shape, plan.dropout, weights_dtype)
+        fsdp.split(model, torch.device(plan.device), plan.ranks, plan.compile)
+    else:
+        model = GPT2.empty(plan.shape, plan.dropout, plan.device, weights_dtype)
+    configure(model, plan)
+    if plan.lora_rank:
+        add_adapters(model, plan.lora_rank, plan.lora_alpha, plan.seed)
+    return model
+
+
+def configure(model: GPT2, plan: RunPlan) -> None:
+    """What trades memory for time."""
+    model.activation_checkpointing = plan.activation_checkpointing
+    model.loss_chunk_tokens = plan.loss_chunk_tokens
+
+
+class CompiledGPT2(nn.Module):
+    """GPT-2 with its blocks compiled as one graph. The loss stays outside and runs chunk by chunk.
+
+    Inside the graph, Inductor undoes the loss's chunks and keeps them all (0.5 to 4 GiB more at 4 to 16 × 1024
+    tokens), unrolls them (93 s to compile 8 chunks, 36 s for 4), and PyTorch 2.4 does not compile it in bfloat16 at
+    all: its addmm fusion adds a bfloat16 product to the float32 gradient.
+    """
+
+    def __init__(self, model: GPT2) -> None:
+        super().__init__()
+        self.model = model
+        self.hidden = torch.compile(model.hidden, dynamic=False)
+
+    def forward(self, ids: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
+        """Compute the same loss as GPT2.forward."""
+        return self.model.loss(self.hidden(ids), targets, scale)
+
+
+def through_compiler(model: GPT2) -> CompiledGPT2:
+    """Compile the model, anew for each way of doing the steps (ladder.py) and never for sizes that vary.
+
+    So kernels, and with them bits, are those of a run that began in that way.
+    """
+    from torch._dynamo import config
+
+    config.cache_size_limit = max(config.cache_size_limit, MOST_WAYS)
+    # Cutting the graph where DistributedDataParallel sends a bucket: older versions cannot, and see Group.parallel.
+    config.optimize_ddp = False
+    return CompiledGPT2(model)
+
+
+def fill(
+    model: GPT2, optimizer: Optimizer, plan: RunPlan, group: Group, values: Callable[[GPT2, Optimizer], None]
+) -> None:
+    """Have the first rank put values into them, and all others the same.
+
+    Where they are split, `values` has them whole, in the memory of the first rank's host: weights and averages once.
+
+    Raises:
+        MachineCannot: the first rank's host has no memory for the whole ones.
+        Gpt2boxError: as `values` does.
+    """
+    if not plan.shard:
+        group.from_first(lambda: values(model, optimizer))
+        return group.send(model, optimizer)
+    whole_ones: list[tuple[GPT2, Optimizer]] = []
+
+    def make_whole() -> None:
+        if torch.cuda.is_available():  # a snapshot's page-locked memory, after a return to a checkpoint
+            getattr(torch._C, "_host_emptyCache", lambda: None)()
+        on_host = replace(plan, device="cpu", shard=False)
+        with memory_while("all weights and averages are made, to be dealt out"):
+            whole_model = empty_model(on_host)
+            whole_ones.append((whole_model, make_optimizer(whole_model, on_host)))
+            values(*whole_ones[0])
+
+    group.from_first(make_whole)
+    fsdp.deal(model, optimizer, whole_ones[0] if whole_ones else None)

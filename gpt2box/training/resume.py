@@ -1,0 +1,229 @@
+"""How a training job begins: its dataset, the checkpoint it goes on from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from gpt2box.checkpoint import retention
+from gpt2box.checkpoint.fingerprint import checksum
+from gpt2box.checkpoint.metadata import TrainState, parse_state, write_state
+from gpt2box.config.loader import read_yaml
+from gpt2box.config.schema import CHANGEABLE, Config
+from gpt2box.data.dataloader import check_long_enough
+from gpt2box.data.dataset import SPLITS, Dataset, open_dataset
+from gpt2box.data.dataset_folder import check_content
+from gpt2box.data.pretrained import shape_in
+from gpt2box.data.tokenizer import load, prompt_ids
+from gpt2box.distributed.group import Group
+from gpt2box.errors import BadInput, Damaged
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.optim.factory import Optimizer
+from gpt2box.preflight.requirements import bring, has_dataset
+from gpt2box.runs import metrics
+from gpt2box.runs.manifest import WORTH_A_WORD, about_dataset, check_unchanged, read_manifest, same_tokens, stamps_of
+from gpt2box.runs.sessions import as_of, sessions_in
+from gpt2box.utils.files import locked, mark, read_object, regular, whole
+from gpt2box.utils.paths import dataset_dir, make_writable, shown
+from gpt2box.utils.progress import kept_log, say, size
+from gpt2box.utils.signals import raised
+
+
+def bring_dataset(config: Config, text: Path | None, group: Group) -> Dataset:
+    """The dataset, made where it is not there yet; the same on all ranks.
+
+    Raises:
+        BadInput: it is too short, lacks the prompt's characters, or is another on another machine.
+    """
+
+    def needed() -> None:
+        if text or not has_dataset(config):
+            with raised():
+                bring(config, text)
+
+    group.on_each_machine(needed)
+    dataset = open_dataset(dataset_dir(config.dataset))
+    check_long_enough({split: dataset.tokens(split) for split in SPLITS}, config.block_size)
+    prompt_ids(dataset.tokenizer, config.sample_prompt)
+    if len(set(group.gathered(dataset.digest))) > 1:
+        raise BadInput(
+            f"the dataset {config.dataset} is not the same on all machines", "equal copies, or a shared folder"
+        )
+    return dataset
+
+
+# In log.txt, how job.report has it.
+ENDED = re.compile(r".{21}([^ ]+: (finished|stopped early.*) at step [1-9]|stopped by .* at step [1-9].*, saved$)")
+Found = tuple[Path, TrainState, list[Damaged]]
+
+
+def take(config: Config, run: Path, held: ExitStack) -> str:
+    """Take the run's lock and keep its log, as long as `held` is; returns the lock's mark."""
+    make_writable(run)
+    held.enter_context(locked(run / ".lock", f"the run {config.name} is being trained"))
+    held.enter_context(kept_log(run / "log.txt"))
+    return mark(run / ".lock")
+
+
+def begin(config: Config, dataset: Dataset, run: Path, allow: Sequence[str]) -> tuple[Found | None, dict[str, Any]]:
+    """The checkpoint to go on from, if there is one, and the settings that were changed."""
+    if stamps_of(dataset) != read_manifest(run).get("checked"):
+        check_dataset(dataset)
+    found, changed = retention.newest(run / "checkpoints"), {}
+    if not found:
+        check_none_lost(run)
+    else:
+        changed = check_unchanged(config, dataset, run, allow, found[1].step)
+        check_network(run, found[0], dataset)
+        if changed.keys() & set(CHANGEABLE):
+            forget_losses(found[0])
+            found[1].recent_losses = []
+        retention.point_to_last_and_best(run / "checkpoints", found[1])
+        announce_resume(config, *found)
+    return found, changed
+
+
+def check_dataset(dataset: Dataset) -> None:
+    """Whether its files are what was written: at a run's beginning, and after they were touched.
+
+    Raises:
+        Damaged: one is not.
+    """
+    size_bytes = sum(count for count, _ in stamps_of(dataset).values())
+    if dataset.manifest and size_bytes > WORTH_A_WORD:
+        say(f"comparing {size(size_bytes)} of tokens with their checksums")
+    check_content(dataset.folder, dataset.manifest)
+
+
+def unchanged(dataset: Dataset, run: Path) -> Callable[[], None]:
+    """What looks, while a run goes on, whether the dataset is still the one that it began with.
+
+    Raises:
+        Damaged: its files were touched, and are not what they were.
+    """
+    known = stamps_of(dataset)
+
+    def check() -> None:
+        nonlocal known
+        now = stamps_of(dataset)
+        if now == known:
+            return
+        noted = read_manifest(run).get("dataset")
+        if now and dataset.manifest:
+            check_content(dataset.folder, dataset.manifest)
+        elif not (
+            now and noted and same_tokens(noted["splits"], about_dataset(open_dataset(dataset.folder), {})["splits"])
+        ):
+            raise Damaged(
+                f"the dataset {dataset.folder} was changed or removed while the run trained",
+                "the same tokens until the end",
+                "put it back; the same command then goes on from the last checkpoint",
+            )
+        known = now
+
+    return check
+
+
+def check_none_lost(run: Path) -> None:
+    """Before a run begins that has no checkpoint: whether it had one. One that was killed before may begin anew.
+
+    Raises:
+        Damaged: it went so far that the first had been written.
+    """
+    interval, step, best = save_interval_of(run), 0, set()
+    for row in metrics.stream(run / "metrics.jsonl"):
+        step = max(step, row["step"] if row["kind"] == "train" else 0)
+        if row.get("best") and row["step"] % interval:
+            best.add(row["step"])
+    saves = (step - 1) // interval + sum(0 < each < step for each in best)
+    began = max((session["step"] for session in sessions_in(read_object(run / "manifest.json"))), default=0)
+    if saves < 2 and not began and not ended_with_one(run):  # the second save waits for the first
+        return
+    reached = f"to step {max(step, began):,}" if step or began else "before"
+    raise Damaged(
+        f"{run.name} was trained {reached}, and its checkpoints are gone",
+        f"them in {shown(run / 'checkpoints')}",
+        f"mount their disk or put them back; to begin anew: another --name, or remove {shown(run)}",
+    )
+
+
+def save_interval_of(run: Path) -> int:
+    """As its last session had it, wherever that is kept; where it is not known, more than any run's steps."""
+    plan, manifest, settings = read_object(run / "plan.json"), read_object(run / "manifest.json"), {}
+    with suppress(BadInput):
+        settings = read_yaml(run / "config.yaml")
+    kept_in = (plan, settings, manifest.get("settings"))
+    found = [whole(each.get("save_interval")) for each in kept_in if isinstance(each, dict)]
+    return next((interval for interval in found if interval > 0), 2**63)
+
+
+def ended_with_one(run: Path) -> bool:
+    """Whether the log has that a session ended after a step: it had saved."""
+    with suppress(OSError), open(run / "log.txt", encoding="utf-8", errors="replace", opener=regular) as log:
+        return any(ENDED.match(line) for line in log)
+    return False
+
+
+def check_network(run: Path, folder: Path, dataset: Dataset) -> None:
+    """Whether a checkpoint that is whole is of this run's network and vocabulary: it might be another run's.
+
+    Raises:
+        Damaged: what is other.
+    """
+    plans = [read_object(run / "plan.json"), read_manifest(run).get("plan")]
+    shapes = [plan["shape"] for plan in plans if isinstance(plan, dict) and isinstance(plan.get("shape"), dict)]
+    found, known = asdict(shape_in(folder)), shapes[0] if shapes else {}
+    if differing := [key for key in found if key in known and known[key] != found[key]]:
+        lines = ", ".join(f"{key} {found[key]}" for key in differing)
+        wanted = ", ".join(f"{key} {known[key]}" for key in differing)
+        raise not_this_runs(folder, f"config.json has {lines}", f"the run's network: {wanted}")
+    if load(folder).vocabulary() != dataset.tokenizer.vocabulary():
+        raise not_this_runs(folder, "another vocabulary than the dataset's", f"that of {dataset.folder}")
+
+
+def check_is_this_runs(run: Path, folder: Path, step: int, model: GPT2, optimizer: Optimizer) -> None:
+    """Whether weights and averages, as they were read of a checkpoint, are those that the run noted after that step.
+
+    Raises:
+        Damaged: they are others.
+    """
+    sessions = sessions_in(read_manifest(run))
+    if not sessions or as_of(sessions, step - 1)["way"].get("shard"):
+        return  # ranks that share a tensor may come to another sum
+    rows = metrics.stream(run / "metrics.jsonl")
+    noted = {row.get("digest") for row in rows if row["kind"] == "train" and row["step"] == step} - {None}
+    if noted and checksum(model, optimizer) not in noted:
+        raise not_this_runs(
+            folder, f"other weights than metrics.jsonl has noted for step {step:,}", "the run's own; is it another's?"
+        )
+
+
+def not_this_runs(folder: Path, found: str, expected: str) -> Damaged:
+    """What to say of a checkpoint that is whole and does not belong there."""
+    return Damaged(
+        f"{folder}: {found}",
+        expected,
+        f"move it away, and the run goes on from the one before; or begin another run from it: --init-from {folder}",
+    )
+
+
+def forget_losses(folder: Path) -> None:
+    """With another dropout, say, a loss far above those before is none that must not be.
+
+    On the disk, and before config.yaml has the change: a run that is killed now goes on as one that is not. Earlier
+    checkpoints keep theirs, with which the steps after them were done.
+    """
+    state, files = parse_state(folder)
+    write_state(folder, replace(state, recent_losses=[]), files)
+
+
+def announce_resume(config: Config, folder: Path, state: TrainState, passed_over: list[Any]) -> None:
+    """Say where the run goes on, and which checkpoints were damaged."""
+    for fault in passed_over:
+        say(f"note: passed over a damaged checkpoint: {fault.found}")
+    if state.step < config.max_steps:
+        say(f"resuming from {folder} at step {state.step:,}")

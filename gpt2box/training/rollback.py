@@ -1,0 +1,195 @@
+"""Back to a checkpoint: after too many bad steps, where memory ran out half-way; and what a dead GPU says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt2box.checkpoint import retention
+from gpt2box.checkpoint import writer as checkpoint
+from gpt2box.checkpoint.metadata import Rollback, TrainState, parse_state, read_state, write_state
+from gpt2box.errors import BadInput, Damaged, Gpt2boxError, MachineCannot, TryAgain, VolumeUnwritable
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.optim.factory import Optimizer
+from gpt2box.optim.loss_spikes import MOST_BAD_STEPS
+from gpt2box.planner.run_plan import RunPlan
+from gpt2box.runs.metrics import reason
+from gpt2box.system.host import memory_ran_out
+from gpt2box.training.model_setup import fill
+from gpt2box.utils.files import check_mark
+from gpt2box.utils.paths import checkpoints, shown, step_of
+from gpt2box.utils.progress import say
+from gpt2box.utils.ranks import ranks
+
+if TYPE_CHECKING:
+    from gpt2box.training.trainer import Job
+
+MOST_ROLLBACKS = 3  # to one checkpoint; a run that gets to the next has made progress
+
+# In what CUDA, cuBLAS and NCCL say of a card that answers no more; out of memory is none of them.
+GPU_FAULTS = re.compile(
+    r"(cuda|cublas|cudnn|nccl|nvidia).*(unspecified launch failure|illegal memory access|illegal instruction|"
+    r"uncorrectable|\becc\b|device.*lost|lost.*device|fallen off the bus|hardware stack error|misaligned address|"
+    r"launch timed out|device-side assert|device not ready|no longer (available|accessible)|unknown error|"
+    r"no cuda-capable device|busy or unavailable|invalid program counter|not supported on global/shared address space|"
+    r"driver shutting down|execution_failed|internal_error|mapping of buffer object failed|contained|xid)",
+    re.IGNORECASE | re.DOTALL,
+)
+ADVICE = re.compile(r"compile with `TORCH_USE_CUDA_DSA`.*", re.IGNORECASE)  # at the end of all that CUDA says, in 2.4
+
+
+class HalfDoneStep(Exception):
+    """Memory ran out when some weights had taken the step and others had not: back to the last checkpoint."""
+
+
+class TooManyBad(Exception):
+    """MOST_BAD_STEPS in a row were bad, up to `step`: back to a good checkpoint."""
+
+    def __init__(self, step: int, left_out: str, spikes: int) -> None:
+        super().__init__(step)
+        self.step, self.left_out, self.spikes, self.reason = step, left_out, spikes, reason(MOST_BAD_STEPS, spikes)
+
+
+def back_to_last(job: Job) -> None:
+    """Go on from the newest checkpoint."""
+    found = retention.newest(job.run / "checkpoints")
+    assert found, "with optimizer_in_backward, the first evaluation saves"
+    job.state = found[1]
+    checkpoint.restore(found[0], job.model, job.optimizer, job.state)
+    say(f"  some weights had taken that step already: going on from {shown(found[0])}")
+
+
+def back_to_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState]:
+    """The newest good checkpoint, from which to go on with the data that come after those that led to the bad steps.
+
+    The same weights with the same data would end in the same; and where the data are not at fault, others shake a run
+    out of a bad spot (Chowdhery et al. 2022, 5.1, who passed over 200 to 500 batches). What is passed over is noted in
+    the checkpoint's state.json before training goes on, and in each later one's.
+
+    Raises:
+        BadInput: there is none, or it and the one before were gone back to MOST_ROLLBACKS times.
+        VolumeUnwritable: its state cannot be written.
+    """
+    check_mark(job.run / ".lock", job.mark)
+    folder, state, past = newest_good(job, trouble)
+    left_out = trouble.step + job.state.data_step - job.state.step - state.data_step
+    state.rollbacks.append(Rollback(state.step, left_out, past))
+    state.seconds = max(state.seconds, job.state.seconds)  # of training that is not undone
+    for path in reversed(checkpoints(folder.parent)):
+        if step_of(path) > state.step:
+            retention.remove(path)
+    write_state(folder, state, parse_state(folder)[1])
+    retention.point_to_last_and_best(folder.parent, state)
+    say(
+        f"step {trouble.step:,}: {trouble.reason}, {MOST_BAD_STEPS} steps in a row ({trouble.left_out}): "
+        f"back to {shown(folder)}, passing over the data of {left_out:,} steps"
+        + (f"; {MOST_ROLLBACKS} returns to that of step {past:,} did not help" if past else "")
+    )
+    return folder, state
+
+
+def go_back(job: Job, trouble: TooManyBad) -> None:
+    """To a good checkpoint, which the first rank reads and sends."""
+
+    folder, state = job.group.from_first(lambda: back_to_good(job, trouble))
+    job.state = state
+
+    def read(model: GPT2, optimizer: Optimizer) -> None:
+        checkpoint.restore(folder, model, optimizer, state)
+
+    fill(job.model, job.optimizer, job.plan, job.group, read)
+
+
+def newest_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState, int]:
+    """The newest whole checkpoint to go back to, and the step of one that is given up for it, or 0.
+
+    One is given up after MOST_ROLLBACKS returns: what is wrong may have begun before it. Only for the one before, as
+    `prune` keeps two; whether there is a third may depend on when the run was interrupted.
+    """
+    past = 0
+    paths = [path for path in checkpoints(job.run / "checkpoints") if step_of(path) <= trouble.step]
+    for path, _ in retention.anchors(paths, job.plan.save_interval):
+        try:
+            state = read_state(path)
+        except Damaged as fault:
+            say(f"note: passed over a damaged checkpoint: {fault.found}")
+            continue
+        returns = [rollback for rollback in state.rollbacks if rollback.step == state.step]
+        if len(returns) < MOST_ROLLBACKS:
+            return path, state, past
+        if past or any(rollback.past for rollback in returns):
+            raise no_way_on(job, trouble, path)
+        past = state.step
+    raise no_way_on(job, trouble, job.run / "checkpoints" / retention.folder_name(past) if past else None)
+
+
+def no_way_on(job: Job, trouble: TooManyBad, tried: Path | None) -> BadInput:
+    """What to say where going back does not help."""
+    again = f", also after {MOST_ROLLBACKS} returns to {tried} with other data" if tried else ""
+    last = job.run / "checkpoints" / "last"
+    usual = "a too high learning rate or damaged weights are the usual cause"
+    meant = "; if such a rise is right, --spike-sigma 0 --allow-change spike-sigma" if trouble.spikes else ""
+    return BadInput(
+        f"step {trouble.step}: {trouble.reason}, {MOST_BAD_STEPS} steps in a row ({trouble.left_out}){again}",
+        f"finite numbers{' near those before' if trouble.spikes else ''}; {usual}",
+        f"try --learning-rate {job.plan.learning_rate / 2:g} or --dtype float32 under another --name"
+        + (f"; the last good checkpoint is {last.resolve()}" if last.exists() else "")
+        + meant,
+    )
+
+
+def out_of_memory(plan: RunPlan) -> MachineCannot:
+    """What to do where even the way that takes least does not fit, or another rank is in the midst of the step."""
+    if plan.shard:
+        less = next((n for n in range(plan.micro_batch_size - 1, 0, -1) if plan.micro_batch_size % n == 0), 0)
+        flags = f"--micro-batch-size {less} " if less else ""
+        flags += "" if plan.activation_checkpointing == "full" else "--activation-checkpointing full"
+        return MachineCannot(
+            f"rank {ranks().rank}: out of memory with micro_batch_size {plan.micro_batch_size}, "
+            f"activation_checkpointing {plan.activation_checkpointing}, in a step of all ranks, that share the weights",
+            "as much free memory on each GPU as at the beginning, and a plan that holds (it is estimated)",
+            f"{flags.strip() or 'more GPUs'}: goes on from the last checkpoint with less on each",
+        )
+    if plan.ranks > 1:
+        return MachineCannot(
+            f"rank {ranks().rank}: out of memory with micro_batch_size {plan.micro_batch_size}, in a step of all ranks",
+            "as much free memory on each GPU as at the beginning (other programs' share counts: gpt2box monitor)",
+            "the same command goes on from the last checkpoint, in a way that takes less if need be",
+        )
+    return MachineCannot(
+        f"out of memory with micro_batch_size {plan.micro_batch_size}, block_size {plan.shape.block_size}, "
+        f"activation_checkpointing {plan.activation_checkpointing}, and no way is left that takes less",
+        "memory for one sequence (other programs' share counts: gpt2box monitor)",
+        "close other programs; the same command then goes on from the last checkpoint",
+    )
+
+
+def machine_fault(error: BaseException, job: Job) -> Gpt2boxError | None:
+    """An error of the machine's own in our words; None where it is another one, which is a bug.
+
+    Nothing is saved from a device that has failed: what it would give is not to be trusted.
+    """
+    text = str(error)
+    if isinstance(error, OSError):
+        try:
+            check_mark(job.run / ".lock", job.mark)
+        except VolumeUnwritable as fault:
+            return fault
+        return None  # cli.py knows what disks say
+    last = job.run / "checkpoints" / "last"
+    resumes = f"from {shown(last.resolve())}" if last.exists() else "from the beginning"
+    if memory_ran_out(error):
+        return MachineCannot(
+            f"the machine's own memory ran out in step {job.state.step + 1:,}",
+            "free memory (docs/memory.md)",
+            f"close other programs; the same command goes on {resumes}",
+        )
+    if isinstance(error, RuntimeError) and GPU_FAULTS.search(ADVICE.sub("", text)):
+        first = text.strip().splitlines()[0]
+        return TryAgain(
+            f"the GPU failed in step {job.state.step + 1:,}: {first}",
+            "a GPU that answers; `sudo dmesg | grep -i xid` names the fault",
+            f"the same command goes on {resumes}; if it comes again: a reboot, then power, heat, memory of the card",
+        )
+    return None

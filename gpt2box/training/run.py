@@ -1,0 +1,348 @@
+"""A training job from settings to report: what `gpt2box train` does, in order."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2box.checkpoint import retention
+from gpt2box.checkpoint import writer as checkpoint
+from gpt2box.checkpoint.metadata import TrainState, check_model
+from gpt2box.config import loader
+from gpt2box.config.schema import Config
+from gpt2box.data.dataset import Dataset
+from gpt2box.data.pretrained import pretrained_folder, shape_in, shape_on
+from gpt2box.data.tokenizer import prompt_ids
+from gpt2box.distributed.group import Group, Silence, joined
+from gpt2box.evaluation.memorization import by_heart, read_by_heart, side_by_side
+from gpt2box.model.decoder import Decoder
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.model.hf_weights import load_hub
+from gpt2box.model.sampling import Choice, generate
+from gpt2box.model.shape import ModelShape
+from gpt2box.optim.factory import Optimizer, make_optimizer
+from gpt2box.planner.run_plan import RunPlan, make_plan
+from gpt2box.planner.search import check_shared
+from gpt2box.preflight.preflight import check_gpu
+from gpt2box.report.loss_plot import loss_png
+from gpt2box.report.page import published, report_page
+from gpt2box.runs import wandb
+from gpt2box.runs.manifest import checked_allowance, say_what_may_change_bits, write_records
+from gpt2box.runs.sessions import session_of
+from gpt2box.system.determinism import make_deterministic
+from gpt2box.system.device import card_memory_named, choose_compile, choose_device, choose_dtype
+from gpt2box.system.host import memory_while
+from gpt2box.system.provenance import provenance
+from gpt2box.training.console import Display
+from gpt2box.training.evaluate import evaluate
+from gpt2box.training.execution import check_split, choose_way, device_of, place_for, shared, ways_down
+from gpt2box.training.model_setup import empty_model, fill
+from gpt2box.training.resume import begin, bring_dataset, check_is_this_runs, take, unchanged
+from gpt2box.training.rollback import HalfDoneStep, TooManyBad, back_to_last, go_back, machine_fault, out_of_memory
+from gpt2box.training.trainer import Job, train
+from gpt2box.utils.files import write_atomically
+from gpt2box.utils.paths import in_image, make_writable, run_dir, shown, text_path
+from gpt2box.utils.progress import called, counted, duration, kept_log, say, size
+from gpt2box.utils.ranks import ALONE
+from gpt2box.utils.signals import StopRequest
+
+
+def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest, allow: Sequence[str] = ()) -> None:
+    """Train, or go on, or say that it is done; `allow`: settings that a run may go on with another value of.
+
+    Raises:
+        Gpt2boxError: see errors.py; nothing is written before settings, dataset and device are checked.
+    """
+    allowed = checked_allowance(allow)
+    with joined() as group:
+        config, notes = group.from_first(lambda: loader.load(argument, flags))
+        run_in(group, config, notes, text_path(str(flags.get("dataset") or "")), argument, stop, allowed)
+
+
+def run_config(config: Config, argument: str, stop: StopRequest) -> None:
+    """The same, of settings that are read, whose dataset is there; `argument`: what the user gave."""
+    with joined() as group:
+        run_in(group, config, [], None, argument, stop)
+
+
+def run_in(
+    group: Group,
+    config: Config,
+    notes: Sequence[str],
+    text: Path | None,
+    argument: str | None,
+    stop: StopRequest,
+    allow: Sequence[str] = (),
+) -> None:
+    """The same, on each rank of a group; `text`: what the dataset is made from."""
+    group.from_first(lambda: check_shared(config, group.ranks.count))
+    wanted = device_of(config.device, group.ranks)
+    check_gpu(wanted)
+    group.from_first(lambda: wandb.check(config.wandb))
+    dataset = bring_dataset(config, text, group)
+    device = choose_device(wanted)
+    compile_model, note = choose_compile(config.compile if config.may_compile else False, device)
+    for line in [*notes, *([note] if note else [])]:
+        say(f"note: {line}")
+    weights, shape = group.from_first(lambda: model_shape(config, dataset))
+    dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
+    group.from_first(lambda: check_split(config, shape, group.ranks.count))
+    place = shared(group.gathered(place_for(config, shape, device, dtype, compile_model)))
+    if device.index:
+        torch.cuda.set_device(device)  # else some of the first card's memory would be held, too
+    option = group.from_first(lambda: choose_way(config, shape, place))
+    peak = place.kind.bf16_tflops if place.kind and place.on_gpu and place.dtype == "bfloat16" else 0.0
+    plan = make_plan(config, shape, dataset.tokens("train"), str(device), place.dtype, place.compiled, option, peak)
+    set_arithmetic(plan)
+
+    if config.eval_only:
+        describe_plan(config, plan, place.name)
+        return evaluate_only(config, plan, dataset, weights) if group.first else None
+    run = run_dir(config.name)
+    with ExitStack() as held:
+        mark = group.from_first(lambda: take(config, run, held))
+        describe_plan(config, plan, place.name)
+        found, changed = group.from_first(lambda: begin(config, dataset, run, allow))
+        state = found[1] if found else TrainState()
+        if state.stopped_early and (config.patience == 0 or state.evaluations_without_best < config.patience):
+            state.stopped_early = False  # the patience was raised
+        unevaluated = state.step == plan.max_steps != state.evaluated_step  # stopped by a signal in the last step
+        due = (state.step < plan.max_steps or unevaluated) and not state.stopped_early
+        if due:
+            with saying_out_of_memory(plan):
+                model = empty_model(plan)
+                optimizer = make_optimizer(model, plan)
+
+                def values(model: GPT2, optimizer: Optimizer) -> None:
+                    if not found or plan.lora_rank:
+                        initialise(model, config, weights)
+                    if found:
+                        checkpoint.restore(found[0], model, optimizer, state)
+                        check_is_this_runs(run, found[0], state.step, model, optimizer)
+
+                fill(model, optimizer, plan, group, values)
+            if group.first:
+                session = session_of(provenance(device), plan, state.step, changed)
+                if found:
+                    say_what_may_change_bits(run, session)
+                write_records(run, config, plan, dataset, session, weights)
+            sampler: Any = Sampler(config, model, dataset, run) if group.first and not plan.shard else Silence()
+            pretrained = config.init_from != "scratch"
+            ways = ways_down(config, shape, place)
+            job = Job(
+                run, plan, model, optimizer, dataset, dataset.tokenizer, state, stop, sampler, pretrained, group, ways
+            )
+            job.mark, job.check_dataset = mark, unchanged(dataset, run)
+            try:
+                with stop.awaited(), card_memory_named():
+                    train_and_go_back(job)
+            except torch.cuda.OutOfMemoryError as error:
+                raise out_of_memory(job.plan) from error
+            except (RuntimeError, MemoryError, OSError) as error:
+                if fault := machine_fault(error, job):
+                    raise fault from error
+                raise
+            state = job.state
+            if config.sample_tokens and not stop and group.first and not plan.shard:
+                look_back(config, job)
+    if not group.first:
+        return
+    with kept_log(run / "log.txt"):
+        report(config, argument, run, state, stop, plan, due)
+
+
+def set_arithmetic(plan: RunPlan) -> None:
+    """How products and sums are formed, for the rest of this process; before the first of them."""
+    if plan.deterministic:
+        make_deterministic(plan.compile)
+    if not plan.device.startswith("cpu"):
+        torch.set_float32_matmul_precision("high")  # TF32 where a product is float32
+
+
+def train_and_go_back(job: Job) -> None:
+    """Train; where a step was half taken, or too many were bad in a row, go on from a checkpoint."""
+    while True:
+        try:
+            return train(job)
+        except HalfDoneStep:
+            back_to_last(job)
+            continue
+        except TooManyBad as trouble:
+            found = trouble.with_traceback(None)  # which would hold on to the frame, and with it to what a step needs
+        go_back(job, found)
+
+
+def model_shape(config: Config, dataset: Dataset) -> tuple[Path | None, ModelShape]:
+    """The folder of the weights to begin from, if any, and the network's shape.
+
+    Raises:
+        BadInput: the settings and the weights, or the weights and the dataset, do not fit.
+    """
+    if config.init_from == "scratch":
+        shape = ModelShape(
+            **config.shape(), block_size=config.block_size, vocab_size=dataset.tokenizer.vocab_size, bias=config.bias
+        )
+        return None, shape
+    begun = retention.newest_config(run_dir(config.name) / "checkpoints")
+    if begun and not config.eval_only and not config.lora_rank:  # going on; the first weights may be gone
+        return None, shape_in(begun)
+    folder = pretrained_folder(config.init_from)
+    return folder, shape_on(config, folder, dataset.tokenizer)
+
+
+def initialise(model: GPT2, config: Config, weights: Path | None) -> None:
+    """First weights: random by the seed, or read from a folder."""
+    if weights:
+        check_model(weights)
+        load_hub(model, weights, rows=shape_in(weights).vocab_size)
+    else:
+        model.initialise(config.seed)
+
+
+def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
+    """What is about to happen, in a few lines."""
+    shape = plan.shape
+    shared_by = f" × {plan.ranks} ranks" if plan.ranks > 1 else ""
+    say(
+        f"{config.name}: {shape.n_layer} layers × {shape.n_embd} wide, {shape.n_head} heads, "
+        f"{plan.parameters:,} parameters, from {config.init_from}, on {config.dataset}"
+    )
+    say(
+        f"  {plan.tokens_per_step:,} tokens a step = {plan.micro_batch_size} × {shape.block_size} × "
+        f"{counted(plan.grad_accum_steps, 'micro-step')}{shared_by}; "
+        f"{plan.max_steps:,} steps = {plan.epochs:.2g} passes over the text"
+    )
+    if plan.lora_rank:
+        trained = shape.adapter_parameters(plan.lora_rank)
+        say(f"  trained are adapters of rank {plan.lora_rank}, {trained:,} parameters; the weights stay as they are")
+    compiled = "compiled" if plan.compile else "not compiled"
+    recompute = "" if plan.activation_checkpointing == "none" else f", {plan.activation_checkpointing} recompute"
+    say(f"  {device}; {plan.dtype}, {compiled}{recompute}; a checkpoint is {size(plan.checkpoint_bytes)}")
+    pace = plan.expected_tokens_per_sec
+    seconds = plan.max_steps * plan.tokens_per_step / pace if pace else 0
+    speed = f"{pace:,.0f} tokens/s, {duration(seconds)} to the end" if pace else ""
+    if plan.shard:
+        say("  each rank keeps a share of weights, gradients and averages; samples are left to gpt2box sample")
+    if plan.device != "cpu":
+        estimated = "" if plan.speed_measured or not speed else f"; {speed}"
+        say(f"  estimated: {size(sum(plan.memory.values()))} of the card's memory{estimated}")
+    if plan.speed_measured:
+        say(f"  measured here (gpt2box bench): {speed}")
+
+
+@contextmanager
+def saying_out_of_memory(plan: RunPlan) -> Iterator[None]:
+    """Outside training there is no way down."""
+    try:
+        with card_memory_named(), memory_while("the network is made"):
+            yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise out_of_memory(plan) from error
+
+
+def evaluate_only(config: Config, plan: RunPlan, dataset: Dataset, weights: Path | None) -> None:
+    """val_loss of the run's best checkpoint, or, where no such run began so, of the weights it would begin from."""
+    run = run_dir(config.name)
+    best = run / "checkpoints" / "best"
+    began = loader.read_yaml(run / "config.yaml").get("init_from") if (run / "config.yaml").exists() else None
+    of_run = best.exists() and began == config.init_from
+    if plan.lora_rank:  # its checkpoints have the adapters added in
+        plan = replace(plan, lora_rank=0, weights_dtype="float32")
+    plan = replace(plan, shard=False)  # the first rank evaluates by itself
+    with saying_out_of_memory(plan):
+        model = empty_model(plan)
+        if of_run:
+            load_hub(model, best)
+        else:
+            initialise(model, config, weights)
+        val_loss, val_set = evaluate(model, dataset, plan, Group(ALONE))
+    print(f"val_loss {val_loss:.4f} ({best if of_run else config.init_from}, windows {val_set})")
+
+
+class Sampler:
+    """Writes samples/step-N.txt at each evaluation and shows the beginning."""
+
+    def __init__(self, config: Config, model: GPT2, dataset: Dataset, run: Path) -> None:
+        self.config, self.model, self.tokenizer, self.run = config, model, dataset.tokenizer, run
+
+    def __call__(self, display: Display, step: int) -> None:
+        if not self.config.sample_tokens:
+            return
+        text = self.config.sample_prompt
+        prompt = prompt_ids(self.tokenizer, text)
+        ids = list(generate(Decoder(self.model), prompt, self.config.sample_tokens, Choice(), self.config.seed))
+        text += self.tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
+        folder = make_writable(self.run / "samples")
+        write_atomically(folder / f"step-{step:08d}.txt", text + "\n")
+        first_or_last = step == 0 or step >= self.config.max_steps
+        shown = text.strip().splitlines()[: None if first_or_last else 3]
+        display.sample(shown)
+
+
+def look_back(config: Config, job: Job) -> None:
+    """What the weights that `sample` takes write, before and after, and whether it is the training text by heart."""
+    step = kept_step(job.run, job.state)
+    checkpoint.load_weights(job.run / "checkpoints" / retention.folder_name(step), job.model)
+    if job.pretrained and (columns := side_by_side(job.run, step)):
+        say(columns)
+    prompt, length = config.sample_prompt, config.sample_tokens
+    try:
+        by_heart(job.run, job.model, job.dataset, prompt, length, config.seed, step)
+    except torch.cuda.OutOfMemoryError:
+        say("note: not looked for what it knows by heart: out of memory")
+
+
+def kept_step(run: Path, state: TrainState) -> int:
+    """Of the best checkpoint, or, where none was better than the beginning, of the last."""
+    return state.best_step if (run / "checkpoints" / "best").exists() else state.step
+
+
+def report(
+    config: Config, argument: str | None, run: Path, state: TrainState, stop: StopRequest, plan: RunPlan, trained: bool
+) -> None:
+    """How it ended, where everything lies, and the next command."""
+    ended = "stopped early, no better val_loss" if state.stopped_early else "finished"
+    if not trained and not stop and (run / "report.html").exists():
+        more = ["--patience", f"{2 * config.patience}"] if state.stopped_early else ["--max-steps", f"{2 * state.step}"]
+        say(f"{config.name}: {ended} at step {state.step:,} before; nothing is left to do")
+        say(f"  to train longer {again(argument, plan, *more)}")
+        return
+    picture = loss_png(run)
+    if stop:
+        retention = "saved" if (run / "checkpoints" / "last").exists() else "with nothing to save yet"
+        say(f"stopped by {stop.name} at step {state.step:,} of {plan.max_steps:,}, {retention}")
+        say(f"  to go on        {again(argument, plan)}")
+        return
+    pace = plan.expected_tokens_per_sec
+    kind = "as measured before" if plan.speed_measured else "estimated"
+    estimate = f" ({kind}: {duration(state.step * plan.tokens_per_step / pace)})" if pace else ""
+    say(f"{config.name}: {ended} at step {state.step:,} after {duration(state.seconds)} of training{estimate}")
+    if state.best_val_loss is not None:
+        expected = published(config.model_dump())
+        of_others = "" if expected is None else f" (published for this config: {expected:g})"
+        say(f"  best val_loss   {state.best_val_loss:.4f} at step {state.best_step:,}{of_others}")
+    if learned := read_by_heart(run, kept_step(run, state)):
+        say(f"  by heart        {learned.words()}")
+    say(f"  loss curve      {shown(picture)}")
+    say(f"  report          {shown(report_page(run))} (opens in a browser)")
+    best = run / "checkpoints" / "best"
+    model = best if best.exists() else run / "checkpoints" / "last"
+    if model.exists():
+        say(f"  model           {shown(model)} (a Hugging Face folder)")
+    say(f"  everything      {shown(run)}")
+    if model.exists():
+        say(f"  next            {'make sample' if in_image() else called('sample', config.name)}")
+
+
+def again(argument: str | None, plan: RunPlan, *more: str) -> str:
+    """The same command with more options: to paste, unless it is a container's or torchrun's."""
+    if in_image() or plan.ranks > 1:
+        return " ".join(["the same command again", *(["with"] if more else []), *more])
+    words = sys.argv[1:] if sys.argv[1:2] == ["train"] else ["train", *([argument] if argument else [])]
+    return f"{'' if more else 'the same command again: '}{called(*words, *more)}"

@@ -1,0 +1,333 @@
+"""The training loop: batches, accumulation, step, evaluation, checkpoints. Read `train` from the top."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from gpt2box.checkpoint import writer as checkpoint
+from gpt2box.checkpoint.async_writer import Companion, Saver, Snapshot
+from gpt2box.checkpoint.fingerprint import checksum
+from gpt2box.checkpoint.metadata import TrainState
+from gpt2box.data.dataloader import TrainWindows, counted_targets, inputs_and_targets, micro_batches, upload
+from gpt2box.data.dataset import Dataset
+from gpt2box.data.tokenizer import Tokenizer
+from gpt2box.distributed.group import Agreed, Group, Silence
+from gpt2box.errors import Gpt2boxError
+from gpt2box.model.gpt2 import GPT2
+from gpt2box.optim.factory import GuardedStep, Optimizer, learning_rate, make_update
+from gpt2box.optim.loss_spikes import BadSteps
+from gpt2box.optim.low_memory_adamw import LeanAdamW, StepInBackward
+from gpt2box.planner.run_plan import RunPlan
+from gpt2box.planner.search import Option
+from gpt2box.runs.metrics import Interval, Metrics, finite_or_none
+from gpt2box.system.device import card_memory_named, peak_memory_bytes
+from gpt2box.training.console import Display
+from gpt2box.training.evaluate import autocast, evaluate
+from gpt2box.training.model_setup import through_compiler
+from gpt2box.training.oom_fallback import note_way, rehearse, step_down, step_up
+from gpt2box.training.rollback import HalfDoneStep, TooManyBad
+from gpt2box.utils.signals import StopRequest
+
+Update = GuardedStep | StepInBackward
+
+
+@dataclass
+class Job:
+    """What the loop works on."""
+
+    run: Path
+    plan: RunPlan
+    model: GPT2
+    optimizer: Optimizer
+    dataset: Dataset
+    tokenizer: Tokenizer
+    state: TrainState
+    stop: StopRequest
+    sample: Callable[[Display, int], None]  # called after each evaluation
+    pretrained: bool  # the weights before the first step are worth keeping
+    group: Group  # of the ranks that do each step together
+    ways: list[Option]  # to do the same steps, fastest first: where to turn when memory runs out
+    left: list[Option] = field(default_factory=list)  # the ways that were given up, the first at the beginning
+    retry_steps: int = 0  # until the way before is tried again
+    retry_at: int = 0
+    mark: str = ""  # of the run's lock (files.check_mark), where it has one
+    check_dataset: Callable[[], None] = lambda: None  # whether it is still what the run began with
+    snapshot: Snapshot | None = None  # room for a checkpoint's copy, kept over returns to one
+
+
+def train(job: Job) -> None:
+    """Train until max_steps, a lack of progress, or a request to stop; the last checkpoint holds the end.
+
+    Where memory runs out, the step is done again in a way that takes less, with the same tokens.
+
+    Raises:
+        TooManyBad: losses or gradients were not finite, or losses far above those before, several steps in a row.
+        torch.cuda.OutOfMemoryError: no way is left that takes less; the steps so far are saved.
+        HalfDoneStep: see there; the plan has stepped down.
+        TryAgain: another rank is lost, see distributed.joined.
+        VolumeUnwritable, Damaged: see checkpoint.publish, TokenFile.read.
+    """
+    state, agreed = job.state, Agreed(job.stop, job.group)
+    job.model.train()
+    compiled = job.plan.compile and not job.plan.shard  # else its blocks are, each by itself
+    forward = job.group.parallel(job.model, through_compiler(job.model) if compiled else job.model)
+    # LeanAdamW's step may break off half-way: then one must be there to go back to (several ranks end).
+    saved_step = -1 if isinstance(job.optimizer, LeanAdamW) and job.group.alone and state.step == 0 else state.step
+    saved_at = time.monotonic()
+    with ExitStack() as stack:
+        display = stack.enter_context(closing(open_display(job)))
+        metrics = stack.enter_context(closing(open_metrics(job, display)))
+        saver = stack.enter_context(closing(open_saver(job, display)))
+        rehearse(job, forward, display)
+        note_way(job, display)
+        plan = job.plan
+        batches = open_batches(job)
+        update = make_update(job.optimizer, plan, BadSteps.of(plan, state.bad_steps, state.recent_losses))
+        interval = Interval()
+        stack.callback(lambda: batches.close())
+        stack.callback(lambda: update.close())
+
+        def save() -> None:
+            nonlocal saved_step, saved_at
+            check_bad_steps(job, update)
+            saver.save(state)
+            saved_step, saved_at = state.step, time.monotonic()
+
+        while True:
+            begun = time.monotonic()
+            saver.check()
+            improved = False
+            agreed.look(late=0 < job.plan.save_minutes * 60 <= begun - saved_at)
+            if evaluation_due(job) and not agreed.stop:
+                check_bad_steps(job, update)
+                try:
+                    improved = evaluate_and_note(job, metrics, display)
+                except torch.cuda.OutOfMemoryError:
+                    if state.step != saved_step:
+                        save_in_need(job, saver)
+                    raise
+            over = agreed.stop or state.step >= plan.max_steps or state.stopped_early
+            new = state.step != saved_step and (over or agreed.late or state.step % plan.save_interval == 0)
+            if new or (improved and (state.step > 0 or job.pretrained)):
+                save()
+            if over:
+                agreed.settle()
+                saver.finish()
+                break
+            interval.leave_out(time.monotonic() - begun)
+
+            done = None
+            with suppress(torch.cuda.OutOfMemoryError):  # while it is handled, it holds on to the step's tensors
+                done = take_step(job, forward, batches, update)
+            if done is None:
+                half_done = getattr(job.optimizer, "half_done", False)
+                if state.step != saved_step and not half_done:
+                    with suppress(*([] if job.group.alone else [TooManyBad])):  # of which the others do not hear
+                        check_bad_steps(job, update)
+                    save_in_need(job, saver)
+                    saved_step = state.step
+                step_down(job, display)
+                if half_done:
+                    raise HalfDoneStep
+            else:
+                loss, lr, grad_norm = done
+                state.step += 1
+                interval.add(loss)
+            if done is not None and job.left and state.step >= job.retry_at:
+                if isinstance(job.optimizer, LeanAdamW) and state.step != saved_step:
+                    save()  # if it fails half-way, back to here
+                step_up(job, display)
+            if plan is not job.plan:
+                plan = job.plan
+                note_way(job, display)
+                update.close()
+                update = make_update(job.optimizer, plan, update.bad_steps)
+                batches.close()
+                batches = open_batches(job)
+            if done is None:
+                continue
+
+            if state.step % plan.log_interval == 0 or state.step == plan.max_steps:
+                log(job, metrics, display, interval, update, lr, grad_norm)
+
+
+def open_saver(job: Job, display: Display) -> Saver:
+    """What writes checkpoints; of other ranks than the first, nothing, or what hands it their rows."""
+    if not job.group.first:
+        return cast(Saver, Companion(job.model, job.optimizer) if job.plan.shard else Silence())
+    folder = job.run / "checkpoints"
+    saver = Saver(folder, job.model, job.optimizer, job.tokenizer, job.plan, display.line, job.mark, job.snapshot)
+    job.snapshot = saver.snapshot
+    return saver
+
+
+def save_in_need(job: Job, saver: Saver) -> None:
+    """Save where memory has run out: also another rank than the first, if it sees the run's folder.
+
+    All ranks have the same weights, and the first waits for this one in the midst of a step. Where they are split,
+    nobody has all of them.
+    """
+    if job.plan.shard:
+        return
+    if not job.group.first and (job.run / "plan.json").exists():
+        with suppress(Gpt2boxError):  # what ends the run is that memory ran out
+            checkpoint.save(job.run / "checkpoints", job.model, job.optimizer, job.state, job.tokenizer)
+    saver.save(job.state)
+
+
+def open_batches(job: Job) -> Generator[Tensor, None, None]:
+    """The micro-batches from the present step on."""
+    job.check_dataset()
+    plan = job.plan
+    windows = TrainWindows(job.dataset.tokens("train"), plan.shape.block_size, plan.seed)
+    return micro_batches(
+        job.dataset.folder / "train.bin",
+        windows,
+        plan.shape.vocab_size,
+        first_sequence=job.state.data_step * plan.sequences_per_step + job.group.ranks.rank * plan.micro_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        pin=torch.device(plan.device).type == "cuda",
+        ranks=plan.ranks,
+    )
+
+
+def open_display(job: Job) -> Display:
+    """Where the run's progress is shown; that of other ranks than the first, nowhere."""
+    return Display(job.run.name, job.state.step, job.plan) if job.group.first else cast(Display, Silence())
+
+
+def open_metrics(job: Job, display: Display) -> Metrics:
+    """Where the run's figures go."""
+    if not job.group.first:
+        return cast(Metrics, Silence())
+    state, echo = job.state, job.plan.log_format == "json"
+    path = job.run / "metrics.jsonl"
+    return Metrics(path, state.step, state.evaluated_step, echo, job.plan.wandb, display.line)
+
+
+@card_memory_named()
+def take_step(job: Job, forward: Any, batches: Iterator[Tensor], update: Update) -> tuple[Tensor, float, Tensor]:
+    """One optimizer step; returns its loss, learning rate and gradient norm.
+
+    With PyTorch's AdamW weights change in its last act alone; LeanAdamW may have got half-way (`half_done`).
+    """
+    plan, device = job.plan, torch.device(job.plan.device)
+    if plan.dropout:
+        # So that resuming needs no generator's state. Each rank drops others.
+        torch.manual_seed(plan.seed + job.state.step + (job.group.ranks.rank << 40))
+    loss = torch.zeros((), device=device)
+    lr = learning_rate(job.state.step, plan)
+    of_step: Iterable[Tensor] = (next(batches) for _ in range(plan.grad_accum_steps))
+    shares = None
+    if job.dataset.masked:
+        of_step = list(of_step)
+        shares = target_shares(of_step, job.group)
+    for micro_step, batch in enumerate(of_step):
+        inputs, targets = inputs_and_targets(upload(batch, device))  # (B, T)
+        with job.group.micro_step(forward, last=micro_step == plan.grad_accum_steps - 1):
+            with autocast(plan):
+                micro_loss = forward(inputs, targets, 1.0 / plan.grad_accum_steps)
+            update.before_backward(job.state.step, micro_step, lr, micro_loss)  # a mean as other steps', not weighted
+            if shares is not None:
+                micro_loss = micro_loss * shares[micro_step]
+            micro_loss.backward()
+        loss += micro_loss.detach()
+    loss = job.group.mean(loss)
+    return loss, lr, update(loss)
+
+
+def target_shares(of_step: list[Tensor], group: Group) -> list[float]:
+    """What makes a mean over all targets of a step that count, of the micro-batches' own means on all ranks."""
+    counts = [counted_targets(batch) for batch in of_step]
+    (all_counts,) = group.sums(sum(counts))
+    return [count * len(counts) * group.ranks.count / max(all_counts, 1) for count in counts]
+
+
+def log(
+    job: Job,
+    metrics: Metrics,
+    display: Display,
+    interval: Interval,
+    update: Update,
+    lr: float,
+    grad_norm: Tensor,
+) -> None:
+    """Note the interval's figures; here, and only here, the loop waits for the device."""
+    plan, state = job.plan, job.state
+    loss, steps, seconds = interval.take()
+    check_bad_steps(job, update)
+    state.seconds += seconds
+    tokens_per_sec = steps * plan.tokens_per_step / max(seconds, 1e-9)
+    row = {
+        "loss": finite_or_none(loss),
+        "learning_rate": lr,
+        "grad_norm": finite_or_none(float(grad_norm)),
+        "tokens_per_sec": round(tokens_per_sec, 1),
+        "peak_memory_bytes": peak_memory_bytes(torch.device(plan.device)),
+        "skipped_steps": int(update.bad_steps.all),
+        "loss_spikes": int(update.bad_steps.spikes),
+        "mfu": plan.mfu(tokens_per_sec),
+        "digest": checksum(job.model, job.optimizer),
+    }
+    metrics.write(state.step, "train", **row)
+    display.train(state.step, row, (plan.max_steps - state.step) * interval.step_seconds())
+
+
+def check_bad_steps(job: Job, update: Update) -> None:
+    """Count the steps that reached the weights; stop where too many did not.
+
+    Looked at before each save and evaluation, so what is found does not depend on when one looks.
+
+    Raises:
+        TooManyBad: too many in a row were bad (bad_steps.py).
+    """
+    state = job.state
+    state.optimizer_steps = optimizer_steps(job.optimizer)
+    bad_steps = update.bad_steps
+    state.bad_steps, state.recent_losses = int(bad_steps.in_a_row), bad_steps.recent_losses
+    if since := bad_steps.since:
+        raise TooManyBad(state.step - since + 1, update.left_out, int(bad_steps.spikes_in_a_row))
+
+
+def optimizer_steps(optimizer: Optimizer) -> int:
+    """Steps that AdamW has counted, which leaves out bad ones."""
+    return max((int(entry["step"]) for entry in list(optimizer.state.values())[:1]), default=0)
+
+
+def evaluation_due(job: Job) -> bool:
+    """At every eval_interval, and at the end; once a step."""
+    state, plan = job.state, job.plan
+    at_interval = state.step % plan.eval_interval == 0 or state.step >= plan.max_steps
+    return at_interval and state.evaluated_step != state.step
+
+
+def evaluate_and_note(job: Job, metrics: Metrics, display: Display) -> bool:
+    """Evaluate, update the state's best, write metrics and a sample; returns whether it is the best so far."""
+    state, plan = job.state, job.plan
+    job.check_dataset()
+    val_loss, val_set = evaluate(job.model, job.dataset, plan, job.group)
+    improved = math.isfinite(val_loss) and (state.best_val_loss is None or val_loss < state.best_val_loss)
+    state.evaluated_step, state.val_loss = state.step, val_loss
+    if improved:
+        state.best_val_loss, state.best_step, state.evaluations_without_best = val_loss, state.step, 0
+    else:
+        state.evaluations_without_best += 1
+        state.stopped_early = 0 < plan.patience <= state.evaluations_without_best
+    metrics.write(state.step, "eval", val_loss=finite_or_none(val_loss), val_set=val_set, best=improved)
+    display.evaluated(state.step, val_loss, improved, state.best_val_loss, state.best_step)
+    if math.isfinite(val_loss):
+        try:
+            with card_memory_named():
+                job.sample(display, state.step)
+        except torch.cuda.OutOfMemoryError:
+            display.line("no sample this time: out of memory")
+    return improved

@@ -1,0 +1,256 @@
+"""`gpt2box verify`: some steps of a run done once more, and whether they end in the same bits.
+
+Nothing is written: the steps are the loop's own (training/loop.py), without its evaluations and checkpoints, and what
+they come to is compared in memory with the digests in metrics.jsonl and with the tensors of the run's checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gpt2box.checkpoint import writer as checkpoint
+from gpt2box.checkpoint.fingerprint import checksum
+from gpt2box.checkpoint.metadata import TrainState, parse_state, read_state
+from gpt2box.checkpoint.retention import folder_name
+from gpt2box.config.schema import Config, validate
+from gpt2box.data.dataset import Dataset, open_dataset
+from gpt2box.data.pretrained import pretrained_folder, shape_on
+from gpt2box.distributed.group import Group, Silence
+from gpt2box.errors import Damaged
+from gpt2box.model.hf_weights import hub_state
+from gpt2box.model.lora import adapters
+from gpt2box.model.shape import ModelShape
+from gpt2box.optim.factory import make_optimizer, make_update
+from gpt2box.optim.loss_spikes import BadSteps
+from gpt2box.planner.run_plan import RunPlan, make_plan
+from gpt2box.planner.search import Option, options
+from gpt2box.preflight.preflight import check_gpu
+from gpt2box.runs.manifest import about_dataset, read_manifest, same_tokens, weights_source
+from gpt2box.runs.sessions import differences, session_of
+from gpt2box.system.device import choose_compile, choose_device
+from gpt2box.system.provenance import provenance
+from gpt2box.training.execution import place_of
+from gpt2box.training.model_setup import empty_model, through_compiler
+from gpt2box.training.oom_fallback import take_way
+from gpt2box.training.run import initialise, model_shape, set_arithmetic
+from gpt2box.training.trainer import Job, open_batches, take_step
+from gpt2box.utils.paths import dataset_dir
+from gpt2box.utils.progress import say
+from gpt2box.utils.ranks import ALONE
+from gpt2box.utils.signals import StopRequest
+from gpt2box.verify.verify_range import Stretch, command, stretch_of
+
+
+@dataclass
+class Verdict:
+    """How it came out."""
+
+    run: str
+    start: int
+    end: int  # the last step that was compared
+    compared: list[int] = field(default_factory=list)
+    same_up_to: int = 0
+    first_different_step: int | None = None
+    tensor: str = ""  # the first that differs, where a checkpoint shows it
+    amount: str = ""
+    environment: list[str] = field(default_factory=list)  # what differs between then and now
+    next_step: str = ""  # a command, where one would do
+
+    @property
+    def same(self) -> bool:
+        """Whether all bits that were compared are."""
+        return self.first_different_step is None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return {"same": self.same, **asdict(self)}
+
+    def lines(self) -> list[str]:
+        """In words."""
+        if self.same:
+            places = f"{len(self.compared)} place{'s' * (len(self.compared) > 1)}"
+            return [f"{self.run}: steps {self.start + 1:,} to {self.end:,} come to the same bits ({places} compared)"]
+        lines = [f"{self.run}: step {self.first_different_step:,} is the first that was found to differ"]
+        lines.append(f"  the same        up to step {self.same_up_to:,}")
+        unnamed = "not known: no checkpoint of such a step is kept (--steps up to one that is, or --from one before)"
+        lines.append(f"  tensor          {self.tensor + ', ' + self.amount if self.tensor else unnamed}")
+        none = "nothing that is recorded: try again; where it differs each time, memory or processor may be at fault"
+        lines += [f"  {'then and now' if i == 0 else '':14}  {x}" for i, x in enumerate(self.environment or [none])]
+        return lines + ([f"  next            {self.next_step}"] if self.next_step else [])
+
+
+def verify(run: Path, start_at: str | None, steps: int | None) -> Verdict:
+    """Do steps of a run again, from its beginning or a checkpoint, and compare.
+
+    Raises:
+        BadInput: no such checkpoint, or nothing to compare with.
+        Damaged: the dataset, the first weights or the checkpoint are not what they were.
+    """
+    stretch = stretch_of(run, start_at, steps)
+    job, ways, now = job_of(stretch)
+    verdict = Verdict(run.name, stretch.start, stretch.start, same_up_to=stretch.start)
+    verdict.environment = differences(stretch.session, now)
+    for step in again(job, ways, stretch.end):
+        if step not in stretch.steps:
+            continue
+        differing = stretch.digests.get(step) not in (None, checksum(job.model, job.optimizer))
+        if step in stretch.checkpoints:
+            verdict.tensor, verdict.amount = first_difference(job, stretch.checkpoints[step])
+        verdict.compared.append(step)
+        verdict.end = step
+        if verdict.same and (differing or verdict.tensor):
+            verdict.first_different_step = step
+        elif verdict.same:
+            verdict.same_up_to = step
+        say(f"  step {step:,}: {'the same' if verdict.same else 'different'}")
+        if not verdict.same and (verdict.tensor or not any(later > step for later in stretch.checkpoints)):
+            break
+    if not verdict.same:
+        verdict.next_step = with_as_many_threads(stretch, now)
+    return verdict
+
+
+def with_as_many_threads(stretch: Stretch, now: dict[str, Any]) -> str:
+    """The same once more with as many threads as then, where nothing else differs that would change bits."""
+    cpu, of_bits = stretch.session.get("cpu"), differences(stretch.session, now, of_bits=True)
+    threads = cpu.get("threads") if isinstance(cpu, dict) else None
+    known = ("cpu.threads", "environment.OMP_NUM_THREADS")
+    if type(threads) is not int or threads == now["cpu"]["threads"] or not all(x.startswith(known) for x in of_bits):
+        return ""
+    return f"OMP_NUM_THREADS={threads} {command(stretch.run, stretch.start, stretch.end)}"
+
+
+def job_of(stretch: Stretch) -> tuple[Job, dict[int, Option], dict[str, Any]]:
+    """What the loop works on, as it was at the beginning of the stretch; the ways in which it goes on, by the step from
+    which on; and the session that this is now.
+
+    Raises:
+        BadInput, MachineCannot: the device is not here, or the weights.
+        Damaged: dataset, weights or checkpoint are not what they were.
+    """
+    config, run, start = with_way(stretch, stretch.session["way"]), stretch.run, stretch.start
+    check_gpu(config.device)
+    manifest = read_manifest(run)
+    dataset = open_dataset(dataset_dir(config.dataset))
+    if not same_tokens(manifest["dataset"]["splits"], now := about_dataset(dataset, manifest)["splits"]):
+        raise Damaged(
+            f"the dataset in {dataset.folder} is {now}", f"what the run began with: {manifest['dataset']['splits']}"
+        )
+    weights = (
+        first_weights(config, manifest) if config.init_from != "scratch" and (start == 0 or config.lora_rank) else None
+    )
+    shape = model_shape(config, dataset)[1]
+    if weights:
+        shape = shape_on(config, weights, dataset.tokenizer)
+    plan, device = plan_of(config, shape, dataset)
+    place = place_of(device, config.dtype, plan.compile)
+    ways = {step: options(with_way(stretch, way), shape, place)[0] for step, way in stretch.ways.items()}
+    folder = run / "checkpoints" / folder_name(start)
+    state = read_state(folder) if start else TrainState()
+    last = run / "checkpoints" / "last"
+    state.rollbacks = parse_state(last)[0].rollbacks if last.exists() else state.rollbacks
+    set_arithmetic(plan)
+    model = empty_model(plan)
+    optimizer = make_optimizer(model, plan)
+    if start == 0 or plan.lora_rank:
+        initialise(model, config, weights)
+    if start:
+        checkpoint.restore(folder, model, optimizer, state)
+    alone, quiet = Group(ALONE), Silence()
+    job = Job(run, plan, model, optimizer, dataset, dataset.tokenizer, state, StopRequest(), quiet, False, alone, [])
+    return job, ways, session_of(provenance(device), plan, start, {})
+
+
+def with_way(stretch: Stretch, way: dict[str, Any]) -> Config:
+    """The settings, with what was chosen then."""
+    known = {key: way[key] for key in way if key in Config.model_fields}
+    return validate(stretch.config.model_dump() | known, f"the way in {stretch.run / 'manifest.json'}")
+
+
+def first_weights(config: Config, manifest: dict[str, Any]) -> Path:
+    """The folder of the weights that the run began from.
+
+    Raises:
+        Damaged: they are others.
+    """
+    folder = pretrained_folder(config.init_from)
+    expected = manifest.get("weights")
+    expected = expected.get("sha256") if isinstance(expected, dict) else None
+    if expected and (found := weights_source(config.init_from, folder)["sha256"]) != expected:
+        raise Damaged(f"the weights in {folder} are {found}", f"those that the run began from: {expected}")
+    return folder
+
+
+def plan_of(config: Config, shape: ModelShape, dataset: Dataset) -> tuple[RunPlan, torch.device]:
+    """The plan in the way that was chosen then, on the device that is here."""
+    device = choose_device(config.device)
+    compiled, note = choose_compile(config.compile if config.may_compile else False, device)
+    if note:
+        say(f"note: {note}")
+    way = options(config, shape, place_of(device, config.dtype, compiled))[0]
+    return make_plan(config, shape, dataset.tokens("train"), str(device), config.dtype, compiled, way), device
+
+
+def again(job: Job, ways: dict[int, Option], last: int) -> Iterator[int]:
+    """Do the steps up to `last`, each in the way that it was done in; yields the number of each when it is done."""
+    forward = through_compiler(job.model) if job.plan.compile else job.model
+    update = make_update(job.optimizer, job.plan, BadSteps.of(job.plan, job.state.bad_steps, job.state.recent_losses))
+    job.model.train()
+    turns = {rollback.step for rollback in job.state.rollbacks} | ways.keys()  # data were passed over, or another way
+    with ExitStack() as stack:
+        stack.callback(lambda: update.close())
+        for end in [*sorted(step for step in turns if job.state.step < step < last), last]:
+            with closing(open_batches(job)) as batches:
+                while job.state.step < end:
+                    take_step(job, forward, batches, update)
+                    job.state.step += 1
+                    yield job.state.step
+            if end in ways and end < last:
+                say(f"  after step {end:,} with {ways[end].words()}, as then")
+                take_way(job, ways[end])
+                update.close()
+                update = make_update(job.optimizer, job.plan, update.bad_steps)
+
+
+def first_difference(job: Job, folder: Path) -> tuple[str, str]:
+    """The first tensor of a checkpoint that is not in the same bits now, in the model's order, and by how much.
+
+    Raises:
+        Damaged: the checkpoint is not what was written.
+    """
+    state = read_state(folder)
+    files: list[tuple[str, dict[str, Tensor]]] = [("model.safetensors", hub_state(job.model))]
+    if trained := adapters(job.model):
+        files.append((checkpoint.ADAPTERS, {name: parameter.detach() for name, parameter in trained.items()}))
+    if state.optimizer_steps:
+        files.append(("optimizer.safetensors", dict(checkpoint.optimizer_state(job.model, job.optimizer))))
+    for name, tensors in files:
+        try:
+            with safe_open(folder / name, framework="pt") as stored:
+                present = set(stored.keys())
+                for key, tensor in tensors.items():
+                    if key not in present:
+                        return key, f"not in {folder / name}"
+                    if amount := differing_numbers(stored.get_tensor(key), tensor.detach().cpu().contiguous()):
+                        return key, amount
+        except SafetensorError as error:
+            raise Damaged(f"{folder / name}: {error}", "a whole safetensors file") from error
+    return "", ""
+
+
+def differing_numbers(before: Tensor, now: Tensor) -> str:
+    """How many numbers of two tensors are not the same bits, and by how much at most; nothing where all are."""
+    if before.shape != now.shape or before.dtype != now.dtype:
+        return f"{tuple(before.shape)} {before.dtype} before, {tuple(now.shape)} {now.dtype} now"
+    if torch.equal(before.reshape(-1).view(torch.uint8), now.reshape(-1).view(torch.uint8)):
+        return ""
+    apart = (before.double() - now.double()).abs()
+    return f"{int((apart != 0).sum()):,} of {before.numel():,} numbers, by {float(apart.max()):.3g} at most"
