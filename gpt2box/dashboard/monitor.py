@@ -10,9 +10,10 @@ from typing import Any
 
 from gpt2box.errors import BadInput
 from gpt2box.runs.metrics import parse
+from gpt2box.runs.plan_file import read_plan
 from gpt2box.runs.tail import newest_run, tail
 from gpt2box.system.gpu import Card, ask_driver
-from gpt2box.utils.files import read_object, whole
+from gpt2box.utils.files import whole
 from gpt2box.utils.paths import run_dir, run_folders, runs_dir
 from gpt2box.utils.progress import LINE_SECONDS, duration, size
 
@@ -75,7 +76,7 @@ def run_line(folder: Path) -> str:
         last[row["kind"]] = row
     if not last:
         return f"{folder.name}  not one step yet"
-    plan = read_object(folder / "plan.json")
+    plan = read_plan(folder)
     steps = whole(plan.get("max_steps"))
     step = max(row["step"] for row in last.values())
     parts = [folder.name, f"step {step:,}" + (f"/{steps:,}" if steps else "")]

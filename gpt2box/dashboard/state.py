@@ -18,9 +18,10 @@ from gpt2box.report.page import charts_of, excerpt, path_title
 from gpt2box.runs.history import POINTS
 from gpt2box.runs.listing import Run, amount, cells, folders, look_at
 from gpt2box.runs.metrics import parse, reason
+from gpt2box.runs.plan_file import read_plan
 from gpt2box.runs.tail import Follower, tail
 from gpt2box.system.gpu import Card, Nvml, ask_driver
-from gpt2box.utils.files import is_locked, read_object, whole
+from gpt2box.utils.files import is_locked, whole
 from gpt2box.utils.paths import run_dir
 from gpt2box.utils.progress import duration, size
 
@@ -83,7 +84,7 @@ class Watch:
     def of_run(self, run: Run, known: Known) -> dict[str, Any]:
         """One run in full."""
         folder = run_dir(run.name)
-        plan = read_object(folder / "plan.json")
+        plan = read_plan(folder)
         log = folder / "log.txt"
         of_log = stamp(log)
         return {

@@ -15,6 +15,7 @@ from gpt2box.report.html import Chart, Line, document, plots, section, table, ta
 from gpt2box.report.page import mapping, settings_of
 from gpt2box.runs.history import History, history
 from gpt2box.runs.listing import Run, amount
+from gpt2box.runs.plan_file import read_plan
 from gpt2box.utils.files import read_object, whole, write_atomically
 from gpt2box.utils.paths import make_writable, run_dir
 from gpt2box.utils.progress import duration, size
@@ -61,7 +62,7 @@ def compare(runs: list[Run]) -> Comparison:
     """Read what there is to compare. Nothing is refused: what is missing or damaged is a dash."""
     places = [run_dir(run.name) for run in runs]
     histories = [history(place / "metrics.jsonl") for place in places]
-    tokens = [whole(read_object(place / "plan.json").get("tokens_per_step")) for place in places]
+    tokens = [whole(read_plan(place).get("tokens_per_step")) for place in places]
     settings = differing([settings_of(place) for place in places])
     return Comparison(runs, settings, key_figures(runs, histories), doubts(places, histories), histories, tokens)
 

@@ -13,6 +13,7 @@ from gpt2box.errors import BadInput
 from gpt2box.report.html import Chart, Html, Line, document, facts, plots, section, table, tag
 from gpt2box.runs.history import Curve, History, history
 from gpt2box.runs.listing import Run, amount, look_at
+from gpt2box.runs.plan_file import read_plan
 from gpt2box.utils.files import read_object, regular, whole, write_atomically
 from gpt2box.utils.paths import shown
 from gpt2box.utils.progress import called, duration, size
@@ -32,7 +33,7 @@ def report_page(folder: Path) -> Path:
     """
     run = look_at(folder)
     figures = history(folder / "metrics.jsonl")
-    plan, manifest = read_object(folder / "plan.json"), read_object(folder / "manifest.json")
+    plan, manifest = read_plan(folder), read_object(folder / "manifest.json")
     settings = settings_of(folder)
     parts = [
         tag("h1", run.name),

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from gpt2box.config.loader import read_yaml
 from gpt2box.errors import BadInput
 from gpt2box.runs.metrics import parse
+from gpt2box.runs.plan_file import read_plan
 from gpt2box.runs.tail import newest_run, tail
 from gpt2box.utils.files import is_locked, read_object, whole
 from gpt2box.utils.paths import checkpoints, run_dir, run_folders, runs_dir, shown
@@ -82,7 +83,7 @@ def begun(folder: Path) -> bool:
 
 def look_at(folder: Path) -> Run:
     """A run from its small files alone; a checkpoint's are compared by size, not read."""
-    plan = read_object(folder / "plan.json")
+    plan = read_plan(folder)
     found, fault = newest_checkpoint(folder)
     training = is_locked(folder / ".lock")
     fault = "" if training else (broken_settings(folder, plan) or fault)

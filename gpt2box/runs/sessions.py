@@ -10,6 +10,7 @@ from typing import Any
 
 from gpt2box.config.schema import CHANGEABLE
 from gpt2box.planner.run_plan import RunPlan
+from gpt2box.runs.plan_file import flatten_plan
 from gpt2box.utils.files import read_object, write_atomically
 
 # How the steps are done: other numbers of these add in another order.
@@ -27,7 +28,7 @@ OF_CUDA = ("environment.CUBLAS_WORKSPACE_CONFIG",)  # says nothing on a CPU; the
 
 def session_of(facts: dict[str, Any], plan: RunPlan, step: int, changed: dict[str, Any]) -> dict[str, Any]:
     """A session that begins at a step: its facts (machine/provenance.py), its way, the settings it changed."""
-    way = {key: value for key, value in asdict(plan).items() if key in WAY}
+    way = {key: value for key, value in flatten_plan(asdict(plan)).items() if key in WAY}
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     facts = {"started": started, **facts}
     return {**facts, "device_type": plan.device.partition(":")[0], "step": step, "way": way, "changed": changed}
@@ -132,7 +133,7 @@ def keep_way(run: Path, plan: RunPlan, step: int) -> None:
     sessions = sessions_in(manifest)
     if not sessions:
         return  # it never said what the session ran on
-    now, session = taken(asdict(plan)), sessions[-1]
+    now, session = taken(flatten_plan(asdict(plan))), sessions[-1]
     steps, ways = zip(*ways_in(session), strict=True)
     if max(steps) <= step and taken(ways[-1]) == now:
         return
