@@ -41,7 +41,7 @@ exec(compile(source, sys.argv[0], "exec"), {"__name__": "__main__", "__file__": 
 ENCODE_ONLY = """
 import sys, time, glob, collections, multiprocessing, pyarrow.parquet
 from pathlib import Path
-from gpt2box.data.encoder import BulkEncoder
+from gpt2box.data.bulk_tokenizer import BulkEncoder
 def work(share):
     encoder = BulkEncoder(Path(sys.argv[2]))
     texts = [t for f in share for t in pyarrow.parquet.read_table(f).column("text").to_pylist()]

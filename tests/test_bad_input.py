@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt2box.checkpoint.metadata import read_state
-from gpt2box.cli import main
 from gpt2box.data.dataset import open_dataset
 from gpt2box.data.dataset_folder import damaged_splits
 from gpt2box.data.pretrained import shape_in
@@ -27,11 +25,11 @@ from gpt2box.utils.signals import StopRequest
 from gpt2box.verify.reproduce import read, settings_in
 from gpt2box.verify.verify import with_way
 from gpt2box.verify.verify_range import stretch_of
-from tests.conftest import TINY
+from tests.helpers.commands import STEERING, command
+from tests.helpers.settings import TINY
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 EXPECTED_CODES = (2, 3, 4, 75, 78)
-STEERING = "\x1b]0;title\x07\x1b[2J"
 
 
 @pytest.fixture(scope="module")
@@ -55,35 +53,6 @@ def content(volumes: Path) -> dict[str, int]:
         for name in names
         if not name.endswith(".lock")
     }
-
-
-def command(*arguments: str) -> tuple[object, str]:
-    """A command in this process: its exit code, and what it said."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["gpt2box", *arguments])
-        with contextlib.redirect_stdout(said := Said()), contextlib.redirect_stderr(said):
-            try:
-                main.main()
-            except SystemExit as ended:
-                return ended.code, said.text
-    return 0, said.text
-
-
-class Said:
-    """What is written."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> int:
-        self.text += text
-        return len(text)
-
-    def flush(self) -> None:
-        """Nothing is kept back."""
-
-    def isatty(self) -> bool:
-        return False
 
 
 READERS = {

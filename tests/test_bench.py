@@ -24,9 +24,9 @@ from gpt2box.planner.report import shape_of
 from gpt2box.planner.search import Place, choose, fitting, informed, options
 from gpt2box.system.host import cpu_name
 from gpt2box.utils.paths import bench_file
-from tests.conftest import Command
-from tests.conftest import options as tiny
-from tests.training.test_out_of_memory import Refuse
+from tests.helpers.commands import Command
+from tests.helpers.operator_faults import Refuse
+from tests.helpers.settings import options as tiny
 
 SMALL = {"micro_batch_size": "auto", "name": "run", "compile": "false"}
 

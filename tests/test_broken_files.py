@@ -32,7 +32,7 @@ from gpt2box.runs import metrics
 from gpt2box.runs.listing import look_at
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
-from tests.conftest import TINY
+from tests.helpers.settings import TINY
 
 TIMES = int(os.environ.get("GPT2BOX_BROKEN_FILES", "60"))  # mutations of each file
 ODD: list[object] = [

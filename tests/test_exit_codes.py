@@ -20,8 +20,8 @@ from gpt2box.cli.main import cli
 from gpt2box.errors import BadInput, MachineCannot, VolumeUnwritable
 from gpt2box.system import faults
 from gpt2box.utils.progress import called
-from tests.conftest import Command
-from tests.training.test_train import process, wait_for
+from tests.helpers.commands import Command
+from tests.helpers.training import process, wait_for
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from gpt2box.checkpoint.safetensors_io import read_tensors
 from gpt2box.data.downloads import sha256_of
 from gpt2box.errors import Damaged
 from gpt2box.runs import metrics
-from tests.conftest import TINY, options
-from tests.test_bad_input import STEERING, command
+from tests.helpers.commands import STEERING, command
+from tests.helpers.settings import TINY, options
 
 RUN = {**TINY, "name": "run", "max_steps": 20, "save_interval": 5}
 MORE = {**RUN, "max_steps": 30}

@@ -9,7 +9,8 @@ import pytest
 from gpt2box.config import loader
 from gpt2box.data.dataset import open_dataset
 from gpt2box.utils.paths import dataset_name
-from tests.conftest import TINY, Command
+from tests.helpers.commands import Command
+from tests.helpers.settings import TINY
 
 BOOK = "It was a bright cold day in April, and the clocks were striking thirteen. " * 200
 SMALL = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items() if key != "dataset"]

@@ -19,6 +19,7 @@ PACKAGES = """
 LAYERS = [["errors", "__init__"], *([package] for package in PACKAGES.split()), ["__main__"]]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((PACKAGE.parent / "tests").rglob("*.py"))
 
 
 def part_of(module: str) -> str:
@@ -52,6 +53,13 @@ def test_imports_point_down(path: Path) -> None:
 def test_settings_and_planning_never_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(PACKAGE.parent)))
+def test_no_module_imports_a_test_module(path: Path) -> None:
+    """What several test modules share is in tests/helpers."""
+    for module in imported(path):
+        assert not any(part.startswith("test_") or part == "conftest" for part in module.split(".")), module
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -26,7 +26,9 @@ from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
 from gpt2box.verify.reproduce import reproduce
 from gpt2box.verify.verify import verify
-from tests.conftest import TINY, Command, options, tiny_model
+from tests.helpers.commands import Command
+from tests.helpers.models import tiny_model
+from tests.helpers.settings import TINY, options
 
 RUN = {"max_steps": 20, "save_interval": 5, "eval_interval": 10, "dropout": 0.1, "log_interval": 5}
 
@@ -210,7 +212,7 @@ def test_a_manifest_alone_gives_the_same_run(
 
 
 SETUPTOOLS = """
-from gpt2box.machine.provenance import packages
+from gpt2box.system.provenance import packages
 before = packages()
 import setuptools
 assert packages() == before

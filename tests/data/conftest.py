@@ -8,14 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tests.conftest import TINYSHAKESPEARE
-
-FILES = 6
-
-
-def speeches() -> list[str]:
-    """7,222 documents, some of them alike."""
-    return TINYSHAKESPEARE.read_text().split("\n\n")
+from tests.helpers.corpora import FILES, speeches
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,8 @@ from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.export.export import export
 from gpt2box.inference.sample import load_model
-from tests.conftest import TINYSHAKESPEARE, Command, options
+from tests.helpers.commands import Command
+from tests.helpers.settings import TINYSHAKESPEARE, options
 
 HOSTILE = [
     "",

@@ -21,8 +21,8 @@ from gpt2box.data import hub_datasets, pretrained
 from gpt2box.data.prepare import Options, prepare
 from gpt2box.data.tokenize_workers import aside
 from gpt2box.errors import Damaged, TryAgain
-from tests.conftest import Command
-from tests.data.conftest import FILES
+from tests.helpers.commands import Command
+from tests.helpers.corpora import FILES
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -171,7 +171,7 @@ def test_two_jobs_that_need_the_same_files_do_not_take_them_from_each_other(
 
 OTHER_JOB = """
 import sys
-from gpt2box.data import collection
+from gpt2box.data import corpus as collection
 first, second = collection.from_hub("someone/speeches", "", "train", slice(0, 2), False).sources
 second.bring()
 print("has the second", flush=True)

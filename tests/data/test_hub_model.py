@@ -21,7 +21,8 @@ from gpt2box.data.prepare import Options, prepare
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.errors import BadInput, Damaged, TryAgain
 from gpt2box.inference.sample import find_model, load_model
-from tests.conftest import TINYSHAKESPEARE, Command, options
+from tests.helpers.commands import Command
+from tests.helpers.settings import TINYSHAKESPEARE, options
 
 COMMIT = "c0ffee" * 6 + "abcd"
 

@@ -22,7 +22,9 @@ from gpt2box.distributed.group import Group
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.training.trainer import target_shares
 from gpt2box.utils.ranks import ALONE
-from tests.conftest import Command, options, tiny_model
+from tests.helpers.commands import Command
+from tests.helpers.models import tiny_model
+from tests.helpers.settings import options
 
 RECORDS = [
     {"prompt": f"What is {i} plus {i}?", "response": f"{i} plus {i} is {2 * i}, naïvely — 漢字."} for i in range(60)

@@ -30,8 +30,9 @@ from gpt2box.data.readers import Unit
 from gpt2box.data.sources import own_files
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.errors import BadInput
-from tests.conftest import TINYSHAKESPEARE, Command
-from tests.data.conftest import FILES, speeches
+from tests.helpers.commands import Command
+from tests.helpers.corpora import FILES, speeches
+from tests.helpers.settings import TINYSHAKESPEARE
 
 
 def in_order(texts: Sequence[str]) -> list[str]:

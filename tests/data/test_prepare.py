@@ -15,7 +15,8 @@ from gpt2box.data.prepare_texts import Request, prepare_few, split
 from gpt2box.data.sources import CORPORA, own_text
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.errors import BadInput, Damaged
-from tests.conftest import TINYSHAKESPEARE, Command, options
+from tests.helpers.commands import Command
+from tests.helpers.settings import TINYSHAKESPEARE, options
 
 # What nanoGPT's data/shakespeare/prepare.py and data/shakespeare_char/prepare.py write (run at its
 # commit 3adf61e on the pinned text).

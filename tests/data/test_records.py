@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from gpt2box.data import readers
 from gpt2box.data.sources import own_text
 from gpt2box.errors import BadInput, Damaged
-from tests.conftest import TINYSHAKESPEARE, Command
+from tests.helpers.commands import Command
+from tests.helpers.settings import TINYSHAKESPEARE
 
 TEXTS = [
     *TINYSHAKESPEARE.read_text().split("\n\n")[:40],

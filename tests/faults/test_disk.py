@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpt2box.checkpoint import retention
-from tests.faults.conftest import NEVER, Server, digests, half_made, with_data
+from tests.helpers.disk_faults import NEVER, Server, digests, half_made, with_data
 
 EVERY = int(os.environ.get("FAULT_EVERY", "9"))  # 1: at each call of a save (`make test-faults`)
 FIRST = {"name": "run", "max_steps": 10, "eval_interval": 10, "save_interval": 5, "keep_last": 1}

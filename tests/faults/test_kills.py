@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINYSHAKESPEARE
-from tests.faults.conftest import DEATH, KILLED, NEVER, Ended, Server, digests, half_made, with_data
+from tests.helpers.disk_faults import DEATH, KILLED, NEVER, Ended, Server, digests, half_made, with_data
+from tests.helpers.settings import TINYSHAKESPEARE
 
 KILLS = int(os.environ.get("FAULT_KILLS", "10"))
 SEED = int(os.environ.get("FAULT_SEED", "1"))

@@ -22,8 +22,10 @@ from gpt2box.training.evaluate import autocast
 from gpt2box.training.model_setup import empty_model, through_compiler
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
-from tests.conftest import TINY, Command, options
-from tests.planning.test_plan import planned, shape_of
+from tests.helpers.commands import Command
+from tests.helpers.gpu_runs import BITS
+from tests.helpers.plans import planned, shape_of
+from tests.helpers.settings import TINY, options
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -111,15 +113,6 @@ def test_real_exhaustion_steps_down_and_ends_well(volumes: Path, capsys: pytest.
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "out of memory in step" in capsys.readouterr().err
-
-
-# GPT-2's vocabulary, of which many tokens come often, and rows long enough for attention's backward pass in several
-# blocks: there atomic additions would come in another order each time.
-BITS = {
-    "dataset": "bpe", "device": "cuda", "dtype": "bfloat16", "n_embd": 256, "n_head": 4, "block_size": 512,
-    "micro_batch_size": 8, "tokens_per_step": 2 * 8 * 512, "max_steps": 10, "log_interval": 1, "dropout": 0.1,
-    "deterministic": "true",
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": "full"}, {"optimizer": "muon"}, LEAN])

@@ -19,9 +19,11 @@ from gpt2box.model.hf_weights import load_hub
 from gpt2box.model.sampling import Choice, generate
 from gpt2box.planner.bench_records import read
 from gpt2box.runs import metrics
-from tests.conftest import Command, options, tiny_model
-from tests.gpu.test_gpu import BITS
-from tests.training.test_train import process, wait_for
+from tests.helpers.commands import Command
+from tests.helpers.gpu_runs import BITS
+from tests.helpers.models import tiny_model
+from tests.helpers.settings import options
+from tests.helpers.training import process, wait_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -100,7 +102,7 @@ def test_a_sweep_is_kept_and_training_goes_by_it(volumes: Path, started: Command
 FAILING = """
 import sys, torch
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.cli import main
+from gpt2box.cli.main import main
 plain, calls = GPT2.forward, [0]
 def forward(self, ids, targets, scale=1.0):
     calls[0] += self.training

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.image.conftest import Project, docker
+from tests.helpers.docker import Project, docker
 
 
 def state(project: Project, run: str) -> dict[str, object]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.image.conftest import ROOT, Run, docker
+from tests.helpers.docker import ROOT, Run, docker
 
 READ_ONLY = ("--read-only", "--network", "none", "--tmpfs", "/tmp:exec,mode=1777", "--cap-drop", "ALL")
 TINY = "--n-layer 1 --n-head 2 --n-embd 32 --block-size 64 --micro-batch-size 4 --tokens-per-step 256 --eval-windows 4"

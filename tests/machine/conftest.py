@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.nvml import Scene
+
 SOURCE = Path(__file__).parent / "nvml_stand_in.c"
-Scene = Callable[[str], None]
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
-from tests.machine.conftest import Scene
+from tests.helpers.nvml import Scene
 
 CODE = "import json; from gpt2box.dashboard.state import Watch; print(json.dumps(Watch().cards()))"
 

@@ -16,8 +16,8 @@ import torch
 from gpt2box.preflight import checks, smoke_test
 from gpt2box.system import gpu
 from gpt2box.system.gpu import Nvml
-from tests.conftest import Command
-from tests.machine.conftest import Scene
+from tests.helpers.commands import Command
+from tests.helpers.nvml import Scene
 
 CU121 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]  # torch 2.4.1's own list
 CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
@@ -26,7 +26,7 @@ CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 def asked() -> Any:
     """What gpu.ask_driver says in a process of its own, which loads the library anew."""
     code = (
-        "import json, dataclasses as d; from gpt2box.machine import gpu; print(json.dumps(d.asdict(gpu.ask_driver())))"
+        "import json, dataclasses as d; from gpt2box.system import gpu; print(json.dumps(d.asdict(gpu.ask_driver())))"
     )
     return json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 

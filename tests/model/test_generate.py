@@ -12,8 +12,7 @@ from transformers import GPT2LMHeadModel
 from gpt2box.model.decoder import Cache, Decoder
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.sampling import Choice, begin, generate, generate_together, pick
-from tests.conftest import tiny_model
-from tests.model.test_gpt2 import saved
+from tests.helpers.models import saved, tiny_model
 
 PROMPTS = torch.randint(0, 101, (4, 5), generator=torch.Generator().manual_seed(3)).tolist()
 UNEVEN = [PROMPTS[0], PROMPTS[1][:2], PROMPTS[2] + PROMPTS[3], [7]]

@@ -10,24 +10,13 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2LMHeadModel
 
-from gpt2box.checkpoint import writer as checkpoint
-from gpt2box.checkpoint.metadata import TrainState
 from gpt2box.data.pretrained import shape_in
-from gpt2box.data.tokenizer import CharTokenizer
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.hf_weights import hub_state, load_hub
 from gpt2box.model.loss import chunked_cross_entropy
 from gpt2box.model.shape import ModelShape
-from tests.conftest import tiny_model
-
-VOCABULARY = CharTokenizer("".join(chr(33 + i) for i in range(100)), end_of_text=True)  # 101 tokens
-
-
-def saved(model: GPT2, folder: Path) -> Path:
-    """A checkpoint as training writes it."""
-    optimizer = torch.optim.AdamW(model.parameters())
-    return checkpoint.save(folder, model, optimizer, TrainState(), VOCABULARY)
+from tests.helpers.models import saved, tiny_model
 
 
 def theirs(model: GPT2, folder: Path) -> GPT2LMHeadModel:

@@ -20,7 +20,8 @@ from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import adapters, add_adapters, merged, own_parameters
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
-from tests.conftest import TINY, tiny_model
+from tests.helpers.models import tiny_model
+from tests.helpers.settings import TINY
 
 LORA = {"init_from": "first", "lora_rank": 3, "max_steps": 10, "eval_interval": 5, "save_interval": 5}
 

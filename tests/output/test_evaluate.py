@@ -19,8 +19,8 @@ from gpt2box.evaluation.benchmarks import Answer, lambada_figures
 from gpt2box.evaluation.perplexity import windows
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
-from tests.conftest import TINY, TINYSHAKESPEARE, Command
-from tests.test_bad_input import command
+from tests.helpers.commands import Command, command
+from tests.helpers.settings import TINY, TINYSHAKESPEARE
 
 Evaluate = Callable[..., dict[str, Any]]
 

@@ -22,7 +22,9 @@ from gpt2box.model.decoder import Decoder
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.sampling import Choice, generate
 from gpt2box.model.shape import ModelShape
-from tests.conftest import Command, options, write_checkpoint
+from tests.helpers.commands import Command
+from tests.helpers.models import write_checkpoint
+from tests.helpers.settings import options
 
 TEXTS = [
     "To be, or not to be: that is the question.",

@@ -20,7 +20,8 @@ from gpt2box.export.export import export
 from gpt2box.export.nanogpt_import import import_nanogpt
 from gpt2box.inference.sample import load_model
 from gpt2box.model.gpt2 import GPT2
-from tests.conftest import TINYSHAKESPEARE, Command, options
+from tests.helpers.commands import Command
+from tests.helpers.settings import TINYSHAKESPEARE, options
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
 

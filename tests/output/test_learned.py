@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2box.evaluation import memorization
-from tests.conftest import TINYSHAKESPEARE, Command, options
+from tests.helpers.commands import Command
+from tests.helpers.settings import TINYSHAKESPEARE, options
 
 IDS = st.lists(st.integers(0, 3), max_size=40)
 

@@ -20,7 +20,9 @@ from gpt2box.export.export import export
 from gpt2box.export.push import check_name, push
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
-from tests.conftest import TINY, Command, tiny_model, write_checkpoint
+from tests.helpers.commands import Command
+from tests.helpers.models import tiny_model, write_checkpoint
+from tests.helpers.settings import TINY
 
 TOKEN = "hf_secret0123456789"
 

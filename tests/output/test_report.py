@@ -17,7 +17,8 @@ from gpt2box.config import loader
 from gpt2box.report.page import published
 from gpt2box.runs.history import history
 from gpt2box.runs.listing import since
-from tests.conftest import Command, options
+from tests.helpers.commands import Command
+from tests.helpers.settings import options
 
 
 class Page(HTMLParser):

@@ -18,8 +18,8 @@ from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.hf_weights import load_hub
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
-from tests.conftest import TINY, Command, options
-from tests.test_bad_input import command
+from tests.helpers.commands import Command, command
+from tests.helpers.settings import TINY, options
 
 
 @pytest.fixture

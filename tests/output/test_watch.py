@@ -24,8 +24,8 @@ from gpt2box.dashboard.state import Known, Watch
 from gpt2box.report.page import report_page
 from gpt2box.runs.history import Figures, history
 from gpt2box.utils.files import locked, write_atomically
-from tests.conftest import Command
-from tests.output.browser import Browser, chromium
+from tests.helpers.browser import Browser, chromium
+from tests.helpers.commands import Command
 
 TOKEN = "a-token_of_the-test0"
 

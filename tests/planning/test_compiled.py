@@ -12,7 +12,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.shape import ModelShape
 from gpt2box.planner.memory import COMPILED
-from tests.planning.simulator import cuda_rules
+from tests.helpers.memory_simulator import cuda_rules
 
 
 class Counted(Exception):

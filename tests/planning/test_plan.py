@@ -14,18 +14,17 @@ import torch
 from torch import nn
 
 from gpt2box.config import loader
-from gpt2box.config.schema import MODEL_SHAPES
 from gpt2box.errors import MachineCannot
 from gpt2box.model.selective_recompute import linear
 from gpt2box.model.shape import ModelShape
 from gpt2box.planner.gpu_specs import CARDS, card_found, card_named
 from gpt2box.planner.memory import CUBLAS_WORKSPACE, FIXED_WORKSPACE, GIB, WORKSPACES
-from gpt2box.planner.run_plan import RunPlan, make_plan
-from gpt2box.planner.search import NCCL_BYTES, Option, Place, choose, options
+from gpt2box.planner.search import Option, Place, choose, options
 from gpt2box.system.determinism import WORKSPACE
-from tests.conftest import Command
-from tests.conftest import options as tiny
-from tests.planning.simulator import simulate
+from tests.helpers.commands import Command
+from tests.helpers.memory_simulator import simulate
+from tests.helpers.plans import planned, shape_of
+from tests.helpers.settings import options as tiny
 
 NANOGPT_4X1024 = 11.66  # GiB that nanoGPT's own step takes for GPT-2 Medium, by the same kind of simulation
 
@@ -33,30 +32,6 @@ NANOGPT_4X1024 = 11.66  # GiB that nanoGPT's own step takes for GPT-2 Medium, by
 LORA = {"init_from": "x", "lora_rank": 16, "weights_dtype": "bfloat16"}
 MUON = {"optimizer": "muon"}
 LEAN = {"optimizer_states": "int8", "weights_dtype": "bfloat16", "optimizer_in_backward": True}
-
-
-def planned(
-    shape: ModelShape, micro_batch_size: int, mode: str, dtype: str, compiled: bool = False, **settings: object
-) -> tuple[RunPlan, Option]:
-    """A plan with everything fixed."""
-    accumulation, ranks = int(str(settings.pop("accumulation", 2))), int(str(settings.pop("ranks", 1)))
-    flags = {
-        "dataset": "x",
-        "block_size": shape.block_size,
-        "micro_batch_size": micro_batch_size,
-        "tokens_per_step": micro_batch_size * shape.block_size * accumulation * ranks,
-        "activation_checkpointing": mode,
-        **settings,
-    }
-    loaded = loader.load(None, {key: str(value) for key, value in flags.items()})[0]
-    place = Place("a card", 0, None, dtype, on_gpu=True, compiled=compiled, ranks=ranks)
-    (way,) = options(loaded, shape, place)
-    way = replace(way, memory=replace(way.memory, workspace=way.memory.workspace - (NCCL_BYTES if ranks > 1 else 0)))
-    return make_plan(loaded, shape, 10**6, "cpu", dtype, False, way), way
-
-
-def shape_of(name: str, block_size: int = 1024) -> ModelShape:
-    return ModelShape(**MODEL_SHAPES[name], block_size=block_size, vocab_size=50_257)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from gpt2box.model.shape import ModelShape
 from gpt2box.planner.run_plan import RunPlan, make_plan
 from gpt2box.planner.search import Place, options
 from gpt2box.training.console import Display
-from tests.conftest import Command
-from tests.conftest import options as tiny
+from tests.helpers.commands import Command
+from tests.helpers.settings import options as tiny
 
 
 def plan(**flags: str) -> RunPlan:
@@ -71,7 +71,7 @@ def test_on_a_terminal_there_is_a_panel(volumes: Path) -> None:
 ASIDE = """
 import os, sys, warnings
 from pathlib import Path
-from gpt2box.progress import kept_log
+from gpt2box.utils.progress import kept_log
 from tests.training.test_display import ROW, Display, plan
 with kept_log(Path(sys.argv[1])):
     display = Display("a", 0, plan())
@@ -159,8 +159,8 @@ def test_the_panel_says_what_is_known_and_nothing_else(capsys: pytest.CaptureFix
 STOPPED = """
 import os, signal, sys, time
 from pathlib import Path
-from gpt2box.progress import kept_log
-from gpt2box.stop import StopRequest
+from gpt2box.utils.progress import kept_log
+from gpt2box.utils.signals import StopRequest
 from tests.training.test_display import ROW, Display, plan
 with kept_log(Path(sys.argv[1])):
     stop = StopRequest().install()

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,42 +16,9 @@ from gpt2box.errors import BadInput
 from gpt2box.model.shape import ModelShape
 from gpt2box.planner.report import target
 from gpt2box.planner.search import options as ways
-from gpt2box.runs import metrics
-from tests.conftest import ROOT, TINY, options
-from tests.training.test_train import train, wait_for
-
-SAME = {**TINY, "lr_schedule": "constant", "warmup_steps": 0, "log_interval": 1}
-LONG = {**SAME, "max_steps": 300, "save_interval": 50, "eval_interval": 150}
-
-
-def two_ranks(*program: str, restarts: int = 0) -> subprocess.Popen[str]:
-    launch = ["--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
-    command = [sys.executable, "-m", "torch.distributed.run", *launch, *program]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def train_on_two(name: str, restarts: int = 0, **settings: object) -> subprocess.Popen[str]:
-    return two_ranks("-m", "gpt2box", "train", *options(name=name, **settings), restarts=restarts)
-
-
-def rank_of(launcher: subprocess.Popen[str], rank: int) -> int:
-    """The process id of a rank."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    (found,) = [c for c in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{c}/environ").read_bytes()]
-    return int(found)
-
-
-def rows(volumes: Path, name: str, key: str) -> dict[int, float]:
-    lines: list[dict[str, Any]] = metrics.read(volumes / "runs" / name / "metrics.jsonl")
-    return {row["step"]: row[key] for row in lines if key in row}
-
-
-def assert_same(volumes: Path, name: str, other: str, besides: tuple[int, ...] = (), norm: float = 1e-5) -> None:
-    """The same figures at the same steps; `besides`: where evaluations of `name` alone are; `norm`: how exact it is."""
-    for key in ("loss", "val_loss", "grad_norm"):
-        found = {s: x for s, x in rows(volumes, name, key).items() if key != "val_loss" or s not in besides}
-        assert found == pytest.approx(rows(volumes, other, key), abs=norm if key == "grad_norm" else 1e-5), key
+from tests.helpers.settings import ROOT, TINY, options
+from tests.helpers.torchrun import LONG, SAME, assert_same, rank_of, rows, train_on_two, two_ranks
+from tests.helpers.training import train, wait_for
 
 
 def test_two_ranks_learn_what_one_learns_and_go_on_from_each_others_checkpoints(volumes: Path, tmp_path: Path) -> None:
@@ -90,8 +54,8 @@ def test_a_killed_rank_comes_back_and_a_signal_to_one_stops_all(volumes: Path) -
 
 TROUBLE = """
 import os
-from gpt2box.cli import main
-from tests.training.test_out_of_memory import Refuse, Spoil
+from gpt2box.cli.main import main
+from tests.helpers.operator_faults import Refuse, Spoil
 
 if os.environ["RANK"] == "0":
     main()

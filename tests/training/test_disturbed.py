@@ -23,8 +23,8 @@ from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.errors import Damaged
 from gpt2box.training.resume import unchanged
 from gpt2box.utils.files import locked
-from tests.conftest import tiny_model
-from tests.training.test_train import process, train, wait_for
+from tests.helpers.models import tiny_model
+from tests.helpers.training import process, train, wait_for
 
 LONG = {"name": "run", "max_steps": 1_000_000, "save_interval": 20, "eval_interval": 20, "log_interval": 20}
 
@@ -114,7 +114,7 @@ def saves(folder: Path, rank: int, vocabulary: Tokenizer, begin: Callable[[], ob
 
 
 def test_ranks_that_save_at_once_do_not_remove_each_others_files(tmp_path: Path) -> None:
-    from tests.model.test_gpt2 import VOCABULARY
+    from tests.helpers.models import VOCABULARY
 
     fresh = multiprocessing.get_context("spawn")
     together = fresh.Barrier(2)

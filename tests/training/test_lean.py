@@ -10,41 +10,8 @@ from gpt2box.optim import low_memory_adamw
 from gpt2box.optim.factory import GuardedStep, make_optimizer, make_update
 from gpt2box.optim.low_memory_adamw import LeanAdamW, StepInBackward
 from gpt2box.optim.quantization import codes, dequantise, quantise, round_to_bfloat16
-from tests.conftest import tiny_model
-from tests.training.test_optim import plan
-
-
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def batches(count: int) -> list[Tensor]:
-    return list(torch.randint(0, 101, (count, 4, 24), generator=generator()))
-
-
-def trained(steps: int, micro_steps: int = 1, **flags: str) -> list[Tensor]:
-    """The weights after some steps with one optimizer or another."""
-    sizes = {"micro_batch_size": "4", "block_size": "24", "tokens_per_step": f"{96 * micro_steps}"}
-    settings = plan(grad_clip="100", **sizes, **flags)
-    model = tiny_model(bias=False)  # a key's bias has no gradient but rounding, which AdamW makes large
-    model.matrices_to(torch.bfloat16 if settings.weights_dtype == "bfloat16" else torch.float32)
-    update = make_update(make_optimizer(model, settings), settings)
-    data = batches(steps * micro_steps)
-    for step in range(steps):
-        total = torch.zeros(())
-        for micro_step in range(micro_steps):
-            x = data[step * micro_steps + micro_step]
-            loss = model(x, x.roll(-1, 1), 1.0 / micro_steps)
-            update.before_backward(step, micro_step, 1e-3, loss)
-            loss.backward()
-            total += loss.detach()
-        update(total)
-    return [p.detach().double() for p in model.parameters()]
-
-
-def distance(a: list[Tensor], b: list[Tensor]) -> float:
-    """The largest difference between two models' weights."""
-    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+from tests.helpers.models import tiny_model
+from tests.helpers.optimizers import batches, distance, generator, plan, trained
 
 
 def test_a_step_inside_the_backward_pass_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:

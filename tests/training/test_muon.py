@@ -12,9 +12,8 @@ from gpt2box.model.gpt2 import GPT2
 from gpt2box.optim import low_memory_adamw, muon
 from gpt2box.optim.factory import make_optimizer, make_update
 from gpt2box.optim.muon import Muon, orthogonal
-from tests.conftest import tiny_model
-from tests.training.test_lean import batches, distance, trained
-from tests.training.test_optim import plan
+from tests.helpers.models import tiny_model
+from tests.helpers.optimizers import batches, distance, plan, trained
 
 
 def stepped(model: GPT2, steps: int = 1, **flags: str) -> Muon:

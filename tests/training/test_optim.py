@@ -8,22 +8,9 @@ import pytest
 import torch
 
 from gpt2box.config import loader
-from gpt2box.config.schema import Config
-from gpt2box.model.shape import ModelShape
 from gpt2box.optim.factory import GuardedStep, learning_rate, make_optimizer
-from gpt2box.planner.run_plan import RunPlan, make_plan
-from gpt2box.planner.search import Place, options
-from tests.conftest import tiny_model
-
-
-def plan(**flags: str) -> RunPlan:
-    settings = loader.load(None, {"dataset": "x", "max_steps": "1000", "warmup_steps": "100", **flags})[0]
-    return planned(settings, ModelShape(3, 4, 32, 24, 101), 10_000)
-
-
-def planned(settings: Config, shape: ModelShape, train_tokens: int) -> RunPlan:
-    way = options(settings, shape, Place("a CPU", 0, None, "float32", on_gpu=False, compiled=False))[0]
-    return make_plan(settings, shape, train_tokens, "cpu", "float32", False, way)
+from tests.helpers.models import tiny_model
+from tests.helpers.optimizers import plan, planned
 
 
 def test_a_clipped_step_is_pytorchs_own() -> None:

@@ -4,47 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2box.errors import MachineCannot
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
-from tests.conftest import TINY
-
-
-class Refuse(TorchDispatchMode):
-    """An allocator that refuses: the n-th call of an operator, and those after it up to `times`, find no memory."""
-
-    def __init__(self, operator: str, nth: int, times: int = 1) -> None:
-        super().__init__()
-        self.operator, self.left, self.times = operator, nth, times
-        self.refused = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if str(func).startswith(f"aten.{self.operator}."):
-            self.left -= 1
-            if self.left <= 0 and self.refused < self.times:
-                self.refused += 1
-                raise torch.cuda.OutOfMemoryError("injected")
-        return func(*args, **(kwargs or {}))
-
-
-class Spoil(TorchDispatchMode):
-    """Gives what is not a number from the calls of an operator whose numbers, from 1, are in `which`."""
-
-    def __init__(self, operator: str, which: range) -> None:
-        super().__init__()
-        self.operator, self.which, self.calls = operator, which, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += (here := str(func).startswith(f"aten.{self.operator}."))
-        out = func(*args, **(kwargs or {}))
-        return out * float("nan") if here and self.calls in self.which else out
+from tests.helpers.operator_faults import Refuse
+from tests.helpers.settings import TINY
 
 
 def train(name: str, refuse: Refuse | None = None, **changes: object) -> None:

@@ -19,8 +19,8 @@ from gpt2box.model.gpt2 import GPT2
 from gpt2box.runs import metrics
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
-from tests.conftest import TINY
-from tests.faults.poison import poison_data
+from tests.helpers.poisoned_data import poison_data
+from tests.helpers.settings import TINY
 
 LONG = {"max_steps": 40, "eval_interval": 20, "save_interval": 10, "log_interval": 7}
 

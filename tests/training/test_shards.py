@@ -18,9 +18,9 @@ from gpt2box.model.shape import ModelShape
 from gpt2box.planner.search import Place, choose
 from gpt2box.planner.search import options as ways
 from gpt2box.training.execution import check_split
-from tests.conftest import ROOT, TINY, options
-from tests.training.test_distributed import LONG, SAME, assert_same, rank_of, rows, train_on_two, two_ranks
-from tests.training.test_train import train, wait_for
+from tests.helpers.settings import ROOT, TINY, options
+from tests.helpers.torchrun import LONG, SAME, assert_same, rank_of, rows, train_on_two, two_ranks
+from tests.helpers.training import train, wait_for
 
 needs_fsdp2 = pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 is not public before PyTorch 2.6")
 
@@ -77,8 +77,8 @@ def test_interrupted_or_killed_they_end_in_the_same_bits(volumes: Path) -> None:
 
 TROUBLE = """
 import os
-from gpt2box.cli import main
-from tests.training.test_out_of_memory import Refuse, Spoil
+from gpt2box.cli.main import main
+from tests.helpers.operator_faults import Refuse, Spoil
 
 if os.environ["RANK"] == "0":
     main()
@@ -107,7 +107,7 @@ def test_a_bad_gradient_of_one_is_left_out_by_all_they_go_back_together_and_memo
 
 POOR = """
 import torch
-from gpt2box.cli import main
+from gpt2box.cli.main import main
 from gpt2box.model.gpt2 import GPT2
 
 GPT2.initialise = lambda *_: torch.empty(1 << 60, dtype=torch.uint8)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from gpt2box.utils.signals import BEFORE, UNSAVED
-from tests.conftest import TINYSHAKESPEARE
-from tests.training.test_train import process, wait_for
+from tests.helpers.settings import TINYSHAKESPEARE
+from tests.helpers.training import process, wait_for
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 Running = subprocess.Popen[str]
@@ -160,7 +160,7 @@ def until_said(running: Running, words: str) -> None:
 
 OF_ALL_RANKS = """
 import os, signal
-from gpt2box.stop import StopRequest
+from gpt2box.utils.signals import StopRequest
 stop = StopRequest().install()
 with stop.awaited():
     stop.name = "a signal to another rank"
@@ -178,7 +178,7 @@ def test_a_ranks_own_first_signal_after_anothers_is_no_second_one() -> None:
 
 HUNG_UP = """
 import os, signal, sys
-from gpt2box.stop import StopRequest
+from gpt2box.utils.signals import StopRequest
 signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))
 stop = StopRequest().install()
 with stop.awaited():

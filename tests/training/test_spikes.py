@@ -26,9 +26,9 @@ from gpt2box.runs.listing import find_run
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
 from gpt2box.verify.verify import verify
-from tests.conftest import TINY, TINYSHAKESPEARE
-from tests.faults.poison import poison_data
-from tests.training.test_distributed import train_on_two
+from tests.helpers.poisoned_data import poison_data
+from tests.helpers.settings import TINY, TINYSHAKESPEARE
+from tests.helpers.torchrun import train_on_two
 
 STEADY = {
     **TINY, "dataset": "letters", "learning_rate": 1e-2, "lr_schedule": "constant", "warmup_steps": 0,

@@ -29,8 +29,8 @@ from gpt2box.training.model_setup import configure
 from gpt2box.training.trainer import Job, take_step
 from gpt2box.utils.ranks import ALONE
 from gpt2box.utils.signals import StopRequest
-from tests.planning.simulator import Recorder, cuda_rules
-from tests.planning.test_plan import planned, shape_of
+from tests.helpers.memory_simulator import Recorder, cuda_rules
+from tests.helpers.plans import planned, shape_of
 
 SHAPE = ModelShape(2, 4, 64, 32, 300)
 # The host waits for the device: it reads a value, has to know a size, or makes a tensor of a number of its own.

@@ -23,29 +23,11 @@ from gpt2box.errors import BadInput, Damaged, Gpt2boxError
 from gpt2box.runs import metrics
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
-from tests.conftest import ROOT, TINY, Command, options
+from tests.helpers.commands import Command
+from tests.helpers.settings import TINY, options
+from tests.helpers.training import process, train, wait_for
 
 EXACT = {"max_steps": 60, "save_interval": 10, "dropout": 0.1, "name": "run", "log_interval": 1}
-
-
-def train(name: str = "run", **changes: object) -> None:
-    """In this process."""
-    values = {key: str(value) for key, value in {**TINY, "name": name, **changes}.items()}
-    run_job(None, values, StopRequest())
-
-
-def process(volumes: Path, program: str = "", **changes: object) -> subprocess.Popen[str]:
-    """In a process of its own, with one thread, as the runs it is compared with."""
-    command = [sys.executable, *([program] if program else ["-m", "gpt2box"]), "train", *options(**changes)]
-    paths = {"GPT2BOX_VOLUMES": str(volumes), "PYTHONPATH": str(ROOT)}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | paths
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def wait_for(path: Path, running: subprocess.Popen[str]) -> None:
-    while not path.exists():
-        assert running.poll() is None, running.stderr and running.stderr.read()
-        time.sleep(0.005)
 
 
 def digests(volumes: Path, step: int = 60) -> list[str]:

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
 
-from tests.conftest import options
-from tests.training.test_distributed import SAME, assert_same
-from tests.training.test_train import train
+from tests.helpers.settings import options
+from tests.helpers.torchrun import SAME, assert_same
+from tests.helpers.training import train
 
 ADDRESSES = ["10.77.0.1", "10.77.0.2"]
 

@@ -20,9 +20,9 @@ from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
 from gpt2box.verify.reproduce import reproduce
 from gpt2box.verify.verify import verify
-from tests.conftest import TINY
-from tests.faults.poison import poison_data
-from tests.training.test_out_of_memory import Refuse
+from tests.helpers.operator_faults import Refuse
+from tests.helpers.poisoned_data import poison_data
+from tests.helpers.settings import TINY
 
 RUN = {"micro_batch_size": "auto", "max_steps": 12, "eval_interval": 4, "save_interval": 4, "log_interval": 1}
 LONG = {"max_steps": 32, "eval_interval": 16, "save_interval": 8, "log_interval": 4}

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Command, options
+from tests.helpers.commands import Command
+from tests.helpers.settings import options
 
 found = importlib.util.find_spec("wandb")
 installed = found is not None and found.origin is not None

@@ -72,7 +72,7 @@ def become(request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     if poison := request.get("poison"):
-        from tests.faults.poison import poison_data
+        from tests.helpers.poisoned_data import poison_data
 
         poison_data(*poison)
     if fault := request.get("fault"):

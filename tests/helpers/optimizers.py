@@ -1,0 +1,57 @@
+"""Train a tiny model for a few steps with one optimizer or another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpt2box.config import loader
+from gpt2box.config.schema import Config
+from gpt2box.model.shape import ModelShape
+from gpt2box.optim.factory import make_optimizer, make_update
+from gpt2box.planner.run_plan import RunPlan, make_plan
+from gpt2box.planner.search import Place, options
+from tests.helpers.models import tiny_model
+
+
+def plan(**flags: str) -> RunPlan:
+    settings = loader.load(None, {"dataset": "x", "max_steps": "1000", "warmup_steps": "100", **flags})[0]
+    return planned(settings, ModelShape(3, 4, 32, 24, 101), 10_000)
+
+
+def planned(settings: Config, shape: ModelShape, train_tokens: int) -> RunPlan:
+    way = options(settings, shape, Place("a CPU", 0, None, "float32", on_gpu=False, compiled=False))[0]
+    return make_plan(settings, shape, train_tokens, "cpu", "float32", False, way)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def batches(count: int) -> list[Tensor]:
+    return list(torch.randint(0, 101, (count, 4, 24), generator=generator()))
+
+
+def trained(steps: int, micro_steps: int = 1, **flags: str) -> list[Tensor]:
+    """The weights after some steps with one optimizer or another."""
+    sizes = {"micro_batch_size": "4", "block_size": "24", "tokens_per_step": f"{96 * micro_steps}"}
+    settings = plan(grad_clip="100", **sizes, **flags)
+    model = tiny_model(bias=False)  # a key's bias has no gradient but rounding, which AdamW makes large
+    model.matrices_to(torch.bfloat16 if settings.weights_dtype == "bfloat16" else torch.float32)
+    update = make_update(make_optimizer(model, settings), settings)
+    data = batches(steps * micro_steps)
+    for step in range(steps):
+        total = torch.zeros(())
+        for micro_step in range(micro_steps):
+            x = data[step * micro_steps + micro_step]
+            loss = model(x, x.roll(-1, 1), 1.0 / micro_steps)
+            update.before_backward(step, micro_step, 1e-3, loss)
+            loss.backward()
+            total += loss.detach()
+        update(total)
+    return [p.detach().double() for p in model.parameters()]
+
+
+def distance(a: list[Tensor], b: list[Tensor]) -> float:
+    """The largest difference between two models' weights."""
+    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
