@@ -32,8 +32,9 @@ from gpt2box.distributed.group import Group
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.shape import ModelShape
 from gpt2box.optim.factory import learning_rate, make_optimizer, make_update
+from gpt2box.planner.execution_plan import TargetDevice
 from gpt2box.planner.run_plan import RunPlan, make_plan
-from gpt2box.planner.search import Place, options
+from gpt2box.planner.search import list_execution_plans
 from gpt2box.training.evaluate import evaluate
 from gpt2box.utils.paths import dataset_dir
 from gpt2box.utils.ranks import ALONE
@@ -95,7 +96,9 @@ def planned(dataset: Dataset, settings: dict[str, Any]) -> RunPlan:
     config = loader.load(None, {key: str(value) for key, value in flags.items()})[0]
     vocab_size = dataset.tokenizer.vocab_size
     shape = ModelShape(**config.shape(), block_size=config.block_size, vocab_size=vocab_size, bias=config.bias)
-    way = options(config, shape, Place("this CPU", 1 << 62, None, "float32", on_gpu=False, compiled=False))[0]
+    way = list_execution_plans(
+        config, shape, TargetDevice("this CPU", 1 << 62, None, "float32", on_gpu=False, compiled=False)
+    )[0]
     return make_plan(config, shape, dataset.tokens("train"), "cpu", "float32", False, way)
 
 

@@ -18,10 +18,11 @@ from gpt2box.bench.bench import bench
 from gpt2box.config import loader
 from gpt2box.config.schema import Config
 from gpt2box.errors import MachineCannot
-from gpt2box.planner.bench_records import Measured, job_of, read, store
+from gpt2box.planner.bench_records import BenchRecord, bench_key, read_bench_records, store_bench_records
+from gpt2box.planner.execution_plan import TargetDevice
 from gpt2box.planner.memory import GIB
 from gpt2box.planner.report import shape_of
-from gpt2box.planner.search import Place, choose, fitting, informed, options
+from gpt2box.planner.search import apply_bench_records, choose_execution_plan, first_fitting_plan, list_execution_plans
 from gpt2box.system.host import cpu_name
 from gpt2box.utils.paths import bench_file
 from tests.helpers.commands import Command
@@ -98,7 +99,7 @@ def test_memory_that_runs_out_is_a_result(volumes: Path, capsys: pytest.CaptureF
         bench(one_kind, steps=1, sweep=True, share=False, as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert [way["fault"] for way in found["ways"]] == [None, None, "out of memory"]
-    kept = {record.way: record for record in read(bench_file(), cpu_name())}
+    kept = {record.way: record for record in read_bench_records(bench_file(), cpu_name())}
     assert not kept[1, "none", False].fits and kept[1, "none", False].free_bytes == found["free_bytes"]
     with Refuse("gelu_backward", 1, times=10_000), pytest.raises(MachineCannot, match="nothing could be measured"):
         bench(one_kind, steps=1, sweep=True, share=False, as_json=False)
@@ -118,14 +119,14 @@ def test_ctrl_c_leaves_what_was_measured(volumes: Path) -> None:
     assert found["interrupted"] and bench_file().exists()
 
 
-def record_of(way: tuple[int, str, bool], one_s: float, many_s: float, **changes: object) -> Measured:
+def record_of(way: tuple[int, str, bool], one_s: float, many_s: float, **changes: object) -> BenchRecord:
     plain = loader.load("openwebtext", {})[0]
-    job = job_of("a card", plain, shape_of(plain), "bfloat16")
+    job = bench_key("a card", plain, shape_of(plain), "bfloat16")
     values: dict[str, Any] = {"fits": True, "free_bytes": 12 * GIB, "peak_bytes": 9 * GIB, **changes}
-    return Measured(job, *way, one_s=one_s, many_s=many_s, **values)
+    return BenchRecord(job, *way, one_s=one_s, many_s=many_s, **values)
 
 
-CARD = Place("a card", 11 * GIB, None, "bfloat16", on_gpu=True, compiled=True, card="a card")
+CARD = TargetDevice("a card", 11 * GIB, None, "bfloat16", on_gpu=True, compiled=True, bench_name="a card")
 
 
 def test_what_was_measured_goes_before_what_is_estimated(volumes: Path) -> None:
@@ -134,30 +135,32 @@ def test_what_was_measured_goes_before_what_is_estimated(volumes: Path) -> None:
     (volumes / "runs").mkdir()
     slow, fast = record_of((2, "none", True), 0.3, 0.7), record_of((1, "full", True), 0.1, 0.2)
     assert slow.step_s(3) == 0.7 and slow.step_s(32) == pytest.approx(0.3 + 31 * 0.2)
-    store(bench_file(), [slow, fast])
-    place = informed(CARD, plain, shape)
-    found = options(plain, shape, place)
+    store_bench_records(bench_file(), [slow, fast])
+    place = apply_bench_records(CARD, plain, shape)
+    found = list_execution_plans(plain, shape, place)
     assert [(way.micro_batch_size, way.activation_checkpointing) for way in found[:2]] == [(1, "full"), (2, "none")]
-    assert choose(found, plain, shape, place).measured and found[0].total_bytes == 9 * GIB
+    assert choose_execution_plan(found, plain, shape, place).measured and found[0].total_bytes == 9 * GIB
     # Measured to take more than is free now: another way.
-    store(bench_file(), [replace(fast, peak_bytes=20 * GIB)])
-    again = options(plain, shape, informed(CARD, plain, shape))
-    assert choose(again, plain, shape, place).micro_batch_size == 2
+    store_bench_records(bench_file(), [replace(fast, peak_bytes=20 * GIB)])
+    again = list_execution_plans(plain, shape, apply_bench_records(CARD, plain, shape))
+    assert choose_execution_plan(again, plain, shape, place).micro_batch_size == 2
 
 
 def test_a_way_that_had_too_little_memory_is_taken_again_only_where_there_is_more(volumes: Path) -> None:
     plain = loader.load("openwebtext", {})[0]
     shape = shape_of(plain)
     (volumes / "runs").mkdir()
-    usual = fitting(options(plain, shape, CARD), CARD)
+    usual = first_fitting_plan(list_execution_plans(plain, shape, CARD), CARD)
     assert usual
     way = (usual.micro_batch_size, usual.activation_checkpointing, True)
-    store(bench_file(), [record_of(way, 0.0, 0.0, fits=False, peak_bytes=0, free_bytes=12 * GIB)])
-    now = fitting(options(plain, shape, informed(CARD, plain, shape)), CARD)
-    assert now and now.words() != usual.words()
-    larger = informed(replace(CARD, free_bytes=13 * GIB), plain, shape)
+    store_bench_records(bench_file(), [record_of(way, 0.0, 0.0, fits=False, peak_bytes=0, free_bytes=12 * GIB)])
+    now = first_fitting_plan(list_execution_plans(plain, shape, apply_bench_records(CARD, plain, shape)), CARD)
+    assert now and now.describe() != usual.describe()
+    larger = apply_bench_records(replace(CARD, free_bytes=13 * GIB), plain, shape)
     assert any(
-        option.words() == usual.words() for option in options(plain, shape, larger) if option.total_bytes < 13 * GIB
+        option.describe() == usual.describe()
+        for option in list_execution_plans(plain, shape, larger)
+        if option.total_bytes < 13 * GIB
     )
 
 
@@ -165,33 +168,35 @@ def test_compiled_or_not_follows_the_measurements_where_both_were_tried_and_it_i
     plain = loader.load("openwebtext", {})[0]
     shape = shape_of(plain)
     (volumes / "runs").mkdir()
-    store(bench_file(), [record_of((2, "none", False), 0.1, 0.3)])
-    assert informed(CARD, plain, shape).compiled
-    store(bench_file(), [record_of((2, "none", True), 0.2, 0.6)])
-    assert not informed(CARD, plain, shape).compiled
-    store(bench_file(), [record_of((2, "none", True), 0.102, 0.306)])  # no clear difference: as usual
-    assert informed(CARD, plain, shape).compiled
-    store(bench_file(), [record_of((2, "none", True), 0.2, 0.6)])
-    assert informed(CARD, plain.model_copy(update={"compile": True}), shape).compiled
-    assert informed(CARD, plain.model_copy(update={"dropout": 0.1}), shape).compiled  # nothing is known of that
-    assert informed(replace(CARD, card="another"), plain, shape).measured == []
+    store_bench_records(bench_file(), [record_of((2, "none", False), 0.1, 0.3)])
+    assert apply_bench_records(CARD, plain, shape).compiled
+    store_bench_records(bench_file(), [record_of((2, "none", True), 0.2, 0.6)])
+    assert not apply_bench_records(CARD, plain, shape).compiled
+    store_bench_records(bench_file(), [record_of((2, "none", True), 0.102, 0.306)])  # no clear difference: as usual
+    assert apply_bench_records(CARD, plain, shape).compiled
+    store_bench_records(bench_file(), [record_of((2, "none", True), 0.2, 0.6)])
+    assert apply_bench_records(CARD, plain.model_copy(update={"compile": True}), shape).compiled
+    assert apply_bench_records(
+        CARD, plain.model_copy(update={"dropout": 0.1}), shape
+    ).compiled  # nothing is known of that
+    assert apply_bench_records(replace(CARD, bench_name="another"), plain, shape).bench_records == []
 
 
 def test_a_later_measurement_takes_the_place_of_one_before_and_a_damaged_file_counts_as_none(volumes: Path) -> None:
     (volumes / "runs").mkdir()
     first, other = record_of((2, "none", True), 0.3, 0.7), record_of((2, "full", True), 0.3, 0.8)
-    store(bench_file(), [first, other])
-    store(bench_file(), [replace(first, one_s=0.1)])
-    assert sorted(record.one_s for record in read(bench_file(), "a card")) == [0.1, 0.3]
+    store_bench_records(bench_file(), [first, other])
+    store_bench_records(bench_file(), [replace(first, one_s=0.1)])
+    assert sorted(record.one_s for record in read_bench_records(bench_file(), "a card")) == [0.1, 0.3]
     content = json.loads(bench_file().read_text())
     content["measured"][0].pop("one_s")
     content["measured"].append({"job": 7})
     bench_file().write_text(json.dumps(content))
-    assert len(read(bench_file(), "a card")) == 1
+    assert len(read_bench_records(bench_file(), "a card")) == 1
     bench_file().write_text("{")
-    assert read(bench_file(), "a card") == []
-    store(bench_file(), [first])
-    assert read(bench_file(), "a card") == [first]
+    assert read_bench_records(bench_file(), "a card") == []
+    store_bench_records(bench_file(), [first])
+    assert read_bench_records(bench_file(), "a card") == [first]
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,11 @@ from gpt2box.config.schema import Config
 from gpt2box.data.dataset import Dataset, open_dataset
 from gpt2box.errors import MachineCannot, VolumeUnwritable
 from gpt2box.model.shape import ModelShape
-from gpt2box.planner.bench_records import Job, Measured, job_of, store
+from gpt2box.planner.bench_records import BenchKey, BenchRecord, bench_key, store_bench_records
+from gpt2box.planner.execution_plan import TargetDevice
 from gpt2box.planner.report import shape_of
 from gpt2box.planner.run_plan import make_plan
-from gpt2box.planner.search import RECOMPUTE, Place, choose, informed, options
+from gpt2box.planner.search import CHECKPOINTING_MODES, apply_bench_records, choose_execution_plan, list_execution_plans
 from gpt2box.preflight.preflight import check_gpu
 from gpt2box.preflight.requirements import has_dataset
 from gpt2box.system import host
@@ -41,14 +42,14 @@ class Task:
 
     config: Config
     shape: ModelShape
-    place: Place  # without what was measured there before
+    place: TargetDevice  # without what was measured there before
     device: torch.device
     can_compile: bool  # where the settings leave it open, too
 
     @property
-    def job(self) -> Job:
+    def job(self) -> BenchKey:
         """What the records hold for."""
-        return job_of(self.place.card, self.config, self.shape, self.place.dtype)
+        return bench_key(self.place.bench_name, self.config, self.shape, self.place.dtype)
 
 
 def bench(config: Config, steps: int, sweep: bool, share: bool, as_json: bool) -> None:
@@ -66,7 +67,7 @@ def bench(config: Config, steps: int, sweep: bool, share: bool, as_json: bool) -
     task = look(config)
     ways = candidates(task) if sweep else []
     ways = ways or [as_trained(task)]
-    peak = task.place.kind.bf16_tflops if task.place.kind and task.place.dtype == "bfloat16" else 0.0
+    peak = task.place.spec.bf16_tflops if task.place.spec and task.place.dtype == "bfloat16" else 0.0
     plan = make_plan(config, task.shape, 0, str(task.device), task.place.dtype, ways[0].compiled, ways[0].option, peak)
     set_arithmetic(plan)
     beside: dict[str, Any] = {}
@@ -75,7 +76,7 @@ def bench(config: Config, steps: int, sweep: bool, share: bool, as_json: bool) -
         watch = Stopwatch(plan, dataset)
         on = config.dataset if dataset.manifest else "random tokens"
         each = f" of each of {len(ways)} ways, in turns" if sweep else ""
-        say(f"{config.name} on {task.place.card or task.place.name}, {on}: {steps} steps{each}")
+        say(f"{config.name} on {task.place.bench_name or task.place.name}, {on}: {steps} steps{each}")
         try:
             in_turns(watch, ways, steps, task, sweep)
             if done := fastest(ways, task):
@@ -83,7 +84,7 @@ def bench(config: Config, steps: int, sweep: bool, share: bool, as_json: bool) -
         except (KeyboardInterrupt, SystemExit) as error:
             stopped = error
     if sweep:  # also of a turn that was broken off
-        store(bench_file(), [way.record(task.job, task.place.free_bytes) for way in ways if way.known])
+        store_bench_records(bench_file(), [way.record(task.job, task.place.free_bytes) for way in ways if way.known])
     done = fastest(ways, task)
     figures = table.figures(config, plan, task.place, done, [way for way in ways if way.fault], beside)
     figures["interrupted"] = stopped is not None
@@ -126,9 +127,9 @@ def as_trained(task: Task) -> Way:
         MachineCannot: nothing fits.
     """
     config, shape = task.config, task.shape
-    known = informed(task.place, config, shape, task.can_compile)
-    chosen = choose(options(config, shape, known), config, shape, known)
-    plain = options(config, shape, replace(known, measured=[]))
+    known = apply_bench_records(task.place, config, shape, task.can_compile)
+    chosen = choose_execution_plan(list_execution_plans(config, shape, known), config, shape, known)
+    plain = list_execution_plans(config, shape, replace(known, bench_records=[]))
     way = (chosen.micro_batch_size, chosen.activation_checkpointing)
     return Way(next(o for o in plain if (o.micro_batch_size, o.activation_checkpointing) == way), known.compiled)
 
@@ -138,8 +139,8 @@ def candidates(task: Task) -> list[Way]:
     free, found = task.place.free_bytes, []
     kinds = [False, True] if task.config.compile == "auto" and task.can_compile else [task.place.compiled]
     for compiled in kinds:
-        left_open = options(task.config, task.shape, replace(task.place, compiled=compiled))
-        for mode in RECOMPUTE:
+        left_open = list_execution_plans(task.config, task.shape, replace(task.place, compiled=compiled))
+        for mode in CHECKPOINTING_MODES:
             same = [option for option in left_open if option.activation_checkpointing == mode]
             same.sort(key=lambda option: option.micro_batch_size)
             fits = [option for option in same if option.memory.total <= free]
@@ -160,12 +161,12 @@ def in_turns(watch: Stopwatch, ways: list[Way], steps: int, task: Task, sweep: b
                 continue
             watch.turn(way, -(-steps // rounds))
             if sweep and way.known:
-                store(bench_file(), [way.record(task.job, task.place.free_bytes)])
+                store_bench_records(bench_file(), [way.record(task.job, task.place.free_bytes)])
             if sweep and number == 0:
                 say(f"  {way.words()}: {way.fault or table.rate(fastest([way], task)[0][2])}")
 
 
-def fastest(ways: list[Way], task: Task) -> list[tuple[Way, Measured, float]]:
+def fastest(ways: list[Way], task: Task) -> list[tuple[Way, BenchRecord, float]]:
     """The ways that were timed, with their records and tokens a second in the config's step, fastest first."""
     records = [(way, way.record(task.job, task.place.free_bytes)) for way in ways if way.done]
     rated = [(way, record, record.tokens_per_sec(way.option.grad_accum_steps)) for way, record in records]

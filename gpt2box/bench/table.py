@@ -11,9 +11,9 @@ import torch
 
 from gpt2box import __version__
 from gpt2box.config.schema import Config
-from gpt2box.planner.bench_records import Measured
+from gpt2box.planner.bench_records import BenchRecord
+from gpt2box.planner.execution_plan import TargetDevice
 from gpt2box.planner.run_plan import RunPlan
-from gpt2box.planner.search import Place
 from gpt2box.system.gpu import ask_driver
 from gpt2box.system.provenance import git_state
 from gpt2box.utils.progress import size
@@ -27,15 +27,15 @@ NOTHING = "–"
 def figures(
     config: Config,
     plan: RunPlan,
-    place: Place,
-    done: list[tuple[Way, Measured, float]],
+    place: TargetDevice,
+    done: list[tuple[Way, BenchRecord, float]],
     faulty: list[Way],
     beside: dict[str, Any],
 ) -> dict[str, Any]:
     """For programs: bytes, seconds, tokens a second; `done` has the fastest way first."""
     found: dict[str, Any] = {
         "name": config.name,
-        "card": place.card or place.name,
+        "card": place.bench_name or place.name,
         "free_bytes": place.free_bytes,
         "versions": versions(),
         "when": time.strftime("%Y-%m-%d"),
@@ -78,7 +78,7 @@ def figures(
     return found
 
 
-def way_row(way: Way, record: Measured | None, pace: float | None) -> dict[str, Any]:
+def way_row(way: Way, record: BenchRecord | None, pace: float | None) -> dict[str, Any]:
     """A way to do the steps."""
     return {
         "micro_batch_size": way.option.micro_batch_size,

@@ -30,10 +30,11 @@ from gpt2box.distributed.group import Group
 from gpt2box.model.shape import ModelShape
 from gpt2box.optim.factory import make_optimizer, make_update
 from gpt2box.planner import bench_records
-from gpt2box.planner.bench_records import MANY, Measured
+from gpt2box.planner.bench_records import LONG_STEP_MICRO_STEPS, BenchRecord
+from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.memory import CUDA_CONTEXT
 from gpt2box.planner.run_plan import RunPlan, in_this_way
-from gpt2box.planner.search import MOST_TOKENS, Option
+from gpt2box.planner.search import MAX_MICRO_BATCH_TOKENS
 from gpt2box.system.device import peak_memory_bytes
 from gpt2box.training.evaluate import evaluate
 from gpt2box.training.model_setup import configure, empty_model, through_compiler
@@ -42,7 +43,7 @@ from gpt2box.utils.progress import say
 from gpt2box.utils.ranks import ALONE
 from gpt2box.utils.signals import StopRequest
 
-LENGTHS = (1, MANY)  # micro-steps of the steps that are timed
+LENGTHS = (1, LONG_STEP_MICRO_STEPS)  # micro-steps of the steps that are timed
 BATCHES = 20  # of the loader's that are timed
 REPEATS = 3  # of an evaluation or a checkpoint, where it is short
 SHORT_S = 5.0
@@ -54,7 +55,7 @@ SYNTHETIC_WINDOWS = 64  # at least
 class Way:
     """A way to do the steps, and the seconds of those that were timed, by their number of micro-steps."""
 
-    option: Option
+    option: ExecutionPlan
     compiled: bool
     seconds: dict[int, list[float]] = field(default_factory=lambda: {length: [] for length in LENGTHS})
     peak_bytes: int = 0  # of memory, with CUDA's own; 0 on a CPU
@@ -70,10 +71,10 @@ class Way:
         """Whether there is something to keep: times, or that memory ran out."""
         return self.done or self.fault == OUT_OF_MEMORY
 
-    def record(self, job: bench_records.Job, free_bytes: int) -> Measured:
+    def record(self, job: bench_records.BenchKey, free_bytes: int) -> BenchRecord:
         """For the file."""
         one, many = (statistics.median(self.seconds[length]) if self.done else 0.0 for length in LENGTHS)
-        return Measured(
+        return BenchRecord(
             job=job,
             micro_batch_size=self.option.micro_batch_size,
             activation_checkpointing=self.option.activation_checkpointing,
@@ -89,7 +90,7 @@ class Way:
 
     def words(self) -> str:
         """As settings."""
-        return f"{self.option.words()}, {'compiled' if self.compiled else 'not compiled'}"
+        return f"{self.option.describe()}, {'compiled' if self.compiled else 'not compiled'}"
 
 
 class Stopwatch:
@@ -249,7 +250,7 @@ def repeated(once: Callable[[], float]) -> float:
 def synthetic(shape: ModelShape) -> Iterator[Dataset]:
     """A dataset of random tokens, in the system's folder for what is temporary."""
     random = np.random.default_rng(0)
-    windows = max(SYNTHETIC_WINDOWS, 2 * MOST_TOKENS // shape.block_size)
+    windows = max(SYNTHETIC_WINDOWS, 2 * MAX_MICRO_BATCH_TOKENS // shape.block_size)
     with tempfile.TemporaryDirectory(prefix="gpt2box-bench-") as folder:
         for split in ("train", "val"):
             count = windows * shape.block_size + 1

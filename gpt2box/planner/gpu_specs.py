@@ -15,7 +15,7 @@ from gpt2box.errors import BadInput
 
 
 @dataclass(frozen=True)
-class CardKind:
+class GpuSpec:
     """A kind of card."""
 
     name: str
@@ -64,43 +64,43 @@ h200             141  4800  989.4  9.0
 """
 
 
-def _read(line: str) -> CardKind:
+def parse_row(line: str) -> GpuSpec:
     name, gib, bandwidth, tflops, capability = line.split()
     major, minor = capability.split(".")
-    return CardKind(name, float(gib), float(bandwidth), float(tflops), (int(major), int(minor)))
+    return GpuSpec(name, float(gib), float(bandwidth), float(tflops), (int(major), int(minor)))
 
 
-CARDS = {kind.name: kind for kind in map(_read, _TABLE.strip().splitlines())}
+GPU_SPECS = {kind.name: kind for kind in map(parse_row, _TABLE.strip().splitlines())}
 
 
-def card_named(name: str) -> CardKind:
+def gpu_spec_named(name: str) -> GpuSpec:
     """A card by its name in the table, in any spelling of it.
 
     Raises:
         BadInput: not in the table.
     """
-    plain = spelled(name)
+    plain = normalize_gpu_name(name)
     for full in (plain, f"rtx-{plain}"):
-        if full in CARDS:
-            return CARDS[full]
-    near = difflib.get_close_matches(plain, CARDS, 1)
+        if full in GPU_SPECS:
+            return GPU_SPECS[full]
+    near = difflib.get_close_matches(plain, GPU_SPECS, 1)
     raise BadInput(
         f"no card {name!r} in the table" + (f"; did you mean {near[0]}?" if near else ""),
-        textwrap.fill(f"one of {', '.join(CARDS)}", 100, subsequent_indent="    ", break_on_hyphens=False),
+        textwrap.fill(f"one of {', '.join(GPU_SPECS)}", 100, subsequent_indent="    ", break_on_hyphens=False),
         "or give its memory: --vram-gib 12",
     )
 
 
-def card_found(name: str, total_bytes: int | None) -> CardKind | None:
+def gpu_spec_of_device(name: str, total_bytes: int | None) -> GpuSpec | None:
     """The kind of a card that the driver names, such as 'NVIDIA GeForce RTX 4070'; None where the table lacks it."""
-    plain = spelled(name)
+    plain = normalize_gpu_name(name)
     if re.search(r"laptop|\bmig\b|h100.*pcie|vgpu|grid", name.lower()):
         return None  # other chips at other power under the same names, or a part of a card
-    named = [kind.name for kind in CARDS.values() if re.fullmatch(rf"{kind.name}(-.*)?", plain)]
+    named = [kind.name for kind in GPU_SPECS.values() if re.fullmatch(rf"{kind.name}(-.*)?", plain)]
     if not named:
         return None
     base = re.sub(r"-\d+gb$", "", max(named, key=len))
-    kinds = [kind for kind in CARDS.values() if re.fullmatch(rf"{base}(-\d+gb)?", kind.name)]
+    kinds = [kind for kind in GPU_SPECS.values() if re.fullmatch(rf"{base}(-\d+gb)?", kind.name)]
     if not total_bytes:
         return kinds[0]
     # The same name is sold with different memory.
@@ -108,7 +108,7 @@ def card_found(name: str, total_bytes: int | None) -> CardKind | None:
     return nearest if abs(nearest.gib - total_bytes / 2**30) < 0.15 * nearest.gib else None
 
 
-def spelled(name: str) -> str:
+def normalize_gpu_name(name: str) -> str:
     """'NVIDIA GeForce RTX 4070 Ti' and 'rtx4070ti' to 'rtx-4070-ti'."""
     plain = re.sub(r"nvidia|geforce|tesla|-?sxm\d?|-?pcie?|hbm\d?e?", " ", name.lower())
     plain = re.sub(r"(rtx)\s*[-_]?\s*(\d{4}|a\d{4})", r"\1-\2-", plain)

@@ -13,19 +13,18 @@ from gpt2box.data.pretrained import pretrained_folder, shape_from, shape_in, wor
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.errors import BadInput, Gpt2boxError, MachineCannot
 from gpt2box.model.shape import ModelShape
-from gpt2box.planner.gpu_specs import CARDS, CardKind, card_found, card_named
+from gpt2box.planner.execution_plan import ExecutionPlan, TargetDevice
+from gpt2box.planner.gpu_specs import GPU_SPECS, GpuSpec, gpu_spec_named, gpu_spec_of_device
 from gpt2box.planner.memory import GIB, padded_parameters
 from gpt2box.planner.search import (
     BF16_FROM,
-    Option,
-    Place,
-    check_cut,
-    check_shared,
-    choose,
-    fitting,
-    informed,
-    options,
-    rungs,
+    apply_bench_records,
+    check_ranks_divide_step,
+    check_sharding,
+    choose_execution_plan,
+    fallback_settings,
+    first_fitting_plan,
+    list_execution_plans,
 )
 from gpt2box.system import gpu
 from gpt2box.system.host import cpu_name, memory_bytes
@@ -41,7 +40,7 @@ DESKTOP_BYTES = GIB // 2  # of a card that is only named: what a desktop without
 class Target:
     """Where to plan for, and a word on its memory."""
 
-    place: Place
+    place: TargetDevice
     note: str
 
 
@@ -51,7 +50,7 @@ def target(name: str | None, vram_gib: float | None, config: Config, gpus: int =
     Raises:
         BadInput: an unknown card, or none here, none named and the settings want one; or so many cannot share a step.
     """
-    check_shared(config, gpus)
+    check_ranks_divide_step(config, gpus)
     found = one_card(name, vram_gib, config)
     return replace(found, place=replace(found.place, ranks=gpus)) if gpus > 1 else found
 
@@ -59,7 +58,7 @@ def target(name: str | None, vram_gib: float | None, config: Config, gpus: int =
 def one_card(name: str | None, vram_gib: float | None, config: Config) -> Target:
     """The same of a single one."""
     if name or vram_gib:
-        kind = card_named(name) if name else None
+        kind = gpu_spec_named(name) if name else None
         total = round((vram_gib or (kind.gib if kind else 0)) * GIB)
         note = f"{size(total)}, of which {size(DESKTOP_BYTES)} are left to a desktop"
         note += "" if kind else "; no speed without a card's name (--gpu)"
@@ -69,24 +68,26 @@ def one_card(name: str | None, vram_gib: float | None, config: Config) -> Target
     if config.device == "cpu" or (config.device == "auto" and not nvml.cards):
         free = memory_bytes()[1]
         dtype = "float32" if config.dtype == "auto" else config.dtype
-        place = Place("this CPU", free, None, dtype, on_gpu=False, compiled=config.compile is True, card=cpu_name())
+        place = TargetDevice(
+            "this CPU", free, None, dtype, on_gpu=False, compiled=config.compile is True, bench_name=cpu_name()
+        )
         return Target(place, f"{size(free)} free now")
     index = int(config.device.partition(":")[2] or 0)
     if index >= len(nvml.cards):
         found = nvml.fault or f"no card with the number {index}"
-        raise BadInput(found, f"a card here, or one of {', '.join(CARDS)}", "gpt2box plan … --gpu rtx-4070")
+        raise BadInput(found, f"a card here, or one of {', '.join(GPU_SPECS)}", "gpt2box plan … --gpu rtx-4070")
     card = nvml.cards[index]
     if card.free_bytes is None:
         raise BadInput(f"the driver does not tell the memory of {card.name}", "", "gpt2box plan … --vram-gib 12")
     note = f"{size(card.free_bytes)} of {size(card.total_bytes or 0)} free now"
-    kind = card_found(card.name, card.total_bytes)
+    kind = gpu_spec_of_device(card.name, card.total_bytes)
     place = gpu_place(card.name, card.free_bytes, kind, dtype_of(config, card.capability or BF16_FROM))
-    return Target(replace(place, card=card.name), note)
+    return Target(replace(place, bench_name=card.name), note)
 
 
-def gpu_place(name: str, free_bytes: int, kind: CardKind | None, dtype: str) -> Place:
+def gpu_place(name: str, free_bytes: int, kind: GpuSpec | None, dtype: str) -> TargetDevice:
     """A card, where training would be compiled."""
-    return Place(name, free_bytes, kind, dtype, on_gpu=True, compiled=True)
+    return TargetDevice(name, free_bytes, kind, dtype, on_gpu=True, compiled=True)
 
 
 def dtype_of(config: Config, capability: tuple[int, int]) -> str:
@@ -144,12 +145,12 @@ def show(config: Config, target: Target, all_sizes: bool, explain: bool, as_json
     if all_sizes:
         return table(config, target, as_json)
     shape = shape_of(config)
-    check_cut(config, shape, target.place.ranks)
-    place = informed(target.place, config, shape)
+    check_sharding(config, shape, target.place.ranks)
+    place = apply_bench_records(target.place, config, shape)
     compiled = place.compiled and config.may_compile
-    found = options(config, shape, place)
+    found = list_execution_plans(config, shape, place)
     try:
-        chosen = choose(found, config, shape, place)
+        chosen = choose_execution_plan(found, config, shape, place)
     except MachineCannot:
         if as_json:
             print(json.dumps({"name": config.name, "card": place.name, "chosen": None}, indent=2))
@@ -179,14 +180,14 @@ def show(config: Config, target: Target, all_sizes: bool, explain: bool, as_json
     print("other ways to do the same steps, fastest first")
     for line in other_lines(chosen, found, target):
         print(f"  {line}")
-    for flags, way, changes in rungs(config, shape, place) if place.on_gpu else ():
+    for flags, way, changes in fallback_settings(config, shape, place) if place.on_gpu else ():
         print(f"  {flags}\n    {way_words(way)}; {'changes the numbers' if changes else 'the same numbers'}")
 
 
-def way_words(way: Option) -> str:
+def way_words(way: ExecutionPlan) -> str:
     """In a line."""
     speed = f", {way.tokens_per_sec:,.0f} tokens/s{MARKS[way.measured]}" if way.tokens_per_sec else ""
-    return f"{way.words()}, {size(way.total_bytes)}{speed}"
+    return f"{way.describe()}, {size(way.total_bytes)}{speed}"
 
 
 KINDS = {False: "all estimated", True: "speed measured here by gpt2box bench, the rest estimated"}
@@ -204,7 +205,7 @@ EXPLAINED = {
 }
 
 
-def plan_lines(config: Config, shape: ModelShape, chosen: Option, compiled: bool) -> Iterator[str]:
+def plan_lines(config: Config, shape: ModelShape, chosen: ExecutionPlan, compiled: bool) -> Iterator[str]:
     """What is done, how fast and how long."""
     yield (
         f"{config.tokens_per_step:,} tokens a step = {chosen.micro_batch_size} × {shape.block_size} × "
@@ -222,9 +223,9 @@ def plan_lines(config: Config, shape: ModelShape, chosen: Option, compiled: bool
     yield f"checkpoints: {size(each)} each, {size(kept * each)} on disk; {size(each)} of the host's memory to copy one"
 
 
-def other_lines(chosen: Option | None, found: list[Option], target: Target) -> Iterator[str]:
+def other_lines(chosen: ExecutionPlan | None, found: list[ExecutionPlan], target: Target) -> Iterator[str]:
     """For each kind of recompute the fastest that fits; where none does, the smallest."""
-    shown: list[tuple[Option, bool]] = []
+    shown: list[tuple[ExecutionPlan, bool]] = []
     for mode in dict.fromkeys(option.activation_checkpointing for option in found):
         same = [option for option in found if option.activation_checkpointing == mode]
         fits = [option for option in same if option.total_bytes <= target.place.free_bytes]
@@ -239,11 +240,11 @@ def other_lines(chosen: Option | None, found: list[Option], target: Target) -> I
 
 
 def as_dict(
-    config: Config, shape: ModelShape, target: Target, chosen: Option, found: list[Option], compiled: bool
+    config: Config, shape: ModelShape, target: Target, chosen: ExecutionPlan, found: list[ExecutionPlan], compiled: bool
 ) -> dict[str, Any]:
     """For programs; bytes, tokens a second, seconds. Estimated, but for what an option's `kind` says of its speed."""
 
-    def one(option: Option) -> dict[str, Any]:
+    def one(option: ExecutionPlan) -> dict[str, Any]:
         return {
             "micro_batch_size": option.micro_batch_size,
             "grad_accum_steps": option.grad_accum_steps,
@@ -279,8 +280,8 @@ def table(config: Config, target: Target, as_json: bool) -> None:
     rows = []
     for name, sizes in MODEL_SHAPES.items():
         shape = ModelShape(**sizes, block_size=config.block_size, vocab_size=VOCABULARY, bias=config.bias)
-        found = options(config, shape, target.place)
-        chosen = fitting(found, target.place) or min(found, key=lambda option: option.total_bytes)
+        found = list_execution_plans(config, shape, target.place)
+        chosen = first_fitting_plan(found, target.place) or min(found, key=lambda option: option.total_bytes)
         rows.append((name, shape, chosen, chosen.total_bytes <= target.place.free_bytes))
     if as_json:
         content = [

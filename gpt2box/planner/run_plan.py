@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from gpt2box.config.schema import Config
 from gpt2box.model.shape import ModelShape
+from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.memory import evaluation_sequences
-from gpt2box.planner.search import MOST_TOKENS, Option
+from gpt2box.planner.search import MAX_MICRO_BATCH_TOKENS
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class RunPlan:
         return round(tokens_per_sec * self.shape.flops_per_token / (self.peak_tflops * 1e12), 4)
 
 
-def in_this_way(plan: RunPlan, way: Option) -> RunPlan:
+def in_this_way(plan: RunPlan, way: ExecutionPlan) -> RunPlan:
     """The same steps, done otherwise."""
     return replace(
         plan,
@@ -93,11 +94,11 @@ def in_this_way(plan: RunPlan, way: Option) -> RunPlan:
     )
 
 
-def evaluated_together(shape: ModelShape, way: Option, device: str, dtype: str, loss_chunk_tokens: int) -> int:
+def evaluated_together(shape: ModelShape, way: ExecutionPlan, device: str, dtype: str, loss_chunk_tokens: int) -> int:
     """Validation windows at a time: what fits where a micro-batch does; on a CPU more only falls out of the caches."""
     if device == "cpu":
         return way.micro_batch_size
-    most = max(MOST_TOKENS // shape.block_size, 1)
+    most = max(MAX_MICRO_BATCH_TOKENS // shape.block_size, 1)
     fits = evaluation_sequences(shape, dtype, loss_chunk_tokens, way.memory.parts())
     return max(min(fits, most), way.micro_batch_size)
 
@@ -109,7 +110,7 @@ def make_plan(
     device: str,
     dtype: str,
     compile_model: bool,
-    option: Option,
+    option: ExecutionPlan,
     peak_tflops: float = 0.0,
 ) -> RunPlan:
     """The plan of a run on a device that has been looked at (see machine/device.py), in the way that was chosen."""

@@ -4,67 +4,32 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from gpt2box.config.schema import Config
 from gpt2box.errors import BadInput, MachineCannot
 from gpt2box.model.shape import EIGHT_BIT_BLOCK, ModelShape
-from gpt2box.planner.bench_records import Measured, compiled_or_not, job_of, read
-from gpt2box.planner.gpu_specs import CARDS, CardKind
-from gpt2box.planner.memory import Memory, Step, training_memory
+from gpt2box.planner.bench_records import BenchRecord, bench_key, read_bench_records, should_compile
+from gpt2box.planner.execution_plan import ExecutionPlan, TargetDevice
+from gpt2box.planner.gpu_specs import GPU_SPECS, GpuSpec
+from gpt2box.planner.memory import Step, training_memory
 from gpt2box.planner.throughput import between_gathers, together, tokens_per_sec
 from gpt2box.utils.paths import bench_file
 from gpt2box.utils.progress import size
 
-RECOMPUTE = ("none", "selective", "full")
-MOST_TOKENS = 65_536  # of a micro-batch: more make no card faster
-CPU_SEQUENCES = 4  # on a CPU a larger micro-batch only falls out of the caches
+CHECKPOINTING_MODES = ("none", "selective", "full")
+MAX_MICRO_BATCH_TOKENS = 65_536  # of a micro-batch: more make no card faster
+CPU_MICRO_BATCH_SIZE = 4  # on a CPU a larger micro-batch only falls out of the caches
 NCCL_BYTES = 512 << 20  # that it keeps on each of several cards; assumed, not measured
 BF16_FROM = (8, 0)  # compute capability with bfloat16 in hardware
-USUAL = CARDS["rtx-4070"]  # whose balance of arithmetic and bandwidth orders the choices where the card is unknown
-
-
-@dataclass(frozen=True)
-class Option:
-    """A way to do the same steps."""
-
-    micro_batch_size: int
-    grad_accum_steps: int
-    activation_checkpointing: str
-    memory: Memory
-    tokens_per_sec: float  # expected, of all ranks together; 0: no figure for this device
-    ranks: int = 1
-    measured: bool = False  # that figure, here
-    measured_bytes: int = 0  # of memory, here; 0: not measured
-
-    @property
-    def total_bytes(self) -> int:
-        """Memory that must be free: measured where it was, else estimated."""
-        return self.measured_bytes or self.memory.total
-
-    def words(self) -> str:
-        """As settings."""
-        return f"micro_batch_size {self.micro_batch_size}, activation_checkpointing {self.activation_checkpointing}"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the steps are to be done."""
-
-    name: str
-    free_bytes: int
-    kind: CardKind | None  # None: a card that the table lacks, or a CPU
-    dtype: str
-    on_gpu: bool
-    compiled: bool  # whether the model is compiled there, where the settings allow it
-    card: str = ""  # by which measurements are kept; empty where none can be
-    measured: list[Measured] = field(default_factory=list)  # by `gpt2box bench --sweep`
-    ranks: int = 1  # processes that share a step's sequences, each in a place like this
+REFERENCE_GPU = GPU_SPECS[
+    "rtx-4070"
+]  # whose balance of arithmetic and bandwidth orders the choices where the card is unknown
 
 
 # Settings that take less memory, the mildest first.
-RUNGS: list[dict[str, Any]] = [
+FALLBACK_SETTINGS: list[dict[str, Any]] = [
     {"micro_batch_size": "auto", "activation_checkpointing": "auto"},
     {"compile": False},
     {"shard": True},
@@ -77,34 +42,41 @@ RUNGS: list[dict[str, Any]] = [
 CHANGES_NUMBERS = {"optimizer_states", "optimizer_in_backward", "weights_dtype"}
 
 
-def options(config: Config, shape: ModelShape, place: Place) -> list[Option]:
+def list_execution_plans(config: Config, shape: ModelShape, place: TargetDevice) -> list[ExecutionPlan]:
     """Every way that the settings leave open, fastest first; a setting that is not `auto` is obeyed.
 
     What was measured here goes before what is estimated.
     """
-    found = list(ways(config, shape, place))
+    found = list(enumerate_execution_plans(config, shape, place))
     if place.on_gpu:
-        ranking = place.kind if place.kind and place.kind.bf16_tflops else USUAL
+        ranking = place.spec if place.spec and place.spec.bf16_tflops else REFERENCE_GPU
         compiled = place.compiled and config.may_compile
-        found.sort(key=lambda option: -rate(config, shape, ranking, option, compiled))
+        found.sort(key=lambda option: -estimate_tokens_per_sec(config, shape, ranking, option, compiled))
     else:  # less recompute first, then the largest micro-batch up to what suits a CPU
-        found.sort(key=lambda o: (RECOMPUTE.index(o.activation_checkpointing), abs(CPU_SEQUENCES - o.micro_batch_size)))
+        found.sort(
+            key=lambda o: (
+                CHECKPOINTING_MODES.index(o.activation_checkpointing),
+                abs(CPU_MICRO_BATCH_SIZE - o.micro_batch_size),
+            )
+        )
     found.sort(key=lambda option: -option.tokens_per_sec if option.measured else 0.0)  # the others keep their order
     return found
 
 
-def informed(place: Place, config: Config, shape: ModelShape, can_compile: bool = True) -> Place:
+def apply_bench_records(
+    place: TargetDevice, config: Config, shape: ModelShape, can_compile: bool = True
+) -> TargetDevice:
     """With what was measured there, and compiled or not as was faster, where both were tried and it is left open."""
-    if not place.card:
+    if not place.bench_name:
         return place
-    records, compiled = read(bench_file(), place.card), place.compiled
+    records, compiled = read_bench_records(bench_file(), place.bench_name), place.compiled
     if config.compile == "auto" and config.may_compile and can_compile:
-        job = job_of(place.card, config, shape, place.dtype)
-        compiled = compiled_or_not(records, job, config.tokens_per_step, place.compiled)
-    return replace(place, measured=records, compiled=compiled)
+        job = bench_key(place.bench_name, config, shape, place.dtype)
+        compiled = should_compile(records, job, config.tokens_per_step, place.compiled)
+    return replace(place, bench_records=records, compiled=compiled)
 
 
-def check_shared(config: Config, ranks: int) -> None:
+def check_ranks_divide_step(config: Config, ranks: int) -> None:
     """Whether a step can be shared by so many ranks.
 
     Raises:
@@ -143,7 +115,7 @@ def uncut(config: Config, shape: ModelShape, ranks: int) -> tuple[int, int] | No
     return next((s for s in sizes if s[0] % ranks or s[0] // ranks * s[1] % EIGHT_BIT_BLOCK), None)
 
 
-def check_cut(config: Config, shape: ModelShape, ranks: int) -> None:
+def check_sharding(config: Config, shape: ModelShape, ranks: int) -> None:
     """Whether there is none.
 
     Raises:
@@ -158,21 +130,21 @@ def check_cut(config: Config, shape: ModelShape, ranks: int) -> None:
         )
 
 
-def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:
+def enumerate_execution_plans(config: Config, shape: ModelShape, place: TargetDevice) -> Iterator[ExecutionPlan]:
     """The options in no order."""
     compiled = place.compiled and config.may_compile
     sequences = config.tokens_per_step // config.block_size // place.ranks
-    most = min(sequences, max(MOST_TOKENS // shape.block_size, 1) if place.on_gpu else CPU_SEQUENCES)
+    most = min(sequences, max(MAX_MICRO_BATCH_TOKENS // shape.block_size, 1) if place.on_gpu else CPU_MICRO_BATCH_SIZE)
     sizes = [n for n in range(1, most + 1) if sequences % n == 0]
     if config.micro_batch_size != "auto":
         sizes = [config.micro_batch_size]
     # Compiled, selective is undone (see memory.py); the adapters need what it would make again.
-    modes = ["none", "full"] if compiled or config.lora_rank else list(RECOMPUTE)
+    modes = ["none", "full"] if compiled or config.lora_rank else list(CHECKPOINTING_MODES)
     if config.activation_checkpointing != "auto":
         modes = [config.activation_checkpointing]
     # What is measured is measured on one card alone.
-    job = job_of(place.card, config, shape, place.dtype) if place.measured and place.ranks == 1 else None
-    measured = {record.way: record for record in place.measured if record.job == job}
+    job = bench_key(place.bench_name, config, shape, place.dtype) if place.bench_records and place.ranks == 1 else None
+    measured = {record.way: record for record in place.bench_records if record.job == job}
     for count, mode in itertools.product(sizes, modes):
         accumulation = sequences // count
         step = Step(
@@ -195,23 +167,27 @@ def ways(config: Config, shape: ModelShape, place: Place) -> Iterator[Option]:
         memory = training_memory(shape, step)
         if place.ranks > 1 and place.on_gpu:
             memory = replace(memory, workspace=memory.workspace + NCCL_BYTES)
-        option = Option(count, accumulation, mode, memory, 0.0, place.ranks)
-        if place.kind and place.on_gpu and place.dtype == "bfloat16":
-            option = replace(option, tokens_per_sec=rate(config, shape, place.kind, option, compiled))
-        yield as_measured(option, measured.get((count, mode, compiled)))
+        option = ExecutionPlan(count, accumulation, mode, memory, 0.0, place.ranks)
+        if place.spec and place.on_gpu and place.dtype == "bfloat16":
+            option = replace(
+                option, tokens_per_sec=estimate_tokens_per_sec(config, shape, place.spec, option, compiled)
+            )
+        yield with_bench_record(option, measured.get((count, mode, compiled)))
 
 
-def as_measured(option: Option, record: Measured | None) -> Option:
+def with_bench_record(option: ExecutionPlan, record: BenchRecord | None) -> ExecutionPlan:
     """With what was measured in place of what is estimated. Where memory ran out, it takes more than was free then."""
     if record is None:
         return option
     if not record.fits:
         return replace(option, measured_bytes=max(record.free_bytes + 1, option.memory.total))
-    rate = record.tokens_per_sec(option.grad_accum_steps)
-    return replace(option, tokens_per_sec=rate, measured=True, measured_bytes=record.peak_bytes)
+    estimate_tokens_per_sec = record.tokens_per_sec(option.grad_accum_steps)
+    return replace(option, tokens_per_sec=estimate_tokens_per_sec, measured=True, measured_bytes=record.peak_bytes)
 
 
-def rate(config: Config, shape: ModelShape, kind: CardKind, option: Option, compiled: bool) -> float:
+def estimate_tokens_per_sec(
+    config: Config, shape: ModelShape, kind: GpuSpec, option: ExecutionPlan, compiled: bool
+) -> float:
     """Expected tokens a second."""
     way = (option.micro_batch_size, option.grad_accum_steps, option.activation_checkpointing)
     if config.lora_rank:
@@ -228,7 +204,7 @@ def rate(config: Config, shape: ModelShape, kind: CardKind, option: Option, comp
     return together(alone, config.tokens_per_step, option.ranks, option.memory.weights)
 
 
-def lower(found: list[Option], too_much: dict[str, int]) -> Option | None:
+def next_smaller_plan(found: list[ExecutionPlan], too_much: dict[str, int]) -> ExecutionPlan | None:
     """The fastest of the options that takes clearly less than what turned out to be too much (bytes by part)."""
 
     def varying(parts: dict[str, int]) -> int:
@@ -237,16 +213,18 @@ def lower(found: list[Option], too_much: dict[str, int]) -> Option | None:
     return next((option for option in found if varying(option.memory.parts()) < 0.95 * varying(too_much)), None)
 
 
-def fitting(found: list[Option], place: Place) -> Option | None:
+def first_fitting_plan(found: list[ExecutionPlan], place: TargetDevice) -> ExecutionPlan | None:
     """The first of the options that fits into what is free; `options` has the fastest first."""
     return next((option for option in found if option.total_bytes <= place.free_bytes), None)
 
 
-def rungs(config: Config, shape: ModelShape, place: Place) -> Iterator[tuple[str, Option, bool]]:
+def fallback_settings(
+    config: Config, shape: ModelShape, place: TargetDevice
+) -> Iterator[tuple[str, ExecutionPlan, bool]]:
     """Other settings with which something fits: as flags, the fastest way with them, whether numbers change."""
     tried: list[dict[str, Any]] = [{}]
     compiles = place.compiled and config.may_compile
-    for changes in RUNGS:
+    for changes in FALLBACK_SETTINGS:
         if config.compile is True and "optimizer_in_backward" in changes:  # the two exclude each other
             changes = changes | {"compile": "auto"}
         changed = {key: value for key, value in changes.items() if getattr(config, key) != value}
@@ -266,28 +244,30 @@ def rungs(config: Config, shape: ModelShape, place: Place) -> Iterator[tuple[str
         other = config.model_copy(update=changed)
         if uncut(other, shape, place.ranks):
             continue
-        if way := fitting(options(other, shape, place), place):
+        if way := first_fitting_plan(list_execution_plans(other, shape, place), place):
             flags = " ".join(f"--{key.replace('_', '-')} {str(value).lower()}" for key, value in changed.items())
             yield flags, way, bool(changed.keys() & CHANGES_NUMBERS)
 
 
-def choose(found: list[Option], config: Config, shape: ModelShape, place: Place) -> Option:
+def choose_execution_plan(
+    found: list[ExecutionPlan], config: Config, shape: ModelShape, place: TargetDevice
+) -> ExecutionPlan:
     """The first of the options that fits.
 
     Raises:
         MachineCannot: none does; says which comes nearest, and the mildest change of settings that does fit.
     """
-    if way := fitting(found, place):
+    if way := first_fitting_plan(found, place):
         return way
     nearest = min(found, key=lambda option: option.total_bytes)
-    flags, way, changes = next(rungs(config, shape, place), ("", nearest, False))
+    flags, way, changes = next(fallback_settings(config, shape, place), ("", nearest, False))
     cost = "; changes the numbers, see docs/memory.md: a run that has begun goes on as it was" if changes else ""
     newer = "; needs PyTorch 2.6, as STACK=cu13x has" if "--shard" in flags else ""
     raise MachineCannot(
         f"{place.name} has {size(max(place.free_bytes, 0))} free; the least that these settings need is "
-        f"{size(nearest.total_bytes)} ({nearest.words()}; estimated)",
+        f"{size(nearest.total_bytes)} ({nearest.describe()}; estimated)",
         "a plan that fits",
-        f"{flags} fits ({size(way.total_bytes)}, {way.words()}{cost}{newer})"
+        f"{flags} fits ({size(way.total_bytes)}, {way.describe()}{cost}{newer})"
         if flags
         else "a smaller model or block_size; or close other programs",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gpt2box.model.shape import ModelShape
-from gpt2box.planner.gpu_specs import CardKind
+from gpt2box.planner.gpu_specs import GpuSpec
 from gpt2box.planner.memory import padded_parameters
 
 EFFICIENCY = 0.6  # of the tensor cores' dense rate; a 4070 was seen at 0.82 with 124M, larger cards at 0.4 to 0.6
@@ -25,7 +25,7 @@ RECOMPUTED = {"none": 1.0, "selective": 1.02, "full": 4 / 3}
 
 def tokens_per_sec(
     shape: ModelShape,
-    kind: CardKind,
+    kind: GpuSpec,
     micro_batch_size: int,
     grad_accum_steps: int,
     activation_checkpointing: str,

@@ -10,9 +10,10 @@ import torch
 from gpt2box.config.schema import Config
 from gpt2box.errors import MachineCannot
 from gpt2box.model.shape import ModelShape
-from gpt2box.planner.gpu_specs import card_found
+from gpt2box.planner.execution_plan import ExecutionPlan, TargetDevice
+from gpt2box.planner.gpu_specs import gpu_spec_of_device
 from gpt2box.planner.memory import CUDA_CONTEXT
-from gpt2box.planner.search import Option, Place, check_cut, choose, informed, options
+from gpt2box.planner.search import apply_bench_records, check_sharding, choose_execution_plan, list_execution_plans
 from gpt2box.system.device import choose_compile, describe
 from gpt2box.system.gpu import card_of
 from gpt2box.system.host import cpu_name, memory_bytes
@@ -21,7 +22,7 @@ from gpt2box.utils.paths import checkpoints, run_dir, step_of
 from gpt2box.utils.ranks import Ranks, ranks
 
 
-def place_of(device: torch.device, dtype: str, compiled: bool) -> Place:
+def place_of(device: torch.device, dtype: str, compiled: bool) -> TargetDevice:
     """The device, with what is free there now."""
     card = card_of(str(device))
     if device.type == "cuda":
@@ -30,31 +31,31 @@ def place_of(device: torch.device, dtype: str, compiled: bool) -> Place:
             free = torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT
     else:
         free = memory_bytes()[1] // ranks().local_count
-    kind = card_found(card.name, card.total_bytes) if card else None
+    kind = gpu_spec_of_device(card.name, card.total_bytes) if card else None
     name = (card.name if card else "") if device.type == "cuda" else cpu_name()
-    return Place(describe(device), free, kind, dtype, device.type == "cuda", compiled, name)
+    return TargetDevice(describe(device), free, kind, dtype, device.type == "cuda", compiled, name)
 
 
-def place_for(config: Config, shape: ModelShape, device: torch.device, dtype: str, compiled: bool) -> Place:
+def place_for(config: Config, shape: ModelShape, device: torch.device, dtype: str, compiled: bool) -> TargetDevice:
     """The same for a run, with what was measured there. A run that began with the default stays compiled, or not."""
     place = place_of(device, dtype, compiled)
-    known = informed(place, config, shape, can_compile=choose_compile(True, device)[0])
+    known = apply_bench_records(place, config, shape, can_compile=choose_compile(True, device)[0])
     if read_object(run_dir(config.name) / "plan.json").get("compile") == compiled:
         return replace(known, compiled=compiled)
     return known
 
 
-def shared(places: list[Place]) -> Place:
+def shared(places: list[TargetDevice]) -> TargetDevice:
     """Of several ranks' places the least: each rank does the same, and all wait for the slowest."""
     free = min(place.free_bytes for place in places)
-    kinds = [place.kind for place in places]
+    kinds = [place.spec for place in places]
     known = [kind for kind in kinds if kind]
     slowest = min(known, key=lambda kind: kind.bf16_tflops) if len(known) == len(kinds) else None
     dtype = "float32" if any(place.dtype == "float32" for place in places) else places[0].dtype
     compiled = all(place.compiled for place in places)
     name = places[0].name if len(places) == 1 else f"{len(places)} × {places[0].name}"
-    on_gpu, measured = places[0].on_gpu, places[0].measured
-    return Place(name, free, slowest, dtype, on_gpu, compiled, places[0].card, measured, len(places))
+    on_gpu, measured = places[0].on_gpu, places[0].bench_records
+    return TargetDevice(name, free, slowest, dtype, on_gpu, compiled, places[0].bench_name, measured, len(places))
 
 
 def check_split(config: Config, shape: ModelShape, count: int) -> None:
@@ -72,7 +73,7 @@ def check_split(config: Config, shape: ModelShape, count: int) -> None:
             "PyTorch 2.6 or later",
             "STACK=cu13x has it (docs/containers.md); or --shard false",
         )
-    check_cut(config, shape, count)
+    check_sharding(config, shape, count)
 
 
 def device_of(wanted: str, own: Ranks) -> str:
@@ -82,24 +83,24 @@ def device_of(wanted: str, own: Ranks) -> str:
     return f"cuda:{own.local}"
 
 
-def choose_way(config: Config, shape: ModelShape, place: Place) -> Option:
+def choose_way(config: Config, shape: ModelShape, place: TargetDevice) -> ExecutionPlan:
     """Micro-batch and recompute: those the run had before, where they still fit, else the fastest that fits.
 
     Raises:
         MachineCannot: nothing that the settings leave open fits into the memory that is free now.
     """
-    found = options(config, shape, place)
+    found = list_execution_plans(config, shape, place)
     if config.eval_only or not steps_remain(config):
         return found[0]  # nothing is trained
     before = recorded_way(run_dir(config.name))
     found.sort(key=lambda option: (option.micro_batch_size, option.activation_checkpointing) != before)
-    return choose(found, config, shape, place)
+    return choose_execution_plan(found, config, shape, place)
 
 
-def ways_down(config: Config, shape: ModelShape, place: Place) -> list[Option]:
+def ways_down(config: Config, shape: ModelShape, place: TargetDevice) -> list[ExecutionPlan]:
     """All ways to do the steps, for when memory runs out, the fixed settings' own as well."""
     open_ = config.model_copy(update={"micro_batch_size": "auto", "activation_checkpointing": "auto"})
-    return options(open_, shape, place)
+    return list_execution_plans(open_, shape, place)
 
 
 def steps_remain(config: Config) -> bool:

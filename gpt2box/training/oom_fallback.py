@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.memory import Memory
 from gpt2box.planner.run_plan import RunPlan, in_this_way
-from gpt2box.planner.search import Option, lower
+from gpt2box.planner.search import next_smaller_plan
 from gpt2box.runs.sessions import keep_way
 from gpt2box.system.device import card_memory_named
 from gpt2box.system.host import memory_bytes
@@ -37,12 +38,12 @@ def step_down(job: Job, display: Display) -> None:
     job.retry_at = job.state.step + job.retry_steps
     take_way(job, way)
     display.line(
-        f"out of memory in step {job.state.step + 1:,}: doing it again with {way.words()}; "
+        f"out of memory in step {job.state.step + 1:,}: doing it again with {way.describe()}; "
         f"a step stays {job.plan.tokens_per_step:,} tokens"
     )
 
 
-def next_way(job: Job) -> Option:
+def next_way(job: Job) -> ExecutionPlan:
     """The fastest way that needs less, with the memory of the one before given back.
 
     Raises:
@@ -51,7 +52,7 @@ def next_way(job: Job) -> Option:
     job.optimizer.zero_grad(set_to_none=job.group.alone)
     gc.collect()
     torch.cuda.empty_cache()
-    way = lower(job.ways, job.plan.memory)
+    way = next_smaller_plan(job.ways, job.plan.memory)
     if way is None:
         raise torch.cuda.OutOfMemoryError(f"at step {job.state.step}")
     return way
@@ -81,7 +82,7 @@ def rehearse(job: Job, forward: Any, display: Display) -> None:
             job.optimizer.zero_grad(set_to_none=False)
             return
         take_way(job, next_way(job))
-        display.line(f"out of memory: going on with {way_of(job.plan).words()} on all ranks")
+        display.line(f"out of memory: going on with {way_of(job.plan).describe()} on all ranks")
 
 
 def step_up(job: Job, display: Display) -> None:
@@ -95,10 +96,10 @@ def step_up(job: Job, display: Display) -> None:
         return
     job.left.pop()
     take_way(job, way)
-    display.line(f"memory is free again: from step {job.state.step + 1:,} with {way.words()}")
+    display.line(f"memory is free again: from step {job.state.step + 1:,} with {way.describe()}")
 
 
-def take_way(job: Job, way: Option) -> None:
+def take_way(job: Job, way: ExecutionPlan) -> None:
     """The same steps, done otherwise from now on."""
     job.plan = in_this_way(job.plan, way)
     job.model.activation_checkpointing = way.activation_checkpointing
@@ -115,15 +116,15 @@ def note_way(job: Job, display: Display) -> None:
         keep_way(job.run, job.plan, job.state.step)
     except OSError as error:
         display.line(
-            f"note: manifest.json does not say that steps are done with {way_of(job.plan).words()} after step "
+            f"note: manifest.json does not say that steps are done with {way_of(job.plan).describe()} after step "
             f"{job.state.step:,}, so `gpt2box verify` cannot do them in the same bits: {error.strerror}"
         )
 
 
-def way_of(plan: RunPlan) -> Option:
+def way_of(plan: RunPlan) -> ExecutionPlan:
     """How the plan does its steps."""
     memory = Memory(**plan.memory, moment="")
-    return Option(
+    return ExecutionPlan(
         plan.micro_batch_size,
         plan.grad_accum_steps,
         plan.activation_checkpointing,

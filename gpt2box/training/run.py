@@ -28,7 +28,7 @@ from gpt2box.model.sampling import Choice, generate
 from gpt2box.model.shape import ModelShape
 from gpt2box.optim.factory import Optimizer, make_optimizer
 from gpt2box.planner.run_plan import RunPlan, make_plan
-from gpt2box.planner.search import check_shared
+from gpt2box.planner.search import check_ranks_divide_step
 from gpt2box.preflight.preflight import check_gpu
 from gpt2box.report.loss_plot import loss_png
 from gpt2box.report.page import published, report_page
@@ -81,7 +81,7 @@ def run_in(
     allow: Sequence[str] = (),
 ) -> None:
     """The same, on each rank of a group; `text`: what the dataset is made from."""
-    group.from_first(lambda: check_shared(config, group.ranks.count))
+    group.from_first(lambda: check_ranks_divide_step(config, group.ranks.count))
     wanted = device_of(config.device, group.ranks)
     check_gpu(wanted)
     group.from_first(lambda: wandb.check(config.wandb))
@@ -97,7 +97,7 @@ def run_in(
     if device.index:
         torch.cuda.set_device(device)  # else some of the first card's memory would be held, too
     option = group.from_first(lambda: choose_way(config, shape, place))
-    peak = place.kind.bf16_tflops if place.kind and place.on_gpu and place.dtype == "bfloat16" else 0.0
+    peak = place.spec.bf16_tflops if place.spec and place.on_gpu and place.dtype == "bfloat16" else 0.0
     plan = make_plan(config, shape, dataset.tokens("train"), str(device), place.dtype, place.compiled, option, peak)
     set_arithmetic(plan)
 

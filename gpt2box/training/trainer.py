@@ -26,8 +26,8 @@ from gpt2box.model.gpt2 import GPT2
 from gpt2box.optim.factory import GuardedStep, Optimizer, learning_rate, make_update
 from gpt2box.optim.loss_spikes import BadSteps
 from gpt2box.optim.low_memory_adamw import LeanAdamW, StepInBackward
+from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.run_plan import RunPlan
-from gpt2box.planner.search import Option
 from gpt2box.runs.metrics import Interval, Metrics, finite_or_none
 from gpt2box.system.device import card_memory_named, peak_memory_bytes
 from gpt2box.training.console import Display
@@ -55,8 +55,8 @@ class Job:
     sample: Callable[[Display, int], None]  # called after each evaluation
     pretrained: bool  # the weights before the first step are worth keeping
     group: Group  # of the ranks that do each step together
-    ways: list[Option]  # to do the same steps, fastest first: where to turn when memory runs out
-    left: list[Option] = field(default_factory=list)  # the ways that were given up, the first at the beginning
+    ways: list[ExecutionPlan]  # to do the same steps, fastest first: where to turn when memory runs out
+    left: list[ExecutionPlan] = field(default_factory=list)  # the ways that were given up, the first at the beginning
     retry_steps: int = 0  # until the way before is tried again
     retry_at: int = 0
     mark: str = ""  # of the run's lock (files.check_mark), where it has one

@@ -30,8 +30,9 @@ from gpt2box.model.lora import adapters
 from gpt2box.model.shape import ModelShape
 from gpt2box.optim.factory import make_optimizer, make_update
 from gpt2box.optim.loss_spikes import BadSteps
+from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.run_plan import RunPlan, make_plan
-from gpt2box.planner.search import Option, options
+from gpt2box.planner.search import list_execution_plans
 from gpt2box.preflight.preflight import check_gpu
 from gpt2box.runs.manifest import about_dataset, read_manifest, same_tokens, weights_source
 from gpt2box.runs.sessions import differences, session_of
@@ -128,7 +129,7 @@ def with_as_many_threads(stretch: Stretch, now: dict[str, Any]) -> str:
     return f"OMP_NUM_THREADS={threads} {command(stretch.run, stretch.start, stretch.end)}"
 
 
-def job_of(stretch: Stretch) -> tuple[Job, dict[int, Option], dict[str, Any]]:
+def job_of(stretch: Stretch) -> tuple[Job, dict[int, ExecutionPlan], dict[str, Any]]:
     """What the loop works on, as it was at the beginning of the stretch; the ways in which it goes on, by the step from
     which on; and the session that this is now.
 
@@ -152,7 +153,7 @@ def job_of(stretch: Stretch) -> tuple[Job, dict[int, Option], dict[str, Any]]:
         shape = shape_on(config, weights, dataset.tokenizer)
     plan, device = plan_of(config, shape, dataset)
     place = place_of(device, config.dtype, plan.compile)
-    ways = {step: options(with_way(stretch, way), shape, place)[0] for step, way in stretch.ways.items()}
+    ways = {step: list_execution_plans(with_way(stretch, way), shape, place)[0] for step, way in stretch.ways.items()}
     folder = run / "checkpoints" / folder_name(start)
     state = read_state(folder) if start else TrainState()
     last = run / "checkpoints" / "last"
@@ -195,11 +196,11 @@ def plan_of(config: Config, shape: ModelShape, dataset: Dataset) -> tuple[RunPla
     compiled, note = choose_compile(config.compile if config.may_compile else False, device)
     if note:
         say(f"note: {note}")
-    way = options(config, shape, place_of(device, config.dtype, compiled))[0]
+    way = list_execution_plans(config, shape, place_of(device, config.dtype, compiled))[0]
     return make_plan(config, shape, dataset.tokens("train"), str(device), config.dtype, compiled, way), device
 
 
-def again(job: Job, ways: dict[int, Option], last: int) -> Iterator[int]:
+def again(job: Job, ways: dict[int, ExecutionPlan], last: int) -> Iterator[int]:
     """Do the steps up to `last`, each in the way that it was done in; yields the number of each when it is done."""
     forward = through_compiler(job.model) if job.plan.compile else job.model
     update = make_update(job.optimizer, job.plan, BadSteps.of(job.plan, job.state.bad_steps, job.state.recent_losses))
@@ -214,7 +215,7 @@ def again(job: Job, ways: dict[int, Option], last: int) -> Iterator[int]:
                     job.state.step += 1
                     yield job.state.step
             if end in ways and end < last:
-                say(f"  after step {end:,} with {ways[end].words()}, as then")
+                say(f"  after step {end:,} with {ways[end].describe()}, as then")
                 take_way(job, ways[end])
                 update.close()
                 update = make_update(job.optimizer, job.plan, update.bad_steps)

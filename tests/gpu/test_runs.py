@@ -17,7 +17,7 @@ from gpt2box.model.decoder import Decoder
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.hf_weights import load_hub
 from gpt2box.model.sampling import Choice, generate
-from gpt2box.planner.bench_records import read
+from gpt2box.planner.bench_records import read_bench_records
 from gpt2box.runs import metrics
 from tests.helpers.commands import Command
 from tests.helpers.gpu_runs import BITS
@@ -93,7 +93,7 @@ def test_a_sweep_is_kept_and_training_goes_by_it(volumes: Path, started: Command
     flags += ["--n-layer=2", "--eval-windows=8", "--compile=false", "--name=run"]
     done = started("bench", "--sweep", "--steps", "3", *flags)
     assert done.returncode == 0, done.stderr
-    ways = read(volumes / "runs" / "bench.json", torch.cuda.get_device_name())
+    ways = read_bench_records(volumes / "runs" / "bench.json", torch.cuda.get_device_name())
     assert len(ways) > 3 and all(way.fits and 0 < way.one_s < way.many_s and way.peak_bytes > 2**28 for way in ways)
     done = started("train", *flags)
     assert done.returncode == 0 and "measured here" in done.stderr, done.stderr

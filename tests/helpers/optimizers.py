@@ -9,8 +9,9 @@ from gpt2box.config import loader
 from gpt2box.config.schema import Config
 from gpt2box.model.shape import ModelShape
 from gpt2box.optim.factory import make_optimizer, make_update
+from gpt2box.planner.execution_plan import TargetDevice
 from gpt2box.planner.run_plan import RunPlan, make_plan
-from gpt2box.planner.search import Place, options
+from gpt2box.planner.search import list_execution_plans
 from tests.helpers.models import tiny_model
 
 
@@ -20,7 +21,9 @@ def plan(**flags: str) -> RunPlan:
 
 
 def planned(settings: Config, shape: ModelShape, train_tokens: int) -> RunPlan:
-    way = options(settings, shape, Place("a CPU", 0, None, "float32", on_gpu=False, compiled=False))[0]
+    way = list_execution_plans(
+        settings, shape, TargetDevice("a CPU", 0, None, "float32", on_gpu=False, compiled=False)
+    )[0]
     return make_plan(settings, shape, train_tokens, "cpu", "float32", False, way)
 
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 from gpt2box.config import loader
 from gpt2box.config.schema import MODEL_SHAPES
 from gpt2box.model.shape import ModelShape
+from gpt2box.planner.execution_plan import ExecutionPlan, TargetDevice
 from gpt2box.planner.run_plan import RunPlan, make_plan
-from gpt2box.planner.search import NCCL_BYTES, Option, Place, options
+from gpt2box.planner.search import NCCL_BYTES, list_execution_plans
 
 
 def planned(
     shape: ModelShape, micro_batch_size: int, mode: str, dtype: str, compiled: bool = False, **settings: object
-) -> tuple[RunPlan, Option]:
+) -> tuple[RunPlan, ExecutionPlan]:
     """A plan with everything fixed."""
     accumulation, ranks = int(str(settings.pop("accumulation", 2))), int(str(settings.pop("ranks", 1)))
     flags = {
@@ -25,8 +26,8 @@ def planned(
         **settings,
     }
     loaded = loader.load(None, {key: str(value) for key, value in flags.items()})[0]
-    place = Place("a card", 0, None, dtype, on_gpu=True, compiled=compiled, ranks=ranks)
-    (way,) = options(loaded, shape, place)
+    place = TargetDevice("a card", 0, None, dtype, on_gpu=True, compiled=compiled, ranks=ranks)
+    (way,) = list_execution_plans(loaded, shape, place)
     way = replace(way, memory=replace(way.memory, workspace=way.memory.workspace - (NCCL_BYTES if ranks > 1 else 0)))
     return make_plan(loaded, shape, 10**6, "cpu", dtype, False, way), way
 

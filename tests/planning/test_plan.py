@@ -17,9 +17,10 @@ from gpt2box.config import loader
 from gpt2box.errors import MachineCannot
 from gpt2box.model.selective_recompute import linear
 from gpt2box.model.shape import ModelShape
-from gpt2box.planner.gpu_specs import CARDS, card_found, card_named
+from gpt2box.planner.execution_plan import ExecutionPlan, TargetDevice
+from gpt2box.planner.gpu_specs import GPU_SPECS, gpu_spec_named, gpu_spec_of_device
 from gpt2box.planner.memory import CUBLAS_WORKSPACE, FIXED_WORKSPACE, GIB, WORKSPACES
-from gpt2box.planner.search import Option, Place, choose, options
+from gpt2box.planner.search import choose_execution_plan, list_execution_plans
 from gpt2box.system.determinism import WORKSPACE
 from tests.helpers.commands import Command
 from tests.helpers.memory_simulator import simulate
@@ -132,14 +133,14 @@ def test_a_cast_linear_layer_has_the_plain_ones_gradients() -> None:
         torch.testing.assert_close(cast, plain, rtol=0.01, atol=0.02)
 
 
-def card(free_gib: float, name: str = "rtx-4070", dtype: str = "bfloat16", compiled: bool = False) -> Place:
-    return Place("a card", round(free_gib * GIB), CARDS[name], dtype, on_gpu=True, compiled=compiled)
+def card(free_gib: float, name: str = "rtx-4070", dtype: str = "bfloat16", compiled: bool = False) -> TargetDevice:
+    return TargetDevice("a card", round(free_gib * GIB), GPU_SPECS[name], dtype, on_gpu=True, compiled=compiled)
 
 
-def chosen(place: Place, shape: ModelShape | None = None, **flags: str) -> Option:
+def chosen(place: TargetDevice, shape: ModelShape | None = None, **flags: str) -> ExecutionPlan:
     loaded = loader.load("openwebtext-adamw", flags)[0]
     shape = shape or shape_of("gpt2-medium")
-    return choose(options(loaded, shape, place), loaded, shape, place)
+    return choose_execution_plan(list_execution_plans(loaded, shape, place), loaded, shape, place)
 
 
 def test_the_fastest_plan_that_fits_is_chosen_and_the_step_stays_the_same() -> None:
@@ -165,7 +166,10 @@ def test_every_published_size_fits_twelve_gib(config: str, gib: float, at_least:
     loaded = loader.load(config, {"dataset": "x"})[0]
     shape = shape_of(loaded.init_from)
     place = card(gib, compiled=True)
-    assert choose(options(loaded, shape, place), loaded, shape, place).micro_batch_size >= at_least
+    assert (
+        choose_execution_plan(list_execution_plans(loaded, shape, place), loaded, shape, place).micro_batch_size
+        >= at_least
+    )
 
 
 def test_where_nothing_fits_it_says_which_settings_would() -> None:
@@ -180,8 +184,8 @@ def test_where_nothing_fits_it_says_which_settings_would() -> None:
 def test_compiled_plans_count_what_the_compiler_keeps_and_leave_selective_out() -> None:
     loaded = loader.load("openwebtext-adamw", {})[0]
     shape = shape_of("gpt2-medium")
-    compiled = options(loaded, shape, card(12, compiled=True))
-    eager = options(loaded, shape, card(12))
+    compiled = list_execution_plans(loaded, shape, card(12, compiled=True))
+    eager = list_execution_plans(loaded, shape, card(12))
     plain = {(way.micro_batch_size, way.activation_checkpointing): way.memory.total for way in eager}
     assert {way.activation_checkpointing for way in compiled} == {"none", "full"}
     assert all(way.memory.total > plain[way.micro_batch_size, way.activation_checkpointing] for way in compiled)
@@ -218,16 +222,19 @@ def test_cards_are_known_by_the_names_that_drivers_and_people_use() -> None:
         "NVIDIA H100 80GB HBM3": "h100",
         "Tesla T4": "t4",
     }.items():
-        found = card_found(name, None)
+        found = gpu_spec_of_device(name, None)
         assert found and found.name == kind
-    assert card_found("NVIDIA GeForce RTX 4070 Laptop GPU", 8 * GIB) is None and card_found("Matrox G400", None) is None
     assert (
-        card_found("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 5 * GIB) is None
-        and card_found("NVIDIA H100 NVL", 94 * GIB) is None
+        gpu_spec_of_device("NVIDIA GeForce RTX 4070 Laptop GPU", 8 * GIB) is None
+        and gpu_spec_of_device("Matrox G400", None) is None
     )
-    sixteen = card_found("NVIDIA GeForce RTX 4060 Ti", 16 * GIB)
+    assert (
+        gpu_spec_of_device("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 5 * GIB) is None
+        and gpu_spec_of_device("NVIDIA H100 NVL", 94 * GIB) is None
+    )
+    sixteen = gpu_spec_of_device("NVIDIA GeForce RTX 4060 Ti", 16 * GIB)
     assert sixteen and sixteen.name == "rtx-4060-ti-16gb"
-    assert card_named("RTX4070").gib == 12
+    assert gpu_spec_named("RTX4070").gib == 12
 
 
 def test_plan_prints_and_hands_out_the_same_figures(gpt2box: Command, volumes: Path) -> None:
@@ -284,7 +291,9 @@ def test_muon_takes_less_memory_a_little_more_time_and_smaller_checkpoints() -> 
     ways = {}
     for optimizer in ("adamw", "muon"):
         loaded = loader.load("openwebtext", {"optimizer": optimizer, "micro_batch_size": "4"})[0]
-        (ways[optimizer],) = (w for w in options(loaded, shape, place) if w.activation_checkpointing == "full")
+        (ways[optimizer],) = (
+            w for w in list_execution_plans(loaded, shape, place) if w.activation_checkpointing == "full"
+        )
     inside = 12 * 24 * 1024**2
     assert ways["adamw"].memory.optimizer - ways["muon"].memory.optimizer == 4 * inside
     assert 0.9 < ways["muon"].tokens_per_sec / ways["adamw"].tokens_per_sec < 1
@@ -295,12 +304,12 @@ def test_muon_takes_less_memory_a_little_more_time_and_smaller_checkpoints() -> 
 def test_where_muon_does_not_fit_what_is_offered_keeps_it() -> None:
     loaded, shape, place = loader.load("openwebtext", {})[0], shape_of("gpt2-medium"), card(3.8)
     with pytest.raises(MachineCannot, match="--optimizer-states int8 --weights-dtype bfloat16 fits"):
-        choose(options(loaded, shape, place), loaded, shape, place)
+        choose_execution_plan(list_execution_plans(loaded, shape, place), loaded, shape, place)
 
 
 @pytest.mark.parametrize("name", ["4070", "RTX 4070", "geforce rtx-4070", "4070-TI"])
 def test_a_card_is_known_without_its_family(name: str) -> None:
-    assert card_named(name).name == ("rtx-4070-ti" if "TI" in name else "rtx-4070")
+    assert gpu_spec_named(name).name == ("rtx-4070-ti" if "TI" in name else "rtx-4070")
 
 
 def test_the_other_ways_are_shown_fastest_first_as_exactly_as_they_fit(gpt2box: Command) -> None:

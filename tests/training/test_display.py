@@ -15,8 +15,9 @@ import pytest
 
 from gpt2box.config import loader
 from gpt2box.model.shape import ModelShape
+from gpt2box.planner.execution_plan import TargetDevice
 from gpt2box.planner.run_plan import RunPlan, make_plan
-from gpt2box.planner.search import Place, options
+from gpt2box.planner.search import list_execution_plans
 from gpt2box.training.console import Display
 from tests.helpers.commands import Command
 from tests.helpers.settings import options as tiny
@@ -25,7 +26,9 @@ from tests.helpers.settings import options as tiny
 def plan(**flags: str) -> RunPlan:
     config = loader.load(None, {"dataset": "x", **flags})[0]
     shape = ModelShape(24, 16, 1024, 1024, 50_257)
-    way = options(config, shape, Place("a card", 0, None, "bfloat16", on_gpu=True, compiled=False))[0]
+    way = list_execution_plans(config, shape, TargetDevice("a card", 0, None, "bfloat16", on_gpu=True, compiled=False))[
+        0
+    ]
     return make_plan(config, shape, 10**6, "cpu", "bfloat16", False, way, peak_tflops=58.3)
 
 

@@ -15,7 +15,7 @@ from gpt2box.data.prepare import Options, prepare
 from gpt2box.errors import BadInput
 from gpt2box.model.shape import ModelShape
 from gpt2box.planner.report import target
-from gpt2box.planner.search import options as ways
+from gpt2box.planner.search import list_execution_plans as ways
 from tests.helpers.settings import ROOT, TINY, options
 from tests.helpers.torchrun import LONG, SAME, assert_same, rank_of, rows, train_on_two, two_ranks
 from tests.helpers.training import train, wait_for

@@ -15,8 +15,9 @@ from gpt2box.config.schema import validate
 from gpt2box.data.prepare import Options, prepare
 from gpt2box.errors import BadInput, MachineCannot
 from gpt2box.model.shape import ModelShape
-from gpt2box.planner.search import Place, choose
-from gpt2box.planner.search import options as ways
+from gpt2box.planner.execution_plan import TargetDevice
+from gpt2box.planner.search import choose_execution_plan
+from gpt2box.planner.search import list_execution_plans as ways
 from gpt2box.training.execution import check_split
 from tests.helpers.settings import ROOT, TINY, options
 from tests.helpers.torchrun import LONG, SAME, assert_same, rank_of, rows, train_on_two, two_ranks
@@ -142,9 +143,9 @@ def test_what_cannot_be_split_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_xl_fits_four_small_cards_when_they_share_its_weights() -> None:
     config = validate({"dataset": "any", "model": "gpt2-xl", "tokens_per_step": 262_144}, "test")
     shape = ModelShape(n_layer=48, n_head=25, n_embd=1600, block_size=1024, vocab_size=50_257, bias=True)
-    place = Place("4 × RTX 4070", round(11.3 * 2**30), None, "bfloat16", on_gpu=True, compiled=False, ranks=4)
+    place = TargetDevice("4 × RTX 4070", round(11.3 * 2**30), None, "bfloat16", on_gpu=True, compiled=False, ranks=4)
     with pytest.raises(MachineCannot) as refused:
-        choose(ways(config, shape, place), config, shape, place)
+        choose_execution_plan(ways(config, shape, place), config, shape, place)
     assert "--shard true fits" in refused.value.next_step
     shared = config.model_copy(update={"shard": True})
-    assert choose(ways(shared, shape, place), shared, shape, place).memory.total < 11.3 * 2**30
+    assert choose_execution_plan(ways(shared, shape, place), shared, shape, place).memory.total < 11.3 * 2**30
