@@ -218,4 +218,4 @@ def test_task_files(tmp_path: Path, task: str) -> None:
         else {"text": "the last word"}
     )
     path.write_text("\n".join([json.dumps(record)] * 4))
-    broken(path, lambda: benchmarks.read_task(task, path, None))
+    broken(path, lambda: benchmarks.read_questions(task, path, None))

@@ -178,12 +178,12 @@ def evaluate(
     from gpt2box.utils.paths import dataset_dir
 
     folder = find_model(model, checkpoint)
-    where = None if task or text else dataset_dir(dataset) if dataset else losses.dataset_of(folder)
+    where = None if task or text else dataset_dir(dataset) if dataset else losses.training_dataset(folder)
     check_gpu(device)
     network, words = load_model(folder, device)
     figures: dict[str, Any] = {"model": str(folder)}
     if task:
-        figures |= benchmarks.evaluate(task, network, words, file, limit)
+        figures |= benchmarks.run_benchmark(task, network, words, file, limit)
     else:
         block_size = network.shape.block_size
         step = min(stride or block_size, block_size)

@@ -1,10 +1,10 @@
-"""HellaSwag and LAMBADA: which ending does the model find likelier, and does it know the last word.
+"""Run the benchmarks HellaSwag and LAMBADA.
 
-Texts are made, cut and scored as lm-evaluation-harness does (its tasks hellaswag and lambada_openai), so that the
-figures compare with published ones.
+Texts are built, truncated and scored like lm-evaluation-harness's tasks hellaswag and lambada_openai, so that the
+results compare with published ones.
 
-    HellaSwag   Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?"
-    LAMBADA     Paperno et al. 2016; in the form that OpenAI used for GPT-2
+    HellaSwag   pick the likeliest of four endings; Zellers et al. 2019, arXiv 1905.07830
+    LAMBADA     predict the last word of a passage; Paperno et al. 2016, in the form that OpenAI used for GPT-2
 """
 
 from __future__ import annotations
@@ -25,67 +25,66 @@ from gpt2box.data import hub_datasets
 from gpt2box.data.readers import UNREADABLE, kind_of, opened, parquet, unreadable
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.errors import BadInput, why
+from gpt2box.evaluation.perplexity import BATCH_TOKENS, bounded_exp
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.utils.files import parse_json
 from gpt2box.utils.progress import bytes_bar
 
-BATCH_TOKENS = 8192
-LARGEST_EXPONENT = 700  # of what a float holds
-ON_THE_HUB = {"hellaswag": ("Rowan/hellaswag", "validation"), "lambada": ("EleutherAI/lambada_openai", "test")}
+HUB_DATASETS = {"hellaswag": ("Rowan/hellaswag", "validation"), "lambada": ("EleutherAI/lambada_openai", "test")}
 
 
 @dataclass(frozen=True)
-class Answer:
-    """How a model finds a continuation."""
+class Score:
+    """Score of a continuation under the model."""
 
     log_likelihood: float
-    is_greedy: bool  # each of its tokens is the likeliest one
+    is_greedy: bool  # greedy decoding would produce exactly this continuation
 
 
-Record = tuple[list[tuple[str, str]], int]  # contexts with continuations, and which of them is right
-Answered = tuple[list[tuple[Answer, int]], int]  # with the characters of each continuation
+Question = tuple[list[tuple[str, str]], int]  # (context, continuation) pairs, and the index of the correct one
+ScoredQuestion = tuple[list[tuple[Score, int]], int]  # (score, characters of the continuation) pairs, and that index
 
 
-def evaluate(task: str, model: GPT2, words: Tokenizer, path: Path | None, most: int | None) -> dict[str, Any]:
-    """A task's figures: on a file, or on the Hub's.
+def run_benchmark(task: str, model: GPT2, tokenizer: Tokenizer, path: Path | None, limit: int | None) -> dict[str, Any]:
+    """Run a benchmark on the records in `path`, or on the Hub's dataset if it is None; return the metrics.
 
     Raises:
-        BadInput: a file of another form.
-        TryAgain: the Hub does not answer.
+        BadInput: The file does not have the benchmark's format.
+        TryAgain: The Hub does not answer.
     """
-    figures_of = {"hellaswag": hellaswag_figures, "lambada": lambada_figures}
+    compute_metrics = {"hellaswag": hellaswag_metrics, "lambada": lambada_metrics}
     if path is None:
-        name, split = ON_THE_HUB[task]
+        name, split = HUB_DATASETS[task]
         path = hub_datasets.dataset(name, "", split, slice(0, 1), keep_raw=True)[0][0].bring()
-    records = read_task(task, path, most)
-    answers = iter(answers_to([pair for pairs, _ in records for pair in pairs], model, words))
-    grouped = [([(next(answers), len(pair[1]) - 1) for pair in pairs], label) for pairs, label in records]
-    return {"task": task, "records": len(records)} | figures_of[task](grouped)
+    questions = read_questions(task, path, limit)
+    scores = iter(score_continuations([pair for pairs, _ in questions for pair in pairs], model, tokenizer))
+    scored = [([(next(scores), len(pair[1]) - 1) for pair in pairs], label) for pairs, label in questions]
+    return {"task": task, "records": len(questions)} | compute_metrics[task](scored)
 
 
-def read_task(task: str, path: Path, most: int | None) -> list[Record]:
-    """A task's records, at most so many.
+def read_questions(task: str, path: Path, limit: int | None) -> list[Question]:
+    """Read a benchmark's questions, at most `limit`.
 
     Raises:
-        BadInput: a file of another form, or an empty one.
+        BadInput: The file does not have the benchmark's format, or is empty.
     """
-    parts_of = {"hellaswag": hellaswag_parts, "lambada": lambada_parts}
+    parse = {"hellaswag": hellaswag_question, "lambada": lambada_question}
     try:
-        records = [parts_of[task](record) for record in islice(read(path), most)]
+        questions = [parse[task](record) for record in islice(read_records(path), limit)]
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        expected = f"the form of {ON_THE_HUB[task][0]} on the Hub"
+        expected = f"the format of {HUB_DATASETS[task][0]} on the Hub"
         raise BadInput(f"{path} is not {task}: {why(error)}", expected) from error
-    if not records:
+    if not questions:
         raise BadInput(f"{path} is empty", "records")
-    return records
+    return questions
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON-lines or Parquet file.
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a JSON-lines or Parquet file.
 
     Raises:
-        BadInput: of another kind.
-        Damaged: it cannot be read.
+        BadInput: The file has another type.
+        Damaged: The file cannot be read.
     """
     kind = kind_of(path)
     if kind not in (".parquet", ".jsonl", ".ndjson"):
@@ -101,86 +100,93 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
                     if line.strip():
                         yield parse_json(line)
                 except ValueError as error:
-                    raise BadInput(f"{path}, line {number}: {error}", "a JSON object a line") from error
+                    raise BadInput(f"{path}, line {number}: {error}", "one JSON object per line") from error
     except UNREADABLE as error:
         raise unreadable(path, error) from error
 
 
-def hellaswag_parts(record: dict[str, Any]) -> Record:
-    """A context with four endings."""
-    context = tidied(f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}")
+def hellaswag_question(record: dict[str, Any]) -> Question:
+    """Build a question from a HellaSwag record: one context with four endings."""
+    context = clean_wikihow(f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}")
     endings, label = record["endings"], int(str(record["label"]))
     if not isinstance(endings, list) or not 0 <= label < len(endings):
         raise ValueError(f"label {label} of the endings {str(endings)[:80]}")
-    return [(context, " " + tidied(ending)) for ending in endings], label
+    return [(context, " " + clean_wikihow(ending)) for ending in endings], label
 
 
-def tidied(text: str) -> str:
-    """Without the marks that WikiHow's articles left in the data."""
+def clean_wikihow(text: str) -> str:
+    """Remove the markup that WikiHow's articles left in the data."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[[^\]\n]*\]", "", text).replace("  ", " ")
 
 
-def hellaswag_figures(answered: Sequence[Answered]) -> dict[str, float]:
-    """Accuracy by likelihood, and by likelihood a character of the ending."""
-    right = [best([a.log_likelihood for a, _ in found]) == label for found, label in answered]
-    by_length = [best([a.log_likelihood / max(n, 1) for a, n in found]) == label for found, label in answered]
-    return mean("acc", right) | mean("acc_norm", by_length)
+def hellaswag_metrics(questions: Sequence[ScoredQuestion]) -> dict[str, float]:
+    """Compute accuracy by log-likelihood, and by log-likelihood per character of the ending."""
+    correct, correct_norm = [], []
+    for scored, label in questions:
+        correct.append(argmax([score.log_likelihood for score, _ in scored]) == label)
+        correct_norm.append(argmax([score.log_likelihood / max(chars, 1) for score, chars in scored]) == label)
+    return mean_and_stderr("acc", correct) | mean_and_stderr("acc_norm", correct_norm)
 
 
-def lambada_parts(record: dict[str, Any]) -> Record:
-    """A passage without its last word, and the word."""
+def lambada_question(record: dict[str, Any]) -> Question:
+    """Build a question from a LAMBADA record: the passage without its last word, and that word."""
     context, _, last = record["text"].rpartition(" ")
     return [(context, " " + last)], 0
 
 
-def lambada_figures(answered: Sequence[Answered]) -> dict[str, float]:
-    """Whether the last word is the likeliest, and its perplexity."""
-    first = [found[0][0] for found, _ in answered]
-    perplexity = math.exp(min(-statistics.fmean(answer.log_likelihood for answer in first), LARGEST_EXPONENT))
-    return mean("acc", [answer.is_greedy for answer in first]) | {"perplexity": perplexity}
+def lambada_metrics(questions: Sequence[ScoredQuestion]) -> dict[str, float]:
+    """Compute accuracy of greedy decoding on the last word, and the perplexity of that word."""
+    scores = [scored[0][0] for scored, _ in questions]
+    perplexity = bounded_exp(-statistics.fmean(score.log_likelihood for score in scores))
+    return mean_and_stderr("acc", [score.is_greedy for score in scores]) | {"perplexity": perplexity}
 
 
-def best(values: list[float]) -> int:
-    """The first of the largest."""
+def argmax(values: list[float]) -> int:
+    """Return the index of the largest value, the first one on a tie."""
     return values.index(max(values))
 
 
-def mean(name: str, values: Sequence[float]) -> dict[str, float]:
-    """With its standard error."""
+def mean_and_stderr(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Return the mean and its standard error, as `name` and `name`_stderr."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return {name: statistics.fmean(values), f"{name}_stderr": error}
 
 
-def encoded(context: str, continuation: str, words: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids of both, encoded together, so that the border is the tokenizer's; spaces between go to the latter."""
+def encode_pair(context: str, continuation: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Encode context and continuation together, then split the ids; spaces in between go to the continuation."""
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
-    whole = words.encode(context + continuation).tolist()
-    before = len(words.encode(context)) if context else 0
-    if not before and words.end_of_text is not None:
-        return [words.end_of_text], whole
-    if not before:
+    ids = tokenizer.encode(context + continuation).tolist()
+    context_len = len(tokenizer.encode(context)) if context else 0
+    if not context_len and tokenizer.end_of_text is not None:
+        return [tokenizer.end_of_text], ids
+    if not context_len:
         raise BadInput(
             f"nothing before {continuation[:40]!r}", "a context, as this vocabulary has no end-of-text token"
         )
-    return whole[:before], whole[before:]
+    return ids[:context_len], ids[context_len:]
 
 
 @torch.inference_mode()
-def answers_to(pairs: Sequence[tuple[str, str]], model: GPT2, words: Tokenizer) -> list[Answer]:
-    """How the model finds each continuation of its context; what is longer than its context loses its beginning."""
+def score_continuations(pairs: Sequence[tuple[str, str]], model: GPT2, tokenizer: Tokenizer) -> list[Score]:
+    """Score each continuation given its context; the context is truncated on the left to the model's block size.
+
+    Raises:
+        BadInput: A continuation alone is longer than the block size.
+    """
     device, block_size = model.wte.weight.device, model.shape.block_size
-    requests = [encoded(*pair, words) for pair in pairs]
+    requests = [encode_pair(*pair, tokenizer) for pair in pairs]
     if (longest := max(len(continuation) for _, continuation in requests)) > block_size:
-        raise BadInput(f"an ending of {longest:,} tokens", f"at most {block_size:,}, the model's context")
-    order = sorted(range(len(pairs)), key=lambda i: -len(requests[i][0] + requests[i][1]))  # alike beside each other
-    answers: dict[int, Answer] = {}
+        raise BadInput(f"an ending of {longest:,} tokens", f"at most {block_size:,}, the model's block size")
+    # Longest first, so that a batch needs little padding.
+    order = sorted(range(len(pairs)), key=lambda i: -len(requests[i][0] + requests[i][1]))
+    scores: dict[int, Score] = {}
     model.eval()
-    with bytes_bar("answering", sum(len(context) + len(continuation) for context, continuation in pairs)) as advance:
-        while len(answers) < len(order):
-            begin = len(answers)
+    with bytes_bar("scoring", sum(len(context) + len(continuation) for context, continuation in pairs)) as advance:
+        while len(scores) < len(order):
+            begin = len(scores)
             longest = min(sum(map(len, requests[order[begin]])) - 1, block_size)
             chosen = order[begin : begin + max(1, BATCH_TOKENS // longest)]
             ids = torch.zeros(len(chosen), longest, dtype=torch.long)
@@ -193,13 +199,13 @@ def answers_to(pairs: Sequence[tuple[str, str]], model: GPT2, words: Tokenizer) 
                 context, continuation = requests[index]
                 end = min(len(context) + len(continuation) - 1, block_size)
                 last = hidden[row, max(0, end - len(continuation)) : end]
-                answers[index] = judged(model.logits(last).float(), continuation[-len(last) :])
+                scores[index] = score_tokens(model.logits(last).float(), continuation[-len(last) :])
             advance(sum(len(pairs[i][0]) + len(pairs[i][1]) for i in chosen))
-    return [answers[i] for i in range(len(pairs))]
+    return [scores[i] for i in range(len(pairs))]
 
 
-def judged(logits: torch.Tensor, continuation: list[int]) -> Answer:
-    """Logits (n, V) of the places of n tokens."""
-    wanted = torch.tensor(continuation, device=logits.device)
-    of_wanted = logits.log_softmax(-1).gather(1, wanted[:, None])
-    return Answer(float(of_wanted.sum()), bool((logits.argmax(-1) == wanted).all()))
+def score_tokens(logits: torch.Tensor, continuation: list[int]) -> Score:
+    """Score n tokens by the logits (n, V) that predict them."""
+    targets = torch.tensor(continuation, device=logits.device)
+    log_probs = logits.log_softmax(-1).gather(1, targets[:, None])
+    return Score(float(log_probs.sum()), bool((logits.argmax(-1) == targets).all()))

@@ -1,8 +1,9 @@
-"""The loss of a model on text: nats a token, perplexity, and bits a byte, by which tokenizers compare.
+"""Measure a model's loss on text: nats per token, perplexity, and bits per byte, which compares across tokenizers.
 
-Windows as in lm-evaluation-harness and in Hugging Face's guide to perplexity: each token is predicted once. The first
-window predicts all its tokens; every further one the next `stride`, from as many tokens before them as the context
-holds. A stride of a whole context is what training reports; a shorter one gives each token more to go on.
+Sliding windows follow lm-evaluation-harness and Hugging Face's guide to perplexity: each token is predicted once. The
+first window predicts all its tokens; every later one predicts the next `stride` tokens, given as many preceding tokens
+as the context holds. Training reports the loss with a stride of one full context; a shorter stride gives each token
+more context.
 """
 
 from __future__ import annotations
@@ -28,42 +29,44 @@ from gpt2box.utils.files import read_object
 from gpt2box.utils.paths import dataset_dir
 from gpt2box.utils.progress import bytes_bar
 
-BATCH_TOKENS = 8192  # in one forward pass: small beside the weights
+BATCH_TOKENS = 8192  # per forward pass; their activations stay small next to the weights
+MAX_EXPONENT = 700.0  # exp() of more than 709 overflows a float
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Of a model on a text."""
+    """Summed loss of a model on a text."""
 
-    tokens: int  # that were predicted and count
-    text_bytes: int  # that they stand for
-    nats: float  # the sum of -log probability
-    words: int | None = None  # of the text, where all of it was predicted
+    tokens: int  # predicted tokens that count toward the loss
+    text_bytes: int  # UTF-8 bytes that these tokens decode to
+    nats: float  # sum of -log probability
+    words: int | None = None  # words in the text; None if only part of it was predicted
 
     def figures(self) -> dict[str, float | int]:
-        """As they are shown and printed as JSON."""
+        """Return the metrics by the names that `gpt2box eval` prints."""
         mean = self.nats / self.tokens
-        of_words = {"word_perplexity": exponential(self.nats / self.words)} if self.words else {}
+        of_words = {"word_perplexity": bounded_exp(self.nats / self.words)} if self.words else {}
         return {
             "val_loss": mean,
-            "perplexity": exponential(mean),
+            "perplexity": bounded_exp(mean),
             "bits_per_byte": self.nats / math.log(2) / max(self.text_bytes, 1),
-            "byte_perplexity": exponential(self.nats / max(self.text_bytes, 1)),
+            "byte_perplexity": bounded_exp(self.nats / max(self.text_bytes, 1)),
             **of_words,
             "tokens": self.tokens,
             "bytes": self.text_bytes,
         }
 
 
-def exponential(nats: float) -> float:
-    """Finite for anything."""
-    return math.exp(min(nats, 700.0))
+def bounded_exp(nats: float) -> float:
+    """Return e^nats, capped so that it stays finite."""
+    return math.exp(min(nats, MAX_EXPONENT))
 
 
-def windows(count: int, block_size: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """For `count` targets: a window's first input, the end of its inputs, and the first target that it predicts.
+def sliding_windows(count: int, block_size: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (begin, end, first) for each window over `count` targets.
 
-    Target i follows input i, so a window of inputs begin…end predicts the targets of the same numbers.
+    Inputs begin…end go into the model; targets first…end count, the earlier ones are context. Target i is the token
+    that follows input i.
     """
     done = 0
     while done < count:
@@ -73,26 +76,28 @@ def windows(count: int, block_size: int, stride: int) -> Iterator[tuple[int, int
 
 
 @torch.inference_mode()
-def loss_of(
+def compute_loss(
     model: GPT2,
-    words: Tokenizer,
+    tokenizer: Tokenizer,
     count: int,
     read: Callable[[int, int], Tokens],
     counted: Callable[[int, int], npt.NDArray[np.bool_] | None],
     stride: int,
 ) -> Loss:
-    """The loss on `count` + 1 tokens, of which the first is only a context.
+    """Compute the loss on `count` + 1 tokens, of which the first is context only.
 
-    `read` and `counted` give the ids from a place on, and which of them count (None: all).
+    `read(begin, n)` returns the n token ids from position `begin`; `counted(begin, n)` returns a mask of those that
+    count toward the loss, or None if all do.
     """
     device, block_size = model.wte.weight.device, model.shape.block_size
     tokens = text_bytes = 0
     nats = 0.0
-    at_once = max(1, BATCH_TOKENS // block_size)
+    batch_size = max(1, BATCH_TOKENS // block_size)
     model.eval()
     with bytes_bar("evaluating", count * ID_BYTES) as advance:
-        for _, alike in groupby(windows(count, block_size, stride), key=lambda window: window[1] - window[0]):
-            while chosen := list(islice(alike, at_once)):
+        windows = sliding_windows(count, block_size, stride)
+        for _, same_length in groupby(windows, key=lambda window: window[1] - window[0]):
+            while chosen := list(islice(same_length, batch_size)):
                 batch = np.stack([read(begin, end + 1 - begin) for begin, end, _ in chosen]).astype(np.int64)
                 if (largest := int(batch.max())) >= model.shape.vocab_size:
                     raise BadInput(f"the text holds token id {largest:,}", f"ids below {model.shape.vocab_size:,}")
@@ -101,61 +106,62 @@ def loss_of(
                     row[: first - begin] = -1
                     if (mask := counted(begin + 1, end - begin)) is not None:
                         row[~mask] = -1
-                kept = targets[targets >= 0]
+                scored = targets[targets >= 0]
                 mean = model(torch.from_numpy(batch[:, :-1]).to(device), torch.from_numpy(targets).to(device))
-                nats += float(mean) * len(kept)
-                tokens += len(kept)
-                text_bytes += len(words.decode_bytes(kept[kept != words.end_of_text].tolist()))
+                nats += float(mean) * len(scored)
+                tokens += len(scored)
+                text_bytes += len(tokenizer.decode_bytes(scored[scored != tokenizer.end_of_text].tolist()))
                 predicted = sum(end - first for _, end, first in chosen)
                 advance(predicted * ID_BYTES, f"loss {nats / max(tokens, 1):.4f}")
     if not tokens:
-        raise BadInput("no token of this text counts", "a text of two tokens or more")
+        raise BadInput("no token of this text counts toward the loss", "a text of at least two tokens")
     return Loss(tokens, text_bytes, nats)
 
 
-def loss_on_dataset(model: GPT2, words: Tokenizer, dataset: Dataset, split: str, stride: int, most: int | None) -> Loss:
-    """On a split of a prepared dataset: its tokens in a row, whatever document they are of.
+def loss_on_dataset(
+    model: GPT2, tokenizer: Tokenizer, dataset: Dataset, split: str, stride: int, max_tokens: int | None
+) -> Loss:
+    """Compute the loss on a split of a prepared dataset, read as one stream across document boundaries.
 
     Raises:
-        BadInput: another tokenizer's dataset.
+        BadInput: The dataset was made with another tokenizer.
     """
-    theirs = dataset.tokenizer
-    if theirs.vocabulary() != words.vocabulary():
+    other = dataset.tokenizer
+    if other.vocabulary() != tokenizer.vocabulary():
         raise BadInput(
-            f"{dataset.folder} is in tokens of a {theirs.kind} tokenizer of {theirs.vocab_size:,}",
-            f"the model's own, a {words.kind} tokenizer of {words.vocab_size:,}",
+            f"{dataset.folder} is in tokens of a {other.kind} tokenizer of {other.vocab_size:,}",
+            f"the model's own, a {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,}",
             "gpt2box eval MODEL --text FILE, and compare bits per byte",
         )
     with closing(TokenFile(dataset.folder / f"{split}.bin")) as file:
-        count = min(file.tokens - 1, most or file.tokens)
-        return loss_of(model, words, count, file.read, file.counted, stride)
+        count = min(file.tokens - 1, max_tokens or file.tokens)
+        return compute_loss(model, tokenizer, count, file.read, file.counted, stride)
 
 
-def loss_on_text(model: GPT2, words: Tokenizer, path: Path, stride: int, most: int | None) -> Loss:
-    """On a plain text, as one document that begins after the end-of-text token where the vocabulary has one.
+def loss_on_text(model: GPT2, tokenizer: Tokenizer, path: Path, stride: int, max_tokens: int | None) -> Loss:
+    """Compute the loss on a text file, as one document; it starts with the end-of-text token if there is one.
 
     Raises:
-        BadInput: not UTF-8, or of other characters than the model's.
+        BadInput: The file is not UTF-8, or has characters that the model's vocabulary lacks.
     """
     with open(path, "rb") as file:
-        text = "".join(decoded(file, path))  # as prepare reads it: any line end is \n, a byte-order mark is dropped
-    ids = words.encode(text)
-    if words.end_of_text is not None:
-        ids = np.concatenate([np.array([words.end_of_text], dtype=np.uint16), ids])
-    count = min(len(ids) - 1, most or len(ids))
-    found = loss_of(model, words, count, lambda begin, n: ids[begin : begin + n], lambda begin, n: None, stride)
-    return replace(found, words=len(re.split(r"\s+", text)) if count == len(ids) - 1 else None)
+        text = "".join(decoded(file, path))  # like prepare: all line ends become \n, a byte-order mark is dropped
+    ids = tokenizer.encode(text)
+    if tokenizer.end_of_text is not None:
+        ids = np.concatenate([np.array([tokenizer.end_of_text], dtype=np.uint16), ids])
+    count = min(len(ids) - 1, max_tokens or len(ids))
+    loss = compute_loss(model, tokenizer, count, lambda begin, n: ids[begin : begin + n], lambda begin, n: None, stride)
+    return replace(loss, words=len(re.split(r"\s+", text)) if count == len(ids) - 1 else None)
 
 
-def dataset_of(folder: Path) -> Path:
-    """The dataset that a run's checkpoint was trained on.
+def training_dataset(folder: Path) -> Path:
+    """Return the folder of the dataset that a run's checkpoint was trained on.
 
     Raises:
-        BadInput: no run's checkpoint.
+        BadInput: `folder` is not a checkpoint of a run.
     """
-    about = read_object(folder.resolve().parent.parent / "manifest.json").get("dataset")
-    kept = about.get("folder") if isinstance(about, dict) else None
-    if not kept or not isinstance(kept, str):
+    recorded = read_object(folder.resolve().parent.parent / "manifest.json").get("dataset")
+    path = recorded.get("folder") if isinstance(recorded, dict) else None
+    if not path or not isinstance(path, str):
         raise BadInput(f"what should {folder} be evaluated on?", "a dataset or a text", "--dataset NAME or --text FILE")
-    there = Path(kept)
-    return there if there.is_dir() else dataset_dir(there.name)  # the volumes may have moved
+    return Path(path) if Path(path).is_dir() else dataset_dir(Path(path).name)  # the volumes may have moved

@@ -20,7 +20,7 @@ from gpt2box.data.dataset import Dataset
 from gpt2box.data.pretrained import pretrained_folder, shape_in, shape_on
 from gpt2box.data.tokenizer import prompt_ids
 from gpt2box.distributed.group import Group, Silence, joined
-from gpt2box.evaluation.memorization import by_heart, read_by_heart, side_by_side
+from gpt2box.evaluation.memorization import measure_memorization, read_memorization, show_before_and_after
 from gpt2box.model.decoder import Decoder
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.hf_weights import load_hub
@@ -289,11 +289,11 @@ def look_back(config: Config, job: Job) -> None:
     """What the weights that `sample` takes write, before and after, and whether it is the training text by heart."""
     step = kept_step(job.run, job.state)
     checkpoint.load_weights(job.run / "checkpoints" / retention.folder_name(step), job.model)
-    if job.pretrained and (columns := side_by_side(job.run, step)):
+    if job.pretrained and (columns := show_before_and_after(job.run, step)):
         say(columns)
     prompt, length = config.sample_prompt, config.sample_tokens
     try:
-        by_heart(job.run, job.model, job.dataset, prompt, length, config.seed, step)
+        measure_memorization(job.run, job.model, job.dataset, prompt, length, config.seed, step)
     except torch.cuda.OutOfMemoryError:
         say("note: not looked for what it knows by heart: out of memory")
 
@@ -327,8 +327,8 @@ def report(
         expected = published(config.model_dump())
         of_others = "" if expected is None else f" (published for this config: {expected:g})"
         say(f"  best val_loss   {state.best_val_loss:.4f} at step {state.best_step:,}{of_others}")
-    if learned := read_by_heart(run, kept_step(run, state)):
-        say(f"  by heart        {learned.words()}")
+    if memorization := read_memorization(run, kept_step(run, state)):
+        say(f"  memorized       {memorization.describe()}")
     say(f"  loss curve      {shown(picture)}")
     say(f"  report          {shown(report_page(run))} (opens in a browser)")
     best = run / "checkpoints" / "best"

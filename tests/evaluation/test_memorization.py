@@ -1,4 +1,4 @@
-"""What a run made of its text: overlaps with the training text are the longest; before stands beside after."""
+"""Verbatim overlap with the training text, and samples before and after training."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from tests.helpers.settings import TINYSHAKESPEARE, options
 IDS = st.lists(st.integers(0, 3), max_size=40)
 
 
-def plain_longest(texts: list[list[int]], train: list[int]) -> int:
+def brute_force_longest(texts: list[list[int]], train: list[int]) -> int:
     runs = [text[i:j] for text in texts for i in range(len(text)) for j in range(i + 1, len(text) + 1)]
     return max((len(run) for run in runs if any(train[k : k + len(run)] == run for k in range(len(train)))), default=0)
 
 
 @settings(max_examples=150, deadline=None)
 @given(texts=st.lists(IDS, min_size=1, max_size=3), train=IDS.filter(bool), block=st.integers(1, 50))
-def test_the_overlap_is_the_longest_there_is(texts: list[list[int]], train: list[int], block: int) -> None:
+def test_longest_overlap_matches_a_brute_force_search(texts: list[list[int]], train: list[int], block: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memorization, "BLOCK_TOKENS", block)
         with tempfile.NamedTemporaryFile(suffix=".bin") as file:
             Path(file.name).write_bytes(np.array(train, "<u2").tobytes())
             found = memorization.longest_overlap([np.array(text, dtype=np.uint16) for text in texts], Path(file.name))
-    assert len(found) == plain_longest(texts, train)
-    assert not len(found) or plain_longest([found.tolist()], train) == len(found)
+    assert len(found) == brute_force_longest(texts, train)
+    assert not len(found) or brute_force_longest([found.tolist()], train) == len(found)
 
 
-def test_a_run_that_overfits_is_told_that_it_recites(volumes: Path, tmp_path: Path, gpt2box: Command) -> None:
+def test_an_overfitted_run_reports_that_it_recites_its_text(volumes: Path, tmp_path: Path, gpt2box: Command) -> None:
     text = tmp_path / "page.txt"
     text.write_text(TINYSHAKESPEARE.read_text()[:1200])
     gpt2box("prepare", str(text), "--tokenizer", "char", "--name", "page")
-    # Evaluated at both ends alone, so that the overfitted weights are the best.
+    # Evaluate only at start and end, so that the overfitted weights are the best.
     steps = {"max_steps": 300, "eval_interval": 300, "n_embd": 96, "learning_rate": 3e-3, "tokens_per_step": 1024}
     done = gpt2box("train", *options(dataset="page", name="page", sample_tokens=150, micro_batch_size=32, **steps))
     assert "it recites: give more text" in done.stderr, done.stderr
@@ -53,10 +53,10 @@ def test_a_run_that_overfits_is_told_that_it_recites(volumes: Path, tmp_path: Pa
     assert "page: finished at step 300 before; nothing is left to do" in again.stderr, again.stderr
 
 
-def test_after_fine_tuning_before_stands_beside_after(volumes: Path, gpt2box: Command) -> None:
-    gpt2box("train", *options(name="first", max_steps=10))
-    first = str(volumes / "runs" / "first" / "checkpoints" / "last")
-    done = gpt2box("train", *options(name="tuned", init_from=first, n_layer=2, max_steps=10, sample_tokens=40))
-    beside = (volumes / "runs" / "tuned" / "samples" / "before-after.txt").read_text()
-    assert "before" in beside and "after 10 steps" in beside and beside.strip() in done.stderr
+def test_fine_tuning_shows_samples_before_and_after_training(volumes: Path, gpt2box: Command) -> None:
+    gpt2box("train", *options(name="base", max_steps=10))
+    base = str(volumes / "runs" / "base" / "checkpoints" / "last")
+    done = gpt2box("train", *options(name="tuned", init_from=base, n_layer=2, max_steps=10, sample_tokens=40))
+    samples = (volumes / "runs" / "tuned" / "samples" / "before-after.txt").read_text()
+    assert "before" in samples and "after 10 steps" in samples and samples.strip() in done.stderr
     assert "tokens in a row as in the training text" in done.stderr and "it recites" not in done.stderr
