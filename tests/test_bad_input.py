@@ -18,7 +18,7 @@ from gpt2box.data.dataset import open_dataset
 from gpt2box.data.dataset_folder import damaged_splits
 from gpt2box.data.pretrained import shape_in
 from gpt2box.errors import LONGEST, BadInput, Gpt2boxError
-from gpt2box.inference.sample import load_model
+from gpt2box.inference.model_loader import load_model
 from gpt2box.runs.listing import look_at
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest

@@ -101,15 +101,15 @@ def sample(
                 f"{prompt_file.name} is not UTF-8: {error.reason} at byte {error.start:,}", "plain text"
             ) from error
     from gpt2box.data.instructions import TEMPLATE
-    from gpt2box.inference.chat import talk
-    from gpt2box.inference.sample import find_model, load_model, prompts_in
-    from gpt2box.inference.sample import sample as write_samples
+    from gpt2box.inference.chat import chat
+    from gpt2box.inference.model_loader import find_model, load_model
+    from gpt2box.inference.sample import read_prompts, write_samples
     from gpt2box.model.decoder import Decoder
     from gpt2box.model.sampling import Choice
     from gpt2box.preflight.preflight import check_gpu
     from gpt2box.utils.progress import say
 
-    texts = prompts_in(prompts) if prompts else [prompt]
+    texts = read_prompts(prompts) if prompts else [prompt]
     folder = find_model(model, checkpoint)
     check_gpu(device)
     say(f"from {folder}")
@@ -117,7 +117,7 @@ def sample(
     decoder = Decoder(network, weights)
     choice = Choice(temperature, top_k, top_p)
     if interactive:
-        return talk(decoder, words, prompt, max_new_tokens, choice, seed, instruct)
+        return chat(decoder, words, prompt, max_new_tokens, choice, seed, instruct)
     if instruct:
         texts = [TEMPLATE.format(prompt=text) for text in texts]
     write_samples(decoder, words, texts, num_samples, max_new_tokens, choice, seed, batch_size, as_json)
@@ -173,7 +173,7 @@ def evaluate(
     from gpt2box.data.dataset_folder import check_content
     from gpt2box.evaluation import benchmarks
     from gpt2box.evaluation import perplexity as losses
-    from gpt2box.inference.sample import find_model, load_model
+    from gpt2box.inference.model_loader import find_model, load_model
     from gpt2box.preflight.preflight import check_gpu
     from gpt2box.utils.paths import dataset_dir
 
@@ -232,7 +232,7 @@ def export(model: str | None, form: str, dtype: str | None, out: Path | None, li
     A checkpoint is a Hugging Face folder already; this leaves out what only training needs and adds a model card.
     """
     from gpt2box.export.export import export as write
-    from gpt2box.inference.sample import find_model
+    from gpt2box.inference.model_loader import find_model
     from gpt2box.utils.paths import shown
     from gpt2box.utils.progress import say
 
@@ -261,7 +261,7 @@ def push(model: str, repo: str, public: bool, dtype: str, licence: str, checkpoi
     HF_TOKEN or from `hf auth login`; HF_ENDPOINT names another Hub.
     """
     from gpt2box.export.push import push as upload
-    from gpt2box.inference.sample import find_model
+    from gpt2box.inference.model_loader import find_model
     from gpt2box.utils.progress import say
 
     folder = find_model(model, checkpoint)

@@ -22,7 +22,7 @@ from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.errors import BadInput, Damaged, VolumeUnwritable
 from gpt2box.export.gguf import check_gguf, write_gguf, write_modelfile
 from gpt2box.export.model_card import model_card
-from gpt2box.inference.sample import load_model
+from gpt2box.inference.model_loader import load_model
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.hf_weights import hub_config, hub_state
 from gpt2box.utils.files import discard, fsync_dir, read_object

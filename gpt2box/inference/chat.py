@@ -1,4 +1,4 @@
-"""`gpt2box sample --interactive`: write on with the model, line by line."""
+"""Continue texts interactively, line by line (`gpt2box sample --interactive`)."""
 
 from __future__ import annotations
 
@@ -13,27 +13,36 @@ from gpt2box.inference.sample import stream
 from gpt2box.model.decoder import Decoder
 from gpt2box.model.sampling import Choice
 
-HELP = """  a line            the model goes on from it and from all before it
-  /temperature 0.7  how freely it chooses; also /top_k 200, /top_p 0.9, /max_new_tokens 100, /seed 7
-  /settings         as they are
-  /reset            forget what was said
-  /quit             or Ctrl-D; Ctrl-C ends a text that is being written"""
+HELP = """  a line            the model continues from this line and all text before it
+  /temperature 0.7  how freely it samples; also /top_k 200, /top_p 0.9, /max_new_tokens 100, /seed 7
+  /settings         show these settings
+  /reset            forget the text so far
+  /quit             or Ctrl-D; Ctrl-C stops a text that is being written"""
 
 
-def talk(
-    decoder: Decoder, words: Tokenizer, begin: str, max_new_tokens: int, choice: Choice, seed: int, instruct: bool
+def chat(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    params: Choice,
+    seed: int,
+    use_template: bool,
 ) -> None:
-    """Until the input ends: read a line, write what the model makes of all so far."""
-    shown = sys.stdin.isatty()
-    if shown:
-        import readline  # noqa: F401, input() then edits and remembers lines
+    """Read lines from standard input until it ends, and continue the text after each.
 
-        print("The model goes on from what you write. /help lists the commands.")
-    history, turn = begin, 0
-    numbers = {"max_new_tokens": max_new_tokens, "seed": seed}
+    Each text uses the next seed. `use_template` wraps each line in the template of instruction data.
+    """
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        import readline  # noqa: F401 gives input() line editing and a history
+
+        print("The model continues what you write. /help lists the commands.")
+    history, answers = prompt, 0
+    limits = {"max_new_tokens": max_new_tokens, "seed": seed}
     while True:
         try:
-            line = input("> " if shown else "")
+            line = input("> " if is_terminal else "")
         except (EOFError, KeyboardInterrupt):
             print()
             return
@@ -41,46 +50,46 @@ def talk(
             if line in ("/quit", "/exit"):
                 return
             if line == "/reset":
-                history = begin
+                history = prompt
             elif line == "/help":
                 print(HELP)
             elif line == "/settings":
-                print("  " + "  ".join(f"{name} {value}" for name, value in {**vars(choice), **numbers}.items()))
+                print("  " + "  ".join(f"{name} {value}" for name, value in {**vars(params), **limits}.items()))
             elif line.startswith("/"):
-                choice, numbers = changed(line, choice, numbers)
+                params, limits = apply_command(line, params, limits)
             else:
-                text = history + (TEMPLATE.format(prompt=line) if instruct else line)
-                ids = prompt_ids(words, text)
-                written: list[int] = []
+                text = history + (TEMPLATE.format(prompt=line) if use_template else line)
+                ids = prompt_ids(tokenizer, text)
+                generated: list[int] = []
                 with suppress(KeyboardInterrupt):
-                    length, own_seed = numbers["max_new_tokens"], numbers["seed"] + turn
-                    stream(decoder, words, ids, length, choice, own_seed, written)
+                    length, answer_seed = limits["max_new_tokens"], limits["seed"] + answers
+                    stream(decoder, tokenizer, ids, length, params, answer_seed, generated)
                 print()
-                turn += 1
-                history = text + words.decode_bytes(written).decode("utf-8", errors="replace") + "\n"
+                answers += 1
+                history = text + tokenizer.decode_bytes(generated).decode("utf-8", errors="replace") + "\n"
         except BadInput as error:
             print(error, file=sys.stderr)
 
 
-def changed(line: str, choice: Choice, numbers: dict[str, int]) -> tuple[Choice, dict[str, int]]:
-    """The settings after a command such as /temperature 0.7.
+def apply_command(line: str, params: Choice, limits: dict[str, int]) -> tuple[Choice, dict[str, int]]:
+    """Return the settings after a command such as `/temperature 0.7`.
 
     Raises:
-        BadInput: no such command, or no such value.
+        BadInput: There is no such command, or its value is out of range.
     """
     name, _, value = line[1:].partition(" ")
     name = name.replace("-", "_")
-    limits = {"temperature": (0, 100), "top_k": (0, 10**6), "top_p": (1e-9, 1), "max_new_tokens": (1, 10**6)}
-    kinds = {field.name: type(getattr(choice, field.name)) for field in fields(Choice)} | dict.fromkeys(numbers, int)
-    if name not in kinds:
+    ranges = {"temperature": (0, 100), "top_k": (0, 10**6), "top_p": (1e-9, 1), "max_new_tokens": (1, 10**6)}
+    types = {field.name: type(getattr(params, field.name)) for field in fields(params)} | dict.fromkeys(limits, int)
+    if name not in types:
         raise BadInput(f"no command /{name}", "/help lists them")
-    low, high = limits.get(name, (0, 2**62))
+    low, high = ranges.get(name, (0, 2**62))
     try:
-        number = kinds[name](value)
+        number = types[name](value)
         if not low <= number <= high:
             raise ValueError
     except ValueError:
         raise BadInput(f"/{name} {value}", f"a number from {low} to {high}") from None
-    if name in numbers:
-        return choice, numbers | {name: int(number)}
-    return replace(choice, **{name: number}), numbers
+    if name in limits:
+        return params, limits | {name: int(number)}
+    return replace(params, **{name: number}), limits

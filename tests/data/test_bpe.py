@@ -22,7 +22,7 @@ from gpt2box.data.prepare import Options, prepare
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.export.export import export
-from gpt2box.inference.sample import load_model
+from gpt2box.inference.model_loader import load_model
 from tests.helpers.commands import Command
 from tests.helpers.settings import TINYSHAKESPEARE, options
 

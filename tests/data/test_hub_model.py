@@ -20,7 +20,7 @@ from gpt2box.data.hub_models import hub_model
 from gpt2box.data.prepare import Options, prepare
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.errors import BadInput, Damaged, TryAgain
-from gpt2box.inference.sample import find_model, load_model
+from gpt2box.inference.model_loader import find_model, load_model
 from tests.helpers.commands import Command
 from tests.helpers.settings import TINYSHAKESPEARE, options
 

@@ -203,7 +203,7 @@ def test_training_stops_at_the_card_before_any_work(
 
 
 def test_card_numbers_follow_the_pci_bus() -> None:
-    code = "import os, gpt2box.inference.sample; print(os.environ['CUDA_DEVICE_ORDER'])"
+    code = "import os, gpt2box.inference.model_loader; print(os.environ['CUDA_DEVICE_ORDER'])"
     environment = {key: value for key, value in os.environ.items() if key != "CUDA_DEVICE_ORDER"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout == "PCI_BUS_ID\n"

@@ -18,7 +18,7 @@ from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.export.export import export
 from gpt2box.export.nanogpt_import import import_nanogpt
-from gpt2box.inference.sample import load_model
+from gpt2box.inference.model_loader import load_model
 from gpt2box.model.gpt2 import GPT2
 from tests.helpers.commands import Command
 from tests.helpers.settings import TINYSHAKESPEARE, options
