@@ -27,15 +27,21 @@ from pathlib import Path
 import torch
 
 from gpt2box.checkpoint import retention
-from gpt2box.checkpoint import writer as checkpoint
-from gpt2box.checkpoint.async_writer import Snapshot
-from gpt2box.checkpoint.metadata import TrainState, read_state
-from gpt2box.checkpoint.writer import Files
+from gpt2box.checkpoint.async_writer import StagingBuffer
+from gpt2box.checkpoint.loader import restore_checkpoint
+from gpt2box.checkpoint.metadata import TrainState, load_verified_state
+from gpt2box.checkpoint.writer import (
+    TensorFiles,
+    checkpoint_bytes,
+    checkpoint_config,
+    checkpoint_tensors,
+    publish_checkpoint,
+)
 from gpt2box.config.schema import MODEL_SHAPES
 from gpt2box.data.tokenizer import CharTokenizer
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.shape import ModelShape
-from gpt2box.optim.factory import GuardedStep
+from gpt2box.optim.clipped_step import ClippedStep
 
 BESIDE = ModelShape(n_layer=6, n_head=8, n_embd=512, block_size=128, vocab_size=50_257)  # 45M parameters
 ALONE, SAVES = 12, 4  # of a round: steps with nothing beside them, and checkpoints that are written one after the other
@@ -68,14 +74,14 @@ def measure(shape: ModelShape, device: str, rounds: int, folder: Path) -> None:
     model, optimizer = made(shape, device)
     state = TrainState(step=1, optimizer_steps=1)
     plain, checkpoints = folder / "plain.pt", folder / "checkpoints"
-    whole = checkpoints / retention.folder_name(state.step)
+    whole = checkpoints / retention.checkpoint_name(state.step)
     watch = Watch()
     save_rounds(model, optimizer, state, rounds, watch, plain, whole)
     for _ in range(rounds):
         watch.time("torch.load", lambda: torch.load(plain, weights_only=True, map_location=device))
-        watch.time("reading back", lambda: checkpoint.restore(whole, model, optimizer, state))
-        watch.time("checksums", lambda: read_state(whole))
-    gigabytes = checkpoint.checkpoint_bytes(model, optimizer, state) / 1e9
+        watch.time("reading back", lambda: restore_checkpoint(whole, model, optimizer, state))
+        watch.time("checksums", lambda: load_verified_state(whole))
+    gigabytes = checkpoint_bytes(model, optimizer, state) / 1e9
     print(f"{gigabytes:.2f} GB, {device}, {torch.get_num_threads()} threads, medians of {rounds}")
     for name, base in {
         "the wait": "torch.save",
@@ -90,7 +96,7 @@ def measure(shape: ModelShape, device: str, rounds: int, folder: Path) -> None:
 def made(shape: ModelShape, device: str = "cpu") -> tuple[GPT2, torch.optim.AdamW]:
     """A network and its averages."""
     model = GPT2.empty(shape, 0.0, device)
-    model.initialise(1)
+    model.init_weights(1)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for parameter in model.parameters():
         averages = {key: torch.full_like(parameter, 0.01) for key in ("exp_avg", "exp_avg_sq")}
@@ -102,8 +108,8 @@ def measure_beside(rounds: int, folder: Path) -> None:
     """Steps with nothing else and beside checkpoints that are being written, in turns."""
     model, optimizer = made(BESIDE)
     words, state = CharTokenizer("ab", False), TrainState(step=1, optimizer_steps=1)
-    files, config = checkpoint.contents(model, optimizer, state), checkpoint.config_of(model, words)
-    snapshot, update = Snapshot(files, pin=False), GuardedStep(optimizer, 1.0, torch.device("cpu"))
+    files, config = checkpoint_tensors(model, optimizer, state), checkpoint_config(model, words)
+    snapshot, update = StagingBuffer(files, pin=False), ClippedStep(optimizer, 1.0, torch.device("cpu"))
     batch = torch.randint(0, BESIDE.vocab_size, (1, BESIDE.block_size + 1))
     whole = folder / "checkpoints"
 
@@ -115,18 +121,18 @@ def measure_beside(rounds: int, folder: Path) -> None:
         update(loss.detach())
         return time.perf_counter() - begun, time.thread_time() - worked
 
-    def save(copies: Files) -> None:
+    def save(copies: TensorFiles) -> None:
         begun, worked = time.perf_counter(), time.thread_time()
         for _ in range(SAVES):
             shutil.rmtree(whole, ignore_errors=True)
-            checkpoint.publish(whole, copies, config, state, words)
+            publish_checkpoint(whole, copies, config, state, words)
         writing.append(((time.perf_counter() - begun) / SAVES, (time.thread_time() - worked) / SAVES))
 
     ratios: list[tuple[float, float]] = []
     writing: list[tuple[float, float]] = []
     for number in range(rounds + 1):
         alone = [step() for _ in range(ALONE)]
-        writer, beside = threading.Thread(target=save, args=(snapshot.take(files),)), []
+        writer, beside = threading.Thread(target=save, args=(snapshot.copy(files),)), []
         writer.start()
         while writer.is_alive():
             beside.append(step())
@@ -136,7 +142,7 @@ def measure_beside(rounds: int, folder: Path) -> None:
         usual, slowed = middle(alone), middle(beside[:-1] or beside)  # the last ran on alone
         ratios.append((slowed[0] / usual[0], slowed[1] / usual[1]))
         print(f"  {usual[0]:.2f} s a step, {slowed[0]:.2f} s beside, {len(beside)} steps", flush=True)
-    gigabytes = checkpoint.checkpoint_bytes(model, optimizer, state) / 1e9
+    gigabytes = checkpoint_bytes(model, optimizer, state) / 1e9
     print(
         f"{gigabytes:.2f} GB, {torch.get_num_threads()} threads, {rounds} rounds: time, and its thread's processor time"
     )
@@ -156,15 +162,15 @@ def save_rounds(
 ) -> None:
     """Saving, in both ways; the copy's memory is given back at the end."""
     words = CharTokenizer("ab", False)
-    files, config = checkpoint.contents(model, optimizer, state), checkpoint.config_of(model, words)
-    snapshot = Snapshot(files, pin=next(model.parameters()).is_cuda)
-    copies = snapshot.take(files)
+    files, config = checkpoint_tensors(model, optimizer, state), checkpoint_config(model, words)
+    snapshot = StagingBuffer(files, pin=next(model.parameters()).is_cuda)
+    copies = snapshot.copy(files)
     for _ in range(rounds):
         plain.unlink(missing_ok=True)
         shutil.rmtree(whole, ignore_errors=True)
         watch.time("torch.save", lambda: torch.save([model.state_dict(), optimizer.state_dict()], plain))
-        watch.time("the wait", lambda: snapshot.take(files))
-        watch.time("the thread", lambda: checkpoint.publish(whole.parent, copies, config, state, words))
+        watch.time("the wait", lambda: snapshot.copy(files))
+        watch.time("the thread", lambda: publish_checkpoint(whole.parent, copies, config, state, words))
 
 
 class Watch:

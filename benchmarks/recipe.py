@@ -28,10 +28,12 @@ import torch
 from gpt2box.config import loader
 from gpt2box.data.dataloader import TrainWindows, inputs_and_targets, micro_batches
 from gpt2box.data.dataset import Dataset, open_dataset
-from gpt2box.distributed.group import Group
+from gpt2box.distributed.group import RankGroup
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.shape import ModelShape
-from gpt2box.optim.factory import learning_rate, make_optimizer, make_update
+from gpt2box.optim.clipped_step import make_optimizer_step
+from gpt2box.optim.factory import make_optimizer
+from gpt2box.optim.schedule import learning_rate_at
 from gpt2box.planner.execution_plan import TargetDevice
 from gpt2box.planner.run_plan import RunPlan, make_plan
 from gpt2box.planner.search import list_execution_plans
@@ -105,9 +107,9 @@ def planned(dataset: Dataset, settings: dict[str, Any]) -> RunPlan:
 def trained(dataset: Dataset, plan: RunPlan, evaluations: int = 4) -> tuple[list[tuple[int, float]], float]:
     """(tokens, val_loss) along the way, and seconds of one thread without the evaluations."""
     model = GPT2(plan.shape, plan.dropout)
-    model.initialise(plan.seed)
+    model.init_weights(plan.seed)
     model.loss_chunk_tokens = plan.loss_chunk_tokens
-    update = make_update(make_optimizer(model, plan), plan)
+    update = make_optimizer_step(make_optimizer(model, plan), plan)
     windows = TrainWindows(dataset.tokens("train"), plan.shape.block_size, plan.seed)
     path, curve, seconds = dataset.folder / "train.bin", [], 0.0
     with closing(micro_batches(path, windows, plan.shape.vocab_size, 0, plan.micro_batch_size, False, 1)) as batches:
@@ -117,13 +119,13 @@ def trained(dataset: Dataset, plan: RunPlan, evaluations: int = 4) -> tuple[list
             for micro_step in range(plan.grad_accum_steps):
                 inputs, targets = inputs_and_targets(next(batches))
                 loss = model(inputs, targets, 1.0 / plan.grad_accum_steps)
-                update.before_backward(step, micro_step, learning_rate(step, plan), loss)
+                update.before_backward(step, micro_step, learning_rate_at(step, plan), loss)
                 loss.backward()
                 total += loss.detach()
             update(total)
             seconds += time.thread_time() - begun
             if (step + 1) % (plan.max_steps // evaluations) == 0 or step + 1 == plan.max_steps:
-                curve.append(((step + 1) * plan.tokens_per_step, evaluate(model, dataset, plan, Group(ALONE))[0]))
+                curve.append(((step + 1) * plan.tokens_per_step, evaluate(model, dataset, plan, RankGroup(ALONE))[0]))
     return curve, seconds
 
 

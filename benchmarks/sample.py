@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from gpt2box.config.schema import MODEL_SHAPES
-from gpt2box.model.decoder import WEIGHTS, Decoder
+from gpt2box.model.decoder import WEIGHT_FORMATS, Decoder
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.hf_weights import hub_state
-from gpt2box.model.sampling import Choice, generate_together
+from gpt2box.model.hf_weights import hf_state_dict
+from gpt2box.model.sampling import SamplingParams, generate_batch
 from gpt2box.model.shape import ModelShape
 
 BYTES = {"float32": 4, "float16": 2, "int8": 1}
@@ -45,10 +45,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     on_gpu = arguments.device == "cuda"
-    kinds = WEIGHTS[:2] if on_gpu else WEIGHTS
+    kinds = WEIGHT_FORMATS[:2] if on_gpu else WEIGHT_FORMATS
     shape = ModelShape(**MODEL_SHAPES[arguments.model], block_size=1024, vocab_size=50_257, bias=True)
     model = GPT2(shape).to(arguments.device).eval()
-    model.initialise(1)
+    model.init_weights(1)
     contenders: dict[str, Callable[[torch.Tensor, int], Any]] = {"transformers": of_transformers(model)}
     if on_gpu:
         contenders["transformers float16"] = of_transformers(model, torch.float16)
@@ -85,7 +85,7 @@ def of_transformers(model: GPT2, dtype: torch.dtype = torch.float32) -> Callable
     shape = model.shape
     config = GPT2Config(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)
     theirs = GPT2LMHeadModel(config).eval()
-    theirs.load_state_dict({**hub_state(model), "lm_head.weight": model.wte.weight[: shape.vocab_size]})
+    theirs.load_state_dict({**hf_state_dict(model), "lm_head.weight": model.wte.weight[: shape.vocab_size]})
     theirs = theirs.to(model.wte.weight.device, dtype)
 
     def run(ids: torch.Tensor, count: int) -> None:
@@ -118,7 +118,7 @@ def of_gpt2box(decoder: Decoder) -> Callable[[torch.Tensor, int], Any]:
     """Ours."""
 
     def run(ids: torch.Tensor, count: int) -> None:
-        for _ in generate_together(decoder, ids.tolist(), count, Choice(temperature=0), [0] * len(ids)):
+        for _ in generate_batch(decoder, ids.tolist(), count, SamplingParams(temperature=0), [0] * len(ids)):
             pass
 
     return run
@@ -141,11 +141,11 @@ def bandwidth_of_gpu() -> float:
 
 def bandwidth(weights: str) -> float:
     """Bytes a second of matrices that a product with one row reads; larger in all than the processor's caches."""
-    from gpt2box.model import decoder as decode
+    from gpt2box.model.decoder import _in_8_bits, _in_16_bits, _transposed
 
     layers = [torch.nn.Linear(1024, 4096, bias=False) for _ in range(24)]
     size = len(layers) * 1024 * 4096 * BYTES[weights]
-    pack = {"float32": decode._transposed, "float16": decode._in_16_bits, "int8": decode._in_8_bits}[weights]
+    pack = {"float32": _transposed, "float16": _in_16_bits, "int8": _in_8_bits}[weights]
     x, best = torch.randn(1, 1024), 0.0
     with torch.inference_mode():
         products = [pack(layer) for layer in layers]

@@ -27,7 +27,7 @@ import torch
 from gpt2box.config.schema import MODEL_SHAPES
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.shape import ModelShape
-from gpt2box.optim.factory import GuardedStep
+from gpt2box.optim.clipped_step import ClippedStep
 
 Step = Callable[[torch.Tensor], None]
 SHAPES = {**MODEL_SHAPES, "char": {"n_layer": 6, "n_head": 6, "n_embd": 384}}
@@ -40,12 +40,12 @@ def ours(arguments: argparse.Namespace, recompute: str) -> Step:
     vocab_size = VOCABULARY.get(arguments.model, 50_257)
     shape = ModelShape(**SHAPES[arguments.model], block_size=1024, vocab_size=vocab_size, bias=arguments.bias)
     model = GPT2.empty(shape, 0.0, arguments.device)
-    model.initialise(0)
+    model.init_weights(0)
     model.train()
     model.activation_checkpointing = recompute
     model.loss_chunk_tokens = arguments.loss_chunk_tokens
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-    guarded = GuardedStep(optimizer, 1.0, torch.device(arguments.device))
+    guarded = ClippedStep(optimizer, 1.0, torch.device(arguments.device))
     forward = compiled(model, arguments)
 
     def step(ids: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpt2box.checkpoint.metadata import read_state
+from gpt2box.checkpoint.metadata import load_verified_state
 from gpt2box.data.dataset import open_dataset
 from gpt2box.data.dataset_folder import damaged_splits
 from gpt2box.data.pretrained import shape_in
@@ -169,7 +169,7 @@ def test_any_value_anywhere_in_what_is_read_is_used_or_refused(
             if name == "dataset.json":
                 damaged_splits(file.parent, open_dataset(file.parent).manifest)
             elif name == "state.json":
-                read_state(last)
+                load_verified_state(last)
             elif name == "config.json":
                 if shape_in(last).parameters < 10**6:
                     load_model(last, "cpu")

@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gpt2box.checkpoint import metadata as state_file
+from gpt2box.checkpoint.metadata import load_verified_state
 from gpt2box.config import loader
 from gpt2box.data import readers, tokenizer
 from gpt2box.data.dataset import open_dataset
@@ -26,7 +26,7 @@ from gpt2box.data.pretrained import shape_in
 from gpt2box.errors import Gpt2boxError
 from gpt2box.evaluation import benchmarks
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.hf_weights import load_hub
+from gpt2box.model.hf_weights import load_hf_weights
 from gpt2box.report.page import report_page
 from gpt2box.runs import metrics
 from gpt2box.runs.listing import look_at
@@ -172,10 +172,10 @@ def test_a_checkpoint(trained: Path, tmp_path: Path, name: str) -> None:
 
     def read() -> None:
         with contextlib.suppress(Gpt2boxError):
-            state_file.read_state(folder)
+            load_verified_state(folder)
         shape = shape_in(folder)
         if shape.parameters < 10**7:
-            load_hub(GPT2(shape), folder)
+            load_hf_weights(GPT2(shape), folder)
         tokenizer.load(folder)
 
     broken(folder / name, read)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from gpt2box.checkpoint import retention
-from gpt2box.checkpoint.fingerprint import digest_of
-from gpt2box.checkpoint.metadata import PARTS, Rollback, TrainState, parse_state, write_state
+from gpt2box.checkpoint.fingerprint import fingerprint_files
+from gpt2box.checkpoint.metadata import REQUIRED_FILES, Rollback, TrainState, parse_state, write_state
 from gpt2box.checkpoint.safetensors_io import read_tensors
 from gpt2box.data.downloads import sha256_of
 from gpt2box.errors import Damaged
@@ -54,7 +54,7 @@ def train(**settings: Any) -> tuple[object, str]:
 
 
 def newest(run: Path) -> Path:
-    return run / "checkpoints" / retention.folder_name(20)
+    return run / "checkpoints" / retention.checkpoint_name(20)
 
 
 def steps_in(run: Path) -> list[int]:
@@ -102,9 +102,9 @@ def test_a_pipe_in_place_of_a_checkpoint_is_passed_over_and_goes(run: Path) -> N
 @pytest.fixture
 def state_file(tmp_path: Path) -> Path:
     """state.json of a checkpoint of step 20."""
-    folder = tmp_path / retention.folder_name(20)
+    folder = tmp_path / retention.checkpoint_name(20)
     folder.mkdir()
-    files = {name: {"bytes": 1, "sha256": "0" * 64} for name in sorted(PARTS)}
+    files = {name: {"bytes": 1, "sha256": "0" * 64} for name in sorted(REQUIRED_FILES)}
     state = TrainState(20, 18, 20, 2.5, 2.5, 10, recent_losses=[1.0], rollbacks=[Rollback(5, 3)])
     write_state(folder, state, files)
     assert parse_state(folder) == (state, files)
@@ -129,9 +129,12 @@ VALUES: dict[str, list[Any]] = {
     "digest": ["0" * 64, 3],
     "files": [
         *({}, [], None, {"config.json": FILE}),
-        *(dict.fromkeys((*sorted(PARTS), odd), FILE) for odd in ("/dev/zero", "../x", "a\0", "a\n", STEERING, "")),
-        {name: {"bytes": -1, "sha256": "0" * 64} for name in sorted(PARTS)},
-        {name: {"bytes": 1, "sha256": "x"} for name in sorted(PARTS)},
+        *(
+            dict.fromkeys((*sorted(REQUIRED_FILES), odd), FILE)
+            for odd in ("/dev/zero", "../x", "a\0", "a\n", STEERING, "")
+        ),
+        {name: {"bytes": -1, "sha256": "0" * 64} for name in sorted(REQUIRED_FILES)},
+        {name: {"bytes": 1, "sha256": "x"} for name in sorted(REQUIRED_FILES)},
     ],
 }
 WRONG: list[dict[str, Any]] = [{key: value} for key, values in VALUES.items() for value in values]
@@ -141,7 +144,7 @@ WRONG: list[dict[str, Any]] = [{key: value} for key, values in VALUES.items() fo
 def test_a_state_that_no_run_could_have_is_damaged(state_file: Path, change: dict[str, Any]) -> None:
     files = change.get("files")
     if isinstance(files, dict) and files:
-        change = {**change, "digest": digest_of(files)}
+        change = {**change, "digest": fingerprint_files(files)}
     edited(state_file, **change)
     with pytest.raises(Damaged) as raised:
         parse_state(state_file.parent)
@@ -205,7 +208,7 @@ def test_averages_that_lack_are_not_taken_for_zero(run: Path, lost: str) -> None
     save_file(averages, path)
     files = json.loads((newest(run) / "state.json").read_text())["files"]
     files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    edited(newest(run) / "state.json", files=files, digest=digest_of(files))
+    edited(newest(run) / "state.json", files=files, digest=fingerprint_files(files))
     code, said = train(**MORE)
     assert code == 4 and "optimizer.safetensors: without exp_avg" in said, said
 
@@ -386,11 +389,11 @@ def test_fewer_steps_than_a_run_has_done_are_said_to_be_past(run: Path) -> None:
 def test_a_copy_of_a_checkpoint_is_none(run: Path) -> None:
     checkpoints = run / "checkpoints"
     for name in ("step-backup", "step-00000010x", "step-000000010", "step--1"):
-        shutil.copytree(checkpoints / retention.folder_name(10), checkpoints / name)
-    for name in (retention.folder_name(25), "step-99999999999"):
-        shutil.copytree(checkpoints / retention.folder_name(10), checkpoints / name)
+        shutil.copytree(checkpoints / retention.checkpoint_name(10), checkpoints / name)
+    for name in (retention.checkpoint_name(25), "step-99999999999"):
+        shutil.copytree(checkpoints / retention.checkpoint_name(10), checkpoints / name)
     code, said = train(**{**MORE, "keep_last": 1})
-    assert code == 0 and f"resuming from {checkpoints / retention.folder_name(20)} at step 20" in said, said
+    assert code == 0 and f"resuming from {checkpoints / retention.checkpoint_name(20)} at step 20" in said, said
     assert said.count("it is of step 10") == 2
     assert all((checkpoints / name).is_dir() for name in ("step-backup", "step-00000010x", "step-000000010", "step--1"))
 
@@ -452,7 +455,7 @@ def test_a_run_goes_on_without_its_links(run: Path, links: str) -> None:
     assert command("sample", "run", "--max-new-tokens", "1")[0] == 0
     code, said = train(**MORE)
     assert code == 0 and "at step 20" in said, said
-    assert (run / "checkpoints" / "last").readlink() == Path(retention.folder_name(30))
+    assert (run / "checkpoints" / "last").readlink() == Path(retention.checkpoint_name(30))
 
 
 def test_a_folder_by_the_name_of_a_link_that_is_no_copy_stays(run: Path) -> None:
@@ -464,7 +467,7 @@ def test_a_folder_by_the_name_of_a_link_that_is_no_copy_stays(run: Path) -> None
 
 
 def test_of_a_checkpoint_that_was_moved_and_linked_the_link_alone_goes(run: Path, tmp_path: Path) -> None:
-    place = run / "checkpoints" / retention.folder_name(5)
+    place = run / "checkpoints" / retention.checkpoint_name(5)
     shutil.move(place, tmp_path / "moved")
     place.symlink_to(tmp_path / "moved")
     (run / "checkpoints" / ".step-x.tmp").write_text("")

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gpt2box.checkpoint.fingerprint import checksum, digest_of
-from gpt2box.checkpoint.metadata import read_state
+from gpt2box.checkpoint.fingerprint import fingerprint_files, fingerprint_run_state
+from gpt2box.checkpoint.metadata import load_verified_state
 from gpt2box.data.downloads import sha256_of
 from gpt2box.errors import BadInput, Damaged, Gpt2boxError
 from gpt2box.runs import metrics
@@ -79,18 +79,18 @@ def test_the_digest_is_another_where_one_bit_of_weights_or_averages_is() -> None
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         optimizer.state[parameter] = {"step": torch.zeros(()), "exp_avg": torch.rand_like(parameter)}
-    before = checksum(model, optimizer)
-    assert re.fullmatch("[0-9a-f]{16}", before) and checksum(model, optimizer) == before
+    before = fingerprint_run_state(model, optimizer)
+    assert re.fullmatch("[0-9a-f]{16}", before) and fingerprint_run_state(model, optimizer) == before
     for tensor in (model.ln_f.bias.data, optimizer.state[model.wpe.weight]["exp_avg"]):
         tensor.view(-1).view(torch.int32)[-1] ^= 1
-        assert checksum(model, optimizer) != before
+        assert fingerprint_run_state(model, optimizer) != before
         tensor.view(-1).view(torch.int32)[-1] ^= 1
-    assert checksum(model, optimizer) == before
+    assert fingerprint_run_state(model, optimizer) == before
     files = {"a.safetensors": {"sha256": "1"}, "b.json": {"sha256": "2"}}
     assert (
-        digest_of(files)
-        == digest_of({**files, "b.json": {"sha256": "3"}})
-        != digest_of({**files, "c.safetensors": files["b.json"]})
+        fingerprint_files(files)
+        == fingerprint_files({**files, "b.json": {"sha256": "3"}})
+        != fingerprint_files({**files, "c.safetensors": files["b.json"]})
     )
 
 
@@ -136,7 +136,7 @@ def test_verify_names_the_first_step_and_tensor_that_differ(volumes: Path, gpt2b
     save_file(tensors, path)
     content = json.loads((folder / "state.json").read_text())
     content["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    content["digest"] = digest_of(content["files"])
+    content["digest"] = fingerprint_files(content["files"])
     (folder / "state.json").write_text(json.dumps(content))
     done = gpt2box("verify", "run")
     assert done.returncode == 4, done.stderr
@@ -348,4 +348,4 @@ def test_checkpoints_written_before_digests_were_are_read(volumes: Path) -> None
     content = json.loads((folder / "state.json").read_text())
     del content["digest"]
     (folder / "state.json").write_text(json.dumps(content))
-    assert read_state(folder).step == 20
+    assert load_verified_state(folder).step == 20

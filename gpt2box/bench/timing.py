@@ -20,15 +20,16 @@ import numpy as np
 import torch
 
 from gpt2box import __version__
-from gpt2box.checkpoint.async_writer import Saver
+from gpt2box.checkpoint.async_writer import AsyncCheckpointWriter
 from gpt2box.checkpoint.metadata import TrainState
-from gpt2box.checkpoint.retention import folder_name
+from gpt2box.checkpoint.retention import checkpoint_name
 from gpt2box.data.dataloader import PREFETCH, val_window_starts
 from gpt2box.data.dataset import Dataset
 from gpt2box.data.tokenizer import CharTokenizer
-from gpt2box.distributed.group import Group
+from gpt2box.distributed.group import RankGroup
 from gpt2box.model.shape import ModelShape
-from gpt2box.optim.factory import make_optimizer, make_update
+from gpt2box.optim.clipped_step import make_optimizer_step
+from gpt2box.optim.factory import make_optimizer
 from gpt2box.planner import bench_records
 from gpt2box.planner.bench_records import LONG_STEP_MICRO_STEPS, BenchRecord
 from gpt2box.planner.execution_plan import ExecutionPlan
@@ -100,7 +101,7 @@ class Stopwatch:
         self.device = torch.device(plan.device)
         self.before_bytes = peak_memory_bytes(self.device)  # on a CPU: Python and PyTorch
         self.model = empty_model(plan)
-        self.model.initialise(plan.seed)
+        self.model.init_weights(plan.seed)
         self.model.train()
         self.optimizer = make_optimizer(self.model, plan)
         tokenizer = CharTokenizer("a", False)  # a checkpoint has one; its size is not what takes time
@@ -111,7 +112,7 @@ class Stopwatch:
             model=self.model,
             optimizer=self.optimizer,
             dataset=dataset,
-            group=Group(ALONE),
+            group=RankGroup(ALONE),
             tokenizer=tokenizer,
             state=state,
             stop=StopRequest(),
@@ -147,7 +148,7 @@ class Stopwatch:
             for number in range(-1 if any(way.seconds.values()) else -2, steps):  # the first are to warm up
                 for length in LENGTHS:
                     self.job.plan = replace(self.job.plan, grad_accum_steps=length)
-                    with closing(make_update(self.optimizer, self.job.plan)) as update, self.timed() as seconds:
+                    with closing(make_optimizer_step(self.optimizer, self.job.plan)) as update, self.timed() as seconds:
                         take_step(self.job, forward, batches, update)
                     self.job.state.step += 1
                     if number >= 0:
@@ -202,11 +203,11 @@ class Stopwatch:
             windows = len(val_window_starts(dataset.tokens("val"), plan.shape.block_size, plan.eval_windows))
         few = min(windows, 2 * plan.eval_batch_size)
         plan = replace(plan, eval_windows=few)
-        evaluate(self.model, dataset, plan, Group(ALONE))
+        evaluate(self.model, dataset, plan, RankGroup(ALONE))
 
         def once() -> float:
             with self.timed() as seconds:
-                evaluate(self.model, dataset, plan, Group(ALONE))
+                evaluate(self.model, dataset, plan, RankGroup(ALONE))
             return seconds[0]
 
         return repeated(once) / few * windows, windows
@@ -219,19 +220,19 @@ class Stopwatch:
         """
         job, durable_s, sizes = self.job, [], []
         with tempfile.TemporaryDirectory(prefix=".bench-", dir=folder) as temporary:
-            saver = Saver(Path(temporary), self.model, self.optimizer, job.tokenizer, job.plan, say)
+            saver = AsyncCheckpointWriter(Path(temporary), self.model, self.optimizer, job.tokenizer, job.plan, say)
             with closing(saver):
                 saver.save(job.state)  # which also makes room for the copy, once in a run
-                saver.finish()
+                saver.wait()
 
                 def once() -> float:
                     job.state.step += 1
                     begun = time.perf_counter()
                     with self.timed() as seconds:
                         saver.save(job.state)
-                    saver.finish()
+                    saver.wait()
                     durable_s.append(time.perf_counter() - begun)
-                    where = Path(temporary) / folder_name(job.state.step)
+                    where = Path(temporary) / checkpoint_name(job.state.step)
                     sizes.append(sum(path.stat().st_size for path in where.iterdir()))
                     return seconds[0]
 

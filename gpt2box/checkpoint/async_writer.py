@@ -1,14 +1,14 @@
-"""Checkpoints while training goes on: it waits for a copy into host memory, a thread does the rest.
+"""Checkpoints saved while training continues: training waits only for a copy into host memory.
 
-The thread writes, syncs, reads back, renames, sets the links and removes what is no longer kept. One save is in flight
-at most: the next waits for it, so that no checkpoint is left out and the disk is asked for no more than it can do.
-Where the host has no memory for the copy, training waits for the whole save, and it is said.
+A thread writes, syncs, verifies and renames the checkpoint, updates the links and deletes old checkpoints. At most one
+save is in flight: the next waits for it, so that no checkpoint is dropped and the disk is not asked for more than it
+can do. If the host has no memory for the copy, training waits for the whole save, and a line says so.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -17,113 +17,118 @@ import torch
 from torch import Tensor
 
 from gpt2box.checkpoint import retention
-from gpt2box.checkpoint import writer as checkpoint
 from gpt2box.checkpoint.metadata import TrainState
-from gpt2box.checkpoint.safetensors_io import Tensors
-from gpt2box.checkpoint.writer import Files
+from gpt2box.checkpoint.safetensors_io import TensorSource
+from gpt2box.checkpoint.writer import (
+    TensorFiles,
+    check_disk_space,
+    checkpoint_bytes,
+    checkpoint_config,
+    checkpoint_tensors,
+    publish_checkpoint,
+)
 from gpt2box.data.tokenizer import Tokenizer
-from gpt2box.distributed.fsdp import outline, whole
+from gpt2box.distributed.fsdp import full_tensor, meta_tensor
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planner.run_plan import RunPlan
 from gpt2box.system.host import memory_bytes
 from gpt2box.utils.files import check_mark
 from gpt2box.utils.progress import size
 
-SLAB = 1 << 29  # bytes that are asked of the system at a time; page-locked memory comes in powers of two
-ALIGN = 64
-SPARE_BYTES = 256 << 20  # of the host's memory, and a quarter of the copy: what else may want some meanwhile
+SLAB_BYTES = 1 << 29  # allocated at a time; PyTorch rounds page-locked memory up to powers of two
+ALIGN_BYTES = 64
+SPARE_BYTES = 256 << 20  # host memory left for other programs, besides a quarter of the copy
 
 
-class Snapshot:
-    """Room in host memory for a checkpoint's tensors, kept from one to the next; page-locked for a GPU's.
+class StagingBuffer:
+    """Host memory for the tensors of a checkpoint, reused by all saves; page-locked for tensors of a GPU.
 
-    It is made on a thread of its own: memory is slow when it is touched for the first time.
+    A thread allocates it, because memory is slow when it is first touched.
     """
 
-    def __init__(self, files: Files, pin: bool) -> None:
+    def __init__(self, files: TensorFiles, pin: bool) -> None:
         self._pin = pin
-        self._room: dict[tuple[str, str], Tensor] = {}
-        self._fault: Exception | None = None
-        wanted = [((file, name), like) for file, tensors in files.items() for name, like in tensors(outline)]
-        self._maker = Thread(target=self._make_room, args=(wanted,), name="snapshot", daemon=True)
-        self._maker.start()
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+        self._error: Exception | None = None
+        needed = [((file, name), like) for file, tensors in files.items() for name, like in tensors(meta_tensor)]
+        self._allocator = Thread(target=self._allocate, args=(needed,), name="staging-buffer", daemon=True)
+        self._allocator.start()
 
-    def take(self, files: Files) -> Files:
-        """A copy of the tensors, with the strides that they have; valid until the next is taken.
+    def copy(self, files: TensorFiles) -> TensorFiles:
+        """Copy the tensors with their strides; the copy is valid until the next one.
 
         Raises:
-            MemoryError: there was no room.
+            MemoryError: the buffer could not be allocated.
         """
-        self._maker.join()
-        if self._fault:
-            raise MemoryError from self._fault
-        taken: Files = {}
+        self._allocator.join()
+        if self._error:
+            raise MemoryError from self._error
+        copied: TensorFiles = {}
         devices = set()
         for file, tensors in files.items():
             copies = []
-            for name, tensor in tensors(whole):
-                copies.append((name, self._room[file, name].copy_(tensor, non_blocking=True)))
+            for name, tensor in tensors(full_tensor):
+                copies.append((name, self._buffers[file, name].copy_(tensor, non_blocking=True)))
                 devices.add(tensor.device)
-            taken[file] = as_tensors(copies)
+            copied[file] = constant_source(copies)
         for device in devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        return taken
+        return copied
 
-    def _make_room(self, wanted: list[tuple[tuple[str, str], Tensor]]) -> None:
-        left = sum(rounded(tensor) for _, tensor in wanted)
+    def _allocate(self, needed: list[tuple[tuple[str, str], Tensor]]) -> None:
+        remaining = sum(aligned_bytes(tensor) for _, tensor in needed)
         slab, used = torch.empty(0, dtype=torch.uint8), 0
         try:
-            for key, like in wanted:
-                if used + rounded(like) > slab.numel():
-                    room = max(rounded(like), min(SLAB, left))
-                    slab, used = self._slab(room), 0
-                piece = slab[used : used + like.numel() * like.element_size()].view(like.dtype)
-                self._room[key] = piece.as_strided(like.shape, like.stride())
-                used, left = used + rounded(like), left - rounded(like)
+            for key, like in needed:
+                if used + aligned_bytes(like) > slab.numel():
+                    slab, used = self._allocate_slab(max(aligned_bytes(like), min(SLAB_BYTES, remaining))), 0
+                buffer = slab[used : used + like.numel() * like.element_size()].view(like.dtype)
+                self._buffers[key] = buffer.as_strided(like.shape, like.stride())
+                used, remaining = used + aligned_bytes(like), remaining - aligned_bytes(like)
         except (RuntimeError, MemoryError) as error:  # PyTorch's allocators raise the former
-            self._room.clear()
-            self._fault = error
+            self._buffers.clear()
+            self._error = error
 
-    def _slab(self, room: int) -> Tensor:
+    def _allocate_slab(self, size_bytes: int) -> Tensor:
         if self._pin:
             try:
-                return torch.zeros(room, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError:  # WSL2 has half a GiB of such memory, or one; the copy takes longer without
+                return torch.zeros(size_bytes, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError:  # WSL2 limits page-locked memory to 0.5 to 1 GiB; pageable memory copies more slowly
                 self._pin = False
-        return torch.zeros(room, dtype=torch.uint8)
+        return torch.zeros(size_bytes, dtype=torch.uint8)
 
 
-def rounded(tensor: Tensor) -> int:
-    """Bytes, so that the next begins on a good address."""
-    return math.ceil(tensor.numel() * tensor.element_size() / ALIGN) * ALIGN
+def aligned_bytes(tensor: Tensor) -> int:
+    """Return the size of a tensor, rounded up to ALIGN_BYTES."""
+    return math.ceil(tensor.numel() * tensor.element_size() / ALIGN_BYTES) * ALIGN_BYTES
 
 
-def as_tensors(copies: Iterable[tuple[str, Tensor]]) -> Tensors:
-    """The same each time."""
-    return lambda _: copies
+def constant_source(tensors: list[tuple[str, Tensor]]) -> TensorSource:
+    """Make a source of tensors that are complete in host memory."""
+    return lambda _: tensors
 
 
-class Companion:
-    """Stands for the saver of the first rank on the others, whose rows it puts together with its own."""
+class ShardContributor:
+    """Replaces AsyncCheckpointWriter on the other ranks of a sharded run: joins the gathering of each tensor."""
 
     def __init__(self, model: GPT2, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
 
     def save(self, state: TrainState) -> None:
-        """In the same order."""
-        for tensors in checkpoint.contents(self.model, self.optimizer, state).values():
-            for _ in tensors(whole):
+        """Gather all tensors, in the order in which rank 0 does."""
+        for tensors in checkpoint_tensors(self.model, self.optimizer, state).values():
+            for _ in tensors(full_tensor):
                 pass
 
-    def check(self) -> None:
-        """The first rank does."""
+    def raise_if_failed(self) -> None:
+        """Do nothing; rank 0 writes, so only rank 0 can fail."""
 
-    finish = close = check
+    wait = close = raise_if_failed
 
 
-class Saver:
-    """Saves a run's checkpoints. What goes wrong on its thread is raised at the next call of `check` or `save`."""
+class AsyncCheckpointWriter:
+    """Saves the checkpoints of a run. An error on its thread is raised by the next call of a method."""
 
     def __init__(
         self,
@@ -132,88 +137,92 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         tokenizer: Tokenizer,
         plan: RunPlan,
-        say: Callable[[str], None],
-        mark: str = "",
-        snapshot: Snapshot | None = None,
+        log: Callable[[str], None],
+        lock_mark: str = "",
+        staging_buffer: StagingBuffer | None = None,
     ) -> None:
-        """`mark`: of the run's lock, where it has one; `snapshot`: that of a saver before, of the same tensors."""
+        """Allocate the staging buffer, unless there is one of an earlier writer of the same tensors.
+
+        `lock_mark` identifies this process's lock on the run, see publish_checkpoint.
+        """
         self.folder, self.model, self.optimizer, self.tokenizer, self.plan = folder, model, optimizer, tokenizer, plan
-        self._say, self._mark = say, mark
-        self._writer: Thread | None = None
-        self._fault: BaseException | None = None
-        self.snapshot = snapshot
-        if snapshot:
+        self._log, self._lock_mark = log, lock_mark
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+        self.staging_buffer = staging_buffer
+        if staging_buffer:
             return
-        needed = checkpoint.checkpoint_bytes(model, optimizer, TrainState(optimizer_steps=1))
+        after_first_step = TrainState(optimizer_steps=1)
+        needed = checkpoint_bytes(model, optimizer, after_first_step)
         if memory_bytes()[1] < needed + needed // 4 + SPARE_BYTES:
-            self._without_snapshot(needed)
+            self._drop_staging_buffer(needed)
         else:
-            files = checkpoint.contents(model, optimizer, TrainState(optimizer_steps=1))
-            self.snapshot = Snapshot(files, pin=torch.device(plan.device).type == "cuda")
+            files = checkpoint_tensors(model, optimizer, after_first_step)
+            self.staging_buffer = StagingBuffer(files, pin=torch.device(plan.device).type == "cuda")
 
     def save(self, state: TrainState) -> None:
-        """Save a checkpoint of what is there now, and remove those that are not kept; waits for the one before.
+        """Wait for the save in flight, copy the tensors, and start to save them and to delete old checkpoints.
 
         Raises:
-            VolumeUnwritable: no space for this one; or what befell the one before.
+            VolumeUnwritable: too little disk space for this save, or the save before failed.
         """
-        self.finish()
-        check_mark(self.folder.parent / ".lock", self._mark)
-        needed = checkpoint.checkpoint_bytes(self.model, self.optimizer, state)
-        checkpoint.check_space(self.folder, needed, state.step)
-        files = checkpoint.contents(self.model, self.optimizer, state)
-        config = checkpoint.config_of(self.model, self.tokenizer)
+        self.wait()
+        check_mark(self.folder.parent / ".lock", self._lock_mark)
+        needed = checkpoint_bytes(self.model, self.optimizer, state)
+        check_disk_space(self.folder, needed, state.step)
+        files = checkpoint_tensors(self.model, self.optimizer, state)
+        config = checkpoint_config(self.model, self.tokenizer)
         state = replace(state, rollbacks=list(state.rollbacks))
-        if self.snapshot:
+        if self.staging_buffer:
             try:
-                files = self.snapshot.take(files)
+                files = self.staging_buffer.copy(files)
             except MemoryError:
-                self._without_snapshot(needed)
-        if not self.snapshot:
-            return self._publish(files, config, state)
-        self._writer = Thread(target=self._write, args=(files, config, state), name="saver", daemon=True)
-        self._writer.start()
+                self._drop_staging_buffer(needed)
+        if not self.staging_buffer:
+            return self._write(files, config, state)
+        self._thread = Thread(target=self._write_in_thread, args=(files, config, state), name="saver", daemon=True)
+        self._thread.start()
 
-    def check(self) -> None:
-        """Whether all went well so far, without waiting.
-
-        Raises:
-            VolumeUnwritable: it did not.
-        """
-        if fault := self._fault:
-            self._fault = None
-            raise fault
-
-    def finish(self) -> None:
-        """Wait until all is on the disk.
+    def raise_if_failed(self) -> None:
+        """Raise the error of the last save if it has failed already; do not wait for it.
 
         Raises:
-            VolumeUnwritable: it is not.
+            VolumeUnwritable: it failed.
         """
-        if self._writer:
-            self._writer.join()
-            self._writer = None
-        self.check()
+        if error := self._error:
+            self._error = None
+            raise error
+
+    def wait(self) -> None:
+        """Wait until the last save is on disk.
+
+        Raises:
+            VolumeUnwritable: it failed.
+        """
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        self.raise_if_failed()
 
     def close(self) -> None:
-        """The same where another failure is on its way already: this one is only said."""
+        """Wait for the last save and only log its error, so that it does not hide an error already on its way."""
         try:
-            self.finish()
-        except Exception as fault:
-            self._say(str(fault) or type(fault).__name__)
+            self.wait()
+        except Exception as error:
+            self._log(str(error) or type(error).__name__)
 
-    def _write(self, files: Files, config: dict[str, object], state: TrainState) -> None:
+    def _write_in_thread(self, files: TensorFiles, config: dict[str, object], state: TrainState) -> None:
         try:
-            self._publish(files, config, state)
-        except BaseException as fault:  # handed over, not lost with the thread
-            self._fault = fault
+            self._write(files, config, state)
+        except BaseException as error:  # raised by the next call of a method
+            self._error = error
 
-    def _publish(self, files: Files, config: dict[str, object], state: TrainState) -> None:
-        checkpoint.publish(self.folder, files, config, state, self.tokenizer, self._mark)
-        check_mark(self.folder.parent / ".lock", self._mark)
-        retention.prune(self.folder, self.plan.keep_last, state, self.plan.save_interval)
+    def _write(self, files: TensorFiles, config: dict[str, object], state: TrainState) -> None:
+        publish_checkpoint(self.folder, files, config, state, self.tokenizer, self._lock_mark)
+        check_mark(self.folder.parent / ".lock", self._lock_mark)
+        retention.delete_old_checkpoints(self.folder, self.plan.keep_last, state, self.plan.save_interval)
 
-    def _without_snapshot(self, needed: int) -> None:
-        self.snapshot = None
+    def _drop_staging_buffer(self, needed: int) -> None:
+        self.staging_buffer = None
         free = memory_bytes()[1]
-        self._say(f"checkpoints are written while training waits: a copy takes {size(needed)}, {size(free)} are free")
+        self._log(f"checkpoints are written while training waits: a copy takes {size(needed)}, {size(free)} are free")

@@ -1,4 +1,4 @@
-"""Short names of all that a run has learned: whether two runs, or two attempts at one, are in the same bits."""
+"""Fingerprints of weights and optimizer state: they tell if two runs, or two attempts at one, are bit-identical."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2box.distributed.fsdp import local, sum_over_ranks
+from gpt2box.distributed.fsdp import local_shard, sum_over_shards
 from gpt2box.model.gpt2 import GPT2
 
-TENSORS = ".safetensors"
-MULTIPLIER = 0x9E3779B97F4A7C15  # odd, its bits well mixed: 2⁶⁴ over the golden ratio (Knuth, volume 3, 6.4)
+MULTIPLIER = 0x9E3779B97F4A7C15  # odd, with well-mixed bits: 2⁶⁴ over the golden ratio (Knuth, volume 3, 6.4)
 
 
 @torch.no_grad()
-def checksum(model: GPT2, optimizer: torch.optim.Optimizer) -> str:
-    """Of the bits of weights and averages, 16 hexadecimal digits; waits for the device.
+def fingerprint_run_state(model: GPT2, optimizer: torch.optim.Optimizer) -> str:
+    """Return 16 hexadecimal digits that depend on each bit of weights and optimizer state. Waits for the device.
 
-    The bits are added up as whole numbers of 64 bits, whose sum no order changes, each tensor's sum is multiplied by
-    a number of its own. One bit of difference always shows; not shown is what only trades places within a tensor. Of
-    tensors that are split over ranks each adds up its rows; all come to the same.
+    The bits of each tensor are summed as 64-bit integers, in which order has no effect; each sum is multiplied by a
+    factor of its own. A difference of one bit always shows; swapped elements of a tensor do not. Each rank sums its
+    rows of sharded tensors, and all ranks get the same result.
     """
-    sums = torch.stack([sum_of_bits(local(tensor)) for tensor in learned(model, optimizer)])
-    factors = [signed((2 * index + 1) * MULTIPLIER) for index in range(len(sums))]
-    total = sum_over_ranks((sums * torch.tensor(factors, device=sums.device)).sum(), model)
+    sums = torch.stack([sum_bits(local_shard(tensor)) for tensor in trained_tensors(model, optimizer)])
+    factors = [as_int64((2 * index + 1) * MULTIPLIER) for index in range(len(sums))]
+    total = sum_over_shards((sums * torch.tensor(factors, device=sums.device)).sum(), model)
     return f"{int(total) % 2**64:016x}"
 
 
-def learned(model: GPT2, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """Weights that are trained, each followed by what the optimizer keeps of it."""
+def trained_tensors(model: GPT2, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Yield the trainable parameters, each followed by its optimizer state without the step."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             yield parameter
@@ -39,19 +38,19 @@ def learned(model: GPT2, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
             yield from (value for key, value in state.items() if isinstance(value, Tensor) and key != "step")
 
 
-def sum_of_bits(tensor: Tensor) -> Tensor:
-    """As whole numbers of 64 bits, or of 8 where these do not fit in; an int64 scalar, modulo 2⁶⁴."""
+def sum_bits(tensor: Tensor) -> Tensor:
+    """Sum the bits as 64-bit integers, or bytes if the size is not a multiple; an int64 scalar, modulo 2⁶⁴."""
     flat = tensor.detach().reshape(-1)
-    whole = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
-    return flat.view(torch.int64).sum() if whole else flat.view(torch.uint8).sum(dtype=torch.int64)
+    fits_int64 = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
+    return flat.view(torch.int64).sum() if fits_int64 else flat.view(torch.uint8).sum(dtype=torch.int64)
 
 
-def signed(number: int) -> int:
-    """The 64 low bits as an int64."""
+def as_int64(number: int) -> int:
+    """Return the low 64 bits as a signed integer."""
     return (number + 2**63) % 2**64 - 2**63
 
 
-def digest_of(files: dict[str, dict[str, Any]]) -> str:
-    """sha256 over the names and sha256 of a checkpoint's tensor files: weights, averages and adapters."""
-    lines = [f"{name} {about['sha256']}\n" for name, about in sorted(files.items()) if name.endswith(TENSORS)]
+def fingerprint_files(files: dict[str, dict[str, Any]]) -> str:
+    """Return the sha256 over the names and sha256 of a checkpoint's safetensors files."""
+    lines = [f"{name} {entry['sha256']}\n" for name, entry in sorted(files.items()) if name.endswith(".safetensors")]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

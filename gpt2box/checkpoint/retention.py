@@ -1,4 +1,4 @@
-"""The checkpoints that a run keeps: which is whole, which goes, where `best` and `last` point."""
+"""The checkpoints of a run: find the newest intact one, delete old ones, set the links `best` and `last`."""
 
 from __future__ import annotations
 
@@ -9,85 +9,86 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from gpt2box.checkpoint.metadata import TrainState, check_file, parse_state, read_state
+from gpt2box.checkpoint.metadata import TrainState, load_verified_state, parse_state, verify_file
 from gpt2box.errors import BadInput, Damaged, VolumeUnwritable
 from gpt2box.utils.files import discard, fsync_dir, read_text
 from gpt2box.utils.paths import checkpoints, fix_hint, step_of
 
 
-def folder_name(step: int) -> str:
-    """step-00000500."""
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of a step's checkpoint, such as step-00000500."""
     return f"step-{step:08d}"
 
 
-def recover(folder: Path) -> None:
-    """Undo what a killed save or prune left half-way: an older copy without its successor gets its name back."""
+def recover_interrupted_saves(folder: Path) -> None:
+    """Clean up after a killed save or deletion; a retired checkpoint without its replacement gets its name back."""
     for path in folder.glob(".step-*.old"):
         final = folder / path.name.removeprefix(".").removesuffix(".old")
         if final.exists():
             discard(path)
         else:
             os.rename(path, final)
-    for path in [*folder.glob(".*.tmp"), *folder.glob("step-*/.*.tmp")]:  # also of a link or of a state
+    for path in [*folder.glob(".*.tmp"), *folder.glob("step-*/.*.tmp")]:  # a checkpoint, a link or a state.json
         discard(path)
 
 
-def point_to_last_and_best(folder: Path, state: TrainState) -> None:
-    """Make the links agree with the state."""
-    point(folder, "last", state.step)
-    if (folder / folder_name(state.best_step)).exists():
-        point(folder, "best", state.best_step)
+def update_links(folder: Path, state: TrainState) -> None:
+    """Set the links `last` and `best` as the state has them."""
+    set_link(folder, "last", state.step)
+    if (folder / checkpoint_name(state.best_step)).exists():
+        set_link(folder, "best", state.best_step)
 
 
-def point(folder: Path, name: str, step: int) -> None:
-    """Make `best` or `last` a link to a checkpoint, replaced at once.
+def set_link(folder: Path, name: str, step: int) -> None:
+    """Set `best` or `last` to a checkpoint, atomically.
+
+    A folder of that name is replaced if it is a copy of a checkpoint, made by a copy that resolved links.
 
     Raises:
-        BadInput: a folder is there that is not a copy of a checkpoint beside it, as copying without links makes it.
+        BadInput: there is another folder of that name.
     """
-    there = folder / name
-    if there.is_dir() and not there.is_symlink():
-        twins = [path for path in checkpoints(folder) if same_state(path, there)]
-        if not twins:
-            raise BadInput(f"{there} is a folder", "a link to a checkpoint", f"move it elsewhere: mv {there} …")
-        shutil.rmtree(there)
+    link = folder / name
+    if link.is_dir() and not link.is_symlink():
+        if not any(is_same_state(path, link) for path in checkpoints(folder)):
+            raise BadInput(f"{link} is a folder", "a link to a checkpoint", f"move it elsewhere: mv {link} …")
+        shutil.rmtree(link)
     temporary = folder / f".{name}.tmp"
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(folder_name(step))
-    os.replace(temporary, folder / name)
+    temporary.symlink_to(checkpoint_name(step))
+    os.replace(temporary, link)
     fsync_dir(folder)
 
 
-def same_state(one: Path, other: Path) -> bool:
-    """Whether two checkpoints say the same, checksums and all."""
+def is_same_state(one: Path, other: Path) -> bool:
+    """Tell if two checkpoints have the same state.json, which includes all checksums."""
     try:
         return read_text(one / "state.json") == read_text(other / "state.json")
     except (OSError, ValueError):
         return False
 
 
-def prune(folder: Path, keep_last: int, state: TrainState, save_interval: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints, the best, and those to go back to (see `anchors`), with the
-    best that a run has when it has gone back.
+def delete_old_checkpoints(folder: Path, keep_last: int, state: TrainState, save_interval: int) -> None:
+    """Delete old checkpoints.
 
-    Those beyond `state.step` are damaged ones that were passed over: they do not count as newest.
+    Keeps the newest `keep_last`, the best, and two rollback candidates with the best as of each. Checkpoints beyond
+    `state.step` are damaged ones that were skipped on resume: they neither count as newest nor are deleted.
 
     Raises:
-        VolumeUnwritable: which could not be removed.
+        VolumeUnwritable: one could not be deleted.
     """
     steps = [path for path in checkpoints(folder) if step_of(path) <= state.step]
-    states = [state, *(anchor for _, anchor in islice(anchors(steps, save_interval), 2))]
-    wanted = {folder_name(step) for each in states for step in (each.step, each.best_step)}
+    states = [state, *(candidate for _, candidate in islice(rollback_candidates(steps, save_interval), 2))]
+    kept = {checkpoint_name(step) for each in states for step in (each.step, each.best_step)}
     for path in steps[:-keep_last]:
-        if path.name not in wanted:
-            remove(path)
+        if path.name not in kept:
+            delete_checkpoint(path)
 
 
-def remove(path: Path) -> None:
-    """Out of sight first, so that a crash half-way leaves no torn checkpoint by that name.
+def delete_checkpoint(path: Path) -> None:
+    """Delete a checkpoint. Renames it first, so that a crash leaves no torn checkpoint of that name.
 
     Raises:
-        VolumeUnwritable: it could not be removed.
+        VolumeUnwritable: it could not be deleted.
     """
     retired = path.with_name(f".{path.name}.tmp")
     try:
@@ -99,11 +100,11 @@ def remove(path: Path) -> None:
         ) from error
 
 
-def anchors(paths: Sequence[Path], save_interval: int) -> Iterator[tuple[Path, TrainState]]:
-    """Those of `paths`, the newest first, that a run whose numbers are no longer finite may go back to.
+def rollback_candidates(paths: Sequence[Path], save_interval: int) -> Iterator[tuple[Path, TrainState]]:
+    """Yield the checkpoints that a run may roll back to after too many bad steps, the newest first.
 
-    Ones that an uninterrupted run would have, too, so that it goes back to the same: not those that a signal or the
-    clock had written. And no bad step was their last. Their files are not checked.
+    These are the ones that an uninterrupted run would have, too, so that both roll back to the same: not those saved
+    because of a signal or the clock, nor those whose last step was bad. Their files are not verified.
     """
     for path in reversed(paths):
         try:
@@ -114,46 +115,46 @@ def anchors(paths: Sequence[Path], save_interval: int) -> Iterator[tuple[Path, T
             yield path, state
 
 
-def newest_config(folder: Path) -> Path | None:
-    """The newest checkpoint whose config.json is as it was written; the newest of all where none is."""
-    found = checkpoints(folder)
-    for path in reversed(found):
+def find_intact_config(folder: Path) -> Path | None:
+    """Return the newest checkpoint with an intact config.json; if there is none, the newest of all."""
+    paths = checkpoints(folder)
+    for path in reversed(paths):
         with suppress(Damaged):
-            check_file(path / "config.json", **parse_state(path)[1]["config.json"])
+            verify_file(path / "config.json", **parse_state(path)[1]["config.json"])
             return path
-    return found[-1] if found else None
+    return paths[-1] if paths else None
 
 
-def newest(folder: Path) -> tuple[Path, TrainState, list[Damaged]] | None:
-    """The newest whole checkpoint, its state, and what was wrong with newer ones; None where there is none at all.
+def find_newest_checkpoint(folder: Path) -> tuple[Path, TrainState, list[Damaged]] | None:
+    """Return the newest intact checkpoint, its state, and the damage of newer ones; None if there are no checkpoints.
 
     Raises:
-        Damaged: there are checkpoints, and not one is whole.
+        Damaged: there are checkpoints, but none is intact.
         BadInput: a later version of the program wrote it.
-        VolumeUnwritable: the folder is there and cannot be read, or what a killed save left cannot be tidied up.
+        VolumeUnwritable: the folder cannot be read, or the remains of a killed save cannot be deleted.
     """
     if os.path.lexists(folder):
         try:
-            os.listdir(folder)  # glob takes one that it may not read, or a link that leads nowhere, for an empty one
+            os.listdir(folder)  # glob treats an unreadable folder or a broken link as empty
         except OSError as error:
             raise VolumeUnwritable(
                 f"cannot read {folder}: {error.strerror}", "the run's checkpoints", "mount their disk, or see ls -ld"
             ) from error
     try:
-        recover(folder)
+        recover_interrupted_saves(folder)
     except OSError as error:
         raise VolumeUnwritable(
-            f"cannot tidy up {folder}: {error.strerror or error}", next_step=fix_hint(folder)
+            f"cannot clean up {folder}: {error.strerror or error}", next_step=fix_hint(folder)
         ) from error
-    passed_over: list[Damaged] = []
+    skipped: list[Damaged] = []
     for path in reversed(checkpoints(folder)):
         try:
-            return path, read_state(path), passed_over
-        except Damaged as fault:
-            passed_over.append(fault)
-    if passed_over:
+            return path, load_verified_state(path), skipped
+        except Damaged as error:
+            skipped.append(error)
+    if skipped:
         raise Damaged(
-            f"no whole checkpoint in {folder}:\n    " + "\n    ".join(fault.found for fault in passed_over),
-            next_step=f"restore one from a backup; to begin anew: another --name, or remove {folder.parent}",
+            f"no intact checkpoint in {folder}:\n    " + "\n    ".join(error.found for error in skipped),
+            next_step=f"restore one from a backup; to start over: another --name, or remove {folder.parent}",
         )
     return None

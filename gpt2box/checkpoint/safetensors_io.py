@@ -1,12 +1,12 @@
-"""Writing a safetensors file tensor by tensor, so that only one of them is there twice.
+"""Reading and writing of safetensors files one tensor at a time, so that only one tensor is in memory twice.
 
-The package's own save_file wants all tensors laid out as on disk; the snapshot they are written from (saver.py) has
-them as training does, and putting all in order at once would take a checkpoint's memory once more. And reading into one
-buffer is several times faster than the package's mapping of the file, each page of which is a fault.
+The safetensors package's save_file expects all tensors laid out as on disk. The staging buffer (async_writer.py) holds
+them as training does, and converting all at once would need a checkpoint's memory again. Reading into one buffer is
+several times faster than the package's memory mapping, which takes a page fault for each page.
 
-    8 bytes     length of the header, little-endian
-    the header  JSON, padded with spaces to a multiple of 8: each tensor's dtype, shape and place behind the header
-    the data    row-major, without gaps
+    8 bytes   length of the header, little-endian
+    header    JSON, padded with spaces to a multiple of 8: dtype, shape and offsets of each tensor
+    data      row-major, without gaps
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt2box.distributed.fsdp import outline, whole
+from gpt2box.distributed.fsdp import full_tensor, meta_tensor
 from gpt2box.errors import Damaged, why
 from gpt2box.utils.files import parse_json, regular
 
-# A file's tensors by name, the same each time, those of more bytes a number first; each is what is given to this end
-# makes of it where it lies: `whole` or `outline` (shards.py).
-Tensors = Callable[[Callable[[Tensor], Tensor]], Iterable[tuple[str, Tensor]]]
+# Yields the (name, tensor) pairs of a file, the largest dtypes first, in the same order each time. It applies the given
+# function to each tensor: `full_tensor` to gather it, or `meta_tensor` for its shape.
+TensorSource = Callable[[Callable[[Tensor], Tensor]], Iterable[tuple[str, Tensor]]]
 
-LONGEST_HEADER = 100_000_000  # bytes, as the package has it
+MAX_HEADER_BYTES = 100_000_000  # the safetensors package's limit
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int64: "I64"}
 
 
-def write_tensors(path: Path, tensors: Tensors) -> str:
-    """Write and sync them; returns the sha256 of what was to be written, which a bad disk may have made another thing.
+def write_tensors(path: Path, tensors: TensorSource) -> str:
+    """Write and sync a file; returns the sha256 of the data in memory, to compare with what the disk returns.
 
     Raises:
-        OSError: as the system says.
+        OSError: as the system reports it.
     """
-    header = header_of(tensors(outline))
-    digest = hashlib.sha256(header)
+    header = encode_header(tensors(meta_tensor))
+    sha256 = hashlib.sha256(header)
     with open(path, "wb", buffering=0) as file:
         write_all(file.fileno(), memoryview(header))
-        for _, tensor in tensors(whole):
+        for _, tensor in tensors(full_tensor):
             data = memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)  # (bytes,)
-            digest.update(data)
+            sha256.update(data)
             write_all(file.fileno(), data)
         os.fsync(file.fileno())
-    return digest.hexdigest()
+    return sha256.hexdigest()
 
 
-def header_of(tensors: Iterable[tuple[str, Tensor]]) -> bytes:
-    """All that stands before the data."""
+def encode_header(tensors: Iterable[tuple[str, Tensor]]) -> bytes:
+    """Encode the header and its length."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors:
@@ -67,34 +67,34 @@ def header_of(tensors: Iterable[tuple[str, Tensor]]) -> bytes:
 
 
 def write_all(descriptor: int, data: memoryview) -> None:
-    """The system may take less than it is given."""
+    """Write all of `data`, retrying short writes."""
     while data:
         data = data[os.write(descriptor, data) :]
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a file, in its order; each is valid until the next.
+    """Yield name and tensor in the order of the file; each tensor is valid until the next.
 
     Raises:
-        Damaged: its header is none, or does not fit what follows it.
-        OSError: as the system says.
+        Damaged: the header is invalid, or the data does not match it.
+        OSError: as the system reports it.
     """
     with open(path, "rb", buffering=0, opener=regular) as file:
         entries = read_header(file, path)
-        room = torch.empty(max((entry.bytes for entry in entries), default=0), dtype=torch.uint8)
+        buffer = torch.empty(max((entry.bytes for entry in entries), default=0), dtype=torch.uint8)
         for entry in entries:
-            piece = room[: entry.bytes]
-            left = memoryview(piece.numpy().data)
-            while left:
-                if not (count := file.readinto(left)):
+            data = buffer[: entry.bytes]
+            unread = memoryview(data.numpy().data)
+            while unread:
+                if not (count := file.readinto(unread)):
                     raise OSError(errno.EIO, "the file ends too early", str(path))
-                left = left[count:]
-            yield entry.name, piece.view(entry.dtype).reshape(entry.shape)
+                unread = unread[count:]
+            yield entry.name, data.view(entry.dtype).reshape(entry.shape)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor in a file."""
+class TensorEntry:
+    """A tensor as the header describes it."""
 
     name: str
     dtype: torch.dtype
@@ -102,39 +102,37 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        """On disk."""
+        """Size on disk."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_header(file: FileIO, path: Path) -> list[Entry]:
-    """What a file holds, in its order; it is read up to the first tensor.
+def read_header(file: FileIO, path: Path) -> list[TensorEntry]:
+    """Read the header and return its entries in the order of the data; leaves the file at the first tensor.
 
     Raises:
-        Damaged: that is not what the package would write: one tensor behind the other, from the header to the end.
+        Damaged: the header is not what the package would write: tensors without gaps, from the header to the end.
     """
-    kinds = {name: dtype for dtype, name in DTYPES.items()}
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
     size = os.fstat(file.fileno()).st_size
     try:
         length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, LONGEST_HEADER):
+        if length > min(size - 8, MAX_HEADER_BYTES):
             raise ValueError(f"a header of {length:,} bytes")
         content = parse_json(file.read(length).decode("utf-8"))
         content.pop("__metadata__", None)
-        found = []
+        entries = []
         end = 0
-        for name, about in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
-            entry = Entry(name, kinds[about["dtype"]], about["shape"])
-            if not all(type(number) is int and number >= 0 for number in entry.shape) or about["data_offsets"] != [
-                end,
-                end + entry.bytes,
-            ]:
-                raise ValueError(f"{name!r} of shape {entry.shape} lies at {about['data_offsets']}")
+        for name, values in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
+            entry, offsets = TensorEntry(name, dtypes[values["dtype"]], values["shape"]), values["data_offsets"]
+            is_shape = all(type(number) is int and number >= 0 for number in entry.shape)
+            if not is_shape or offsets != [end, end + entry.bytes]:
+                raise ValueError(f"{name!r} of shape {entry.shape} lies at {offsets}")
             end += entry.bytes
-            found.append(entry)
+            entries.append(entry)
         if 8 + length + end != size:
             raise ValueError(f"{8 + length + end:,} bytes are described of {size:,}")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise Damaged(
-            f"{path} does not hold what its header says ({why(error)})", "a whole safetensors file"
+            f"{path} does not hold what its header says ({why(error)})", "an intact safetensors file"
         ) from error
-    return found
+    return entries

@@ -105,7 +105,7 @@ def sample(
     from gpt2box.inference.model_loader import find_model, load_model
     from gpt2box.inference.sample import read_prompts, write_samples
     from gpt2box.model.decoder import Decoder
-    from gpt2box.model.sampling import Choice
+    from gpt2box.model.sampling import SamplingParams
     from gpt2box.preflight.preflight import check_gpu
     from gpt2box.utils.progress import say
 
@@ -115,7 +115,7 @@ def sample(
     say(f"from {folder}")
     network, words = load_model(folder, device)
     decoder = Decoder(network, weights)
-    choice = Choice(temperature, top_k, top_p)
+    choice = SamplingParams(temperature, top_k, top_p)
     if interactive:
         return chat(decoder, words, prompt, max_new_tokens, choice, seed, instruct)
     if instruct:

@@ -1,8 +1,8 @@
-"""Weights, gradients and averages split over the ranks of a run: PyTorch's FSDP2 (Zhao et al. 2023, arXiv:2304.11277).
+"""Weights, gradients and optimizer state sharded over the ranks: PyTorch's FSDP2 (Zhao et al. 2023, arXiv:2304.11277).
 
-Each rank keeps some rows of every tensor. A block's weights are put together before its forward and its backward pass
-and dropped after it; its gradients are averaged over the ranks as they are made, each rank keeping its rows. What is
-split is a DTensor; arithmetic on rows alone is done on `local` ones.
+Each rank holds some rows of every tensor. A block's weights are gathered before its forward and its backward pass and
+freed after it; gradients are averaged over the ranks as they are made, each rank keeping its rows. A sharded tensor is
+a DTensor; arithmetic that needs only this rank's rows runs on its `local_shard`. Unsharded tensors are accepted, too.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from gpt2box.model.gpt2 import GPT2
 
 
-def split(model: GPT2, device: torch.device, ranks: int, compiled: bool) -> GPT2:
-    """A network on the meta device becomes this rank's rows of it, without values; each block compiled by itself."""
+def shard_model(model: GPT2, device: torch.device, ranks: int, compiled: bool) -> GPT2:
+    """Shard a network on the meta device and allocate this rank's rows; if `compiled`, compile each block by itself."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -31,105 +31,110 @@ def split(model: GPT2, device: torch.device, ranks: int, compiled: bool) -> GPT2
     return model
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's rows; of a tensor that is not split, itself."""
-    split_one: Any = tensor
-    own: Tensor = split_one.to_local() if hasattr(tensor, "to_local") else tensor
-    return own
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's rows."""
+    dtensor: Any = tensor
+    rows: Tensor = dtensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return rows
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All ranks' rows; called by all of them. Of a tensor that is not split, itself."""
-    split_one: Any = tensor
-    complete: Tensor = split_one.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return complete
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather the rows of all ranks. Every rank must call it."""
+    dtensor: Any = tensor
+    full: Tensor = dtensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
 
 
-def outline(tensor: Tensor) -> Tensor:
-    """Shape, dtype and strides of the whole, without values."""
+def meta_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor of the full shape, dtype and strides on the meta device, without values."""
     if hasattr(tensor, "full_tensor"):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     return tensor.to("meta")
 
 
-def split_as(rows: Tensor, like: Tensor) -> Tensor:
-    """This rank's rows of a tensor of the shape of `like`, as one that is split in the same way; or themselves."""
+def shard_like(rows: Tensor, like: Tensor) -> Tensor:
+    """Make a tensor that is sharded as `like` is from this rank's rows."""
     if not hasattr(like, "to_local"):
         return rows
     from torch.distributed.tensor import DTensor
 
-    split_one: Any = like
-    mesh, placements = split_one.device_mesh, split_one.placements
+    dtensor: Any = like
+    mesh, placements = dtensor.device_mesh, dtensor.placements
     return DTensor.from_local(rows, mesh, placements, shape=like.shape, stride=like.stride(), run_check=False)
 
 
-def rows_of(tensor: Tensor) -> slice:
-    """Which rows this rank has."""
-    split_one: Any = tensor
+def local_rows(tensor: Tensor) -> slice:
+    """Return the range of rows that this rank holds."""
+    dtensor: Any = tensor
     if not hasattr(tensor, "to_local"):
         return slice(None)
-    each = -(-tensor.size(0) // split_one.device_mesh.size())
-    begin = each * split_one.device_mesh.get_local_rank()
-    return slice(begin, begin + each)
+    rows_per_rank = -(-tensor.size(0) // dtensor.device_mesh.size())
+    begin = rows_per_rank * dtensor.device_mesh.get_local_rank()
+    return slice(begin, begin + rows_per_rank)
 
 
-def zeros(count: int, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A vector, split as `like` is, or on its device."""
-    split_one: Any = like
+def zeros_sharded_like(like: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Make a vector of zeros on the device of `like`, sharded as it is."""
+    dtensor: Any = like
     if not hasattr(like, "to_local"):
         return torch.zeros(count, dtype=dtype, device=like.device)
     from torch.distributed import tensor
 
-    return tensor.zeros(count, dtype=dtype, device_mesh=split_one.device_mesh, placements=split_one.placements)
+    return tensor.zeros(count, dtype=dtype, device_mesh=dtensor.device_mesh, placements=dtensor.placements)
 
 
 @torch.no_grad()
-def deal(model: GPT2, optimizer: torch.optim.Optimizer, whole_ones: tuple[GPT2, torch.optim.Optimizer] | None) -> None:
-    """Weights and averages from the first rank, which has them whole in host memory, to those that have their rows."""
-    theirs = dict(whole_ones[0].named_parameters()) if whole_ones else {}
+def scatter_from_rank0(
+    model: GPT2, optimizer: torch.optim.Optimizer, source: tuple[GPT2, torch.optim.Optimizer] | None
+) -> None:
+    """Copy weights and optimizer state from `source`, unsharded in the host memory of rank 0, to the ranks' shards.
+
+    `source` is None on the other ranks.
+    """
+    parameters = dict(source[0].named_parameters()) if source else {}
     for name, parameter in model.named_parameters():
-        put(parameter, theirs.get(name))
-        averages = whole_ones[1].state[theirs[name]] if whole_ones else {}
-        for key, average in sorted(optimizer.state[parameter].items()):
-            put(average, averages.get(key))
+        scatter_tensor(parameter, parameters.get(name))
+        source_state = source[1].state[parameters[name]] if source else {}
+        for key, tensor in sorted(optimizer.state[parameter].items()):
+            scatter_tensor(tensor, source_state.get(key))
 
 
-def put(target: Tensor, source: Tensor | None) -> None:
-    """One tensor; `source`: all of it, on the first rank alone."""
-    split_one: Any = target
+def scatter_tensor(target: Tensor, source: Tensor | None) -> None:
+    """Copy the full tensor `source`, present on rank 0 only, to the ranks' shards of `target`."""
+    dtensor: Any = target
     full = torch.empty(target.shape, dtype=target.dtype, device=target.device)
     if source is not None:
         full.copy_(source)
     if hasattr(target, "to_local"):
         from torch.distributed.tensor import distribute_tensor
 
-        local(target).copy_(distribute_tensor(full, split_one.device_mesh, split_one.placements).to_local())
+        local_shard(target).copy_(distribute_tensor(full, dtensor.device_mesh, dtensor.placements).to_local())
     else:
         dist.broadcast(full, 0)
         target.copy_(full)
 
 
-def norm_over_ranks(norm: Tensor) -> Tensor:
-    """Of all rows, of the norms of each rank's; a device scalar, which nothing waits for."""
+def combine_norms(norm: Tensor) -> Tensor:
+    """Return the norm over all ranks from the norm of each rank's rows, as a device scalar, without waiting for it."""
     squares = norm.square()
     dist.all_reduce(squares)
     return squares.sqrt()
 
 
-def sum_over_ranks(total: Tensor, model: GPT2) -> Tensor:
-    """Of a scalar of each rank's rows; where the model is not split, itself."""
-    if is_split(model):
+def sum_over_shards(total: Tensor, model: GPT2) -> Tensor:
+    """Sum a scalar over the ranks if the model is sharded."""
+    if is_sharded(model):
         dist.all_reduce(total)
     return total
 
 
-def is_split(model: torch.nn.Module) -> bool:
-    """Whether `split` was called on it."""
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Tell if `shard_model` was called on the model."""
     return hasattr(model, "reshard")
 
 
-def end_pass(model: GPT2) -> None:
-    """After passes without a backward pass: that would drop the embedding, which is put together for all of a pass."""
-    split_one: Any = model
-    if is_split(model):
-        split_one.reshard()
+def reshard(model: GPT2) -> None:
+    """Free the gathered embedding after forward passes without a backward pass, which would free it."""
+    sharded: Any = model
+    if is_sharded(model):
+        sharded.reshard()

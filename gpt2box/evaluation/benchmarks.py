@@ -194,7 +194,7 @@ def score_continuations(pairs: Sequence[tuple[str, str]], model: GPT2, tokenizer
                 context, continuation = requests[index]
                 inputs = (context + continuation)[-(block_size + 1) :][:-1]
                 ids[row, : len(inputs)] = torch.tensor(inputs)
-            hidden = model.hidden(ids.to(device))  # (B, T, C)
+            hidden = model.hidden_states(ids.to(device))  # (B, T, C)
             for row, index in enumerate(chosen):
                 context, continuation = requests[index]
                 end = min(len(context) + len(continuation) - 1, block_size)

@@ -15,7 +15,7 @@ from gpt2box.data.dataset import Dataset, TokenFile
 from gpt2box.data.tokenizer import Tokens, prompt_ids
 from gpt2box.model.decoder import Decoder
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.sampling import Choice, generate
+from gpt2box.model.sampling import SamplingParams, generate
 from gpt2box.utils.files import read_json, read_text, write_atomically
 
 SAMPLES = 4
@@ -65,7 +65,7 @@ def measure_memorization(
     tokenizer = dataset.tokenizer
     ids = prompt_ids(tokenizer, prompt)
     decoder = Decoder(model)
-    outputs = (list(generate(decoder, ids, length, Choice(), seed + i)) for i in range(SAMPLES))
+    outputs = (list(generate(decoder, ids, length, SamplingParams(), seed + i)) for i in range(SAMPLES))
     samples: list[Tokens] = [np.array(output, dtype=np.uint16) for output in outputs]
     with closing(TokenFile(dataset.folder / "val.bin")) as val:
         count = min(length, val.tokens // SAMPLES)

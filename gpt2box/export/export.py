@@ -24,7 +24,7 @@ from gpt2box.export.gguf import check_gguf, write_gguf, write_modelfile
 from gpt2box.export.model_card import model_card
 from gpt2box.inference.model_loader import load_model
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.hf_weights import hub_config, hub_state
+from gpt2box.model.hf_weights import hf_config, hf_state_dict
 from gpt2box.utils.files import discard, fsync_dir, read_object
 from gpt2box.utils.paths import fix_hint
 from gpt2box.utils.progress import say
@@ -132,14 +132,14 @@ def write_folder(folder: Path, model: GPT2, words: Tokenizer, dtype: str, card: 
     """A Hugging Face folder without what only training needs."""
     folder.mkdir()
     number = getattr(torch, dtype)
-    config = hub_config(model.shape, 0.0, words.end_of_text, number)
+    config = hf_config(model.shape, 0.0, words.end_of_text, number)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if words.end_of_text is not None:
         generation = {"bos_token_id": words.end_of_text, "eos_token_id": words.end_of_text, "do_sample": True}
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     words.save(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    state = {name: tensor.to(number) for name, tensor in hub_state(model).items()}
+    state = {name: tensor.to(number) for name, tensor in hf_state_dict(model).items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors leaves it to its owner alone
     again, _ = load_model(folder, "cpu")
@@ -147,7 +147,7 @@ def write_folder(folder: Path, model: GPT2, words: Tokenizer, dtype: str, card: 
     if dtype == "float32":
         ids = torch.arange(min(model.shape.block_size, 64))[None] % model.shape.vocab_size
         with torch.inference_mode():
-            if not torch.equal(model.hidden(ids), again.hidden(ids)):
+            if not torch.equal(model.hidden_states(ids), again.hidden_states(ids)):
                 raise Damaged(f"{folder} gives other logits than the model", "the same", "try again on another disk")
 
 

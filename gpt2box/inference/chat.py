@@ -11,7 +11,7 @@ from gpt2box.data.tokenizer import Tokenizer, prompt_ids
 from gpt2box.errors import BadInput
 from gpt2box.inference.sample import stream
 from gpt2box.model.decoder import Decoder
-from gpt2box.model.sampling import Choice
+from gpt2box.model.sampling import SamplingParams
 
 HELP = """  a line            the model continues from this line and all text before it
   /temperature 0.7  how freely it samples; also /top_k 200, /top_p 0.9, /max_new_tokens 100, /seed 7
@@ -25,7 +25,7 @@ def chat(
     tokenizer: Tokenizer,
     prompt: str,
     max_new_tokens: int,
-    params: Choice,
+    params: SamplingParams,
     seed: int,
     use_template: bool,
 ) -> None:
@@ -71,7 +71,7 @@ def chat(
             print(error, file=sys.stderr)
 
 
-def apply_command(line: str, params: Choice, limits: dict[str, int]) -> tuple[Choice, dict[str, int]]:
+def apply_command(line: str, params: SamplingParams, limits: dict[str, int]) -> tuple[SamplingParams, dict[str, int]]:
     """Return the settings after a command such as `/temperature 0.7`.
 
     Raises:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from gpt2box.checkpoint.metadata import check_model
+from gpt2box.checkpoint.metadata import verify_model_files
 from gpt2box.config.schema import MODEL_SHAPES
 from gpt2box.data import hub_models
 from gpt2box.data.pretrained import pretrained_folder, shape_in
 from gpt2box.data.tokenizer import Tokenizer, of_model
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.hf_weights import load_hub
+from gpt2box.model.hf_weights import load_hf_weights
 from gpt2box.system.device import choose_device
 from gpt2box.utils.paths import NAME, checkpoint_of, run_folders, runs_dir
 
@@ -60,7 +60,7 @@ def load_model(folder: Path, device: str) -> tuple[GPT2, Tokenizer]:
         BadInput: The folder has no weights, or its tokenizer has more tokens than its model.
         Damaged: The files differ from what was written, or the weights do not fit config.json.
     """
-    check_model(folder)
+    verify_model_files(folder)
     shape = shape_in(folder)
     files = list(folder.glob("*.safetensors"))
     stored_bytes = sum(path.stat().st_size for path in files)
@@ -72,7 +72,7 @@ def load_model(folder: Path, device: str) -> tuple[GPT2, Tokenizer]:
             "weights of that shape",
         )
     model = GPT2.empty(shape, 0.0, choose_device(device))
-    load_hub(model, folder)
+    load_hf_weights(model, folder)
     tokenizer = of_model(folder, shape.vocab_size)
     if tokenizer.vocab_size > shape.vocab_size:
         raise BadInput(f"{folder}: {tokenizer.vocab_size:,} tokens in its tokenizer, {shape.vocab_size:,} in its model")

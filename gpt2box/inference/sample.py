@@ -12,7 +12,7 @@ from pathlib import Path
 from gpt2box.data.tokenizer import Tokenizer, prompt_ids
 from gpt2box.errors import BadInput, harmless_lines, why
 from gpt2box.model.decoder import Decoder
-from gpt2box.model.sampling import Choice, generate, generate_together
+from gpt2box.model.sampling import SamplingParams, generate, generate_batch
 from gpt2box.utils.files import parse_json
 
 SEPARATOR = "\n---------------\n"
@@ -24,7 +24,7 @@ def write_samples(
     prompts: Sequence[str],
     num_samples: int,
     max_new_tokens: int,
-    params: Choice,
+    params: SamplingParams,
     seed: int,
     batch_size: int,
     as_json: bool,
@@ -48,7 +48,7 @@ def write_samples(
             written += 1
             continue
         batch_ids, seeds = [ids for _, ids, _ in batch], [sample_seed for _, _, sample_seed in batch]
-        steps = list(generate_together(decoder, batch_ids, max_new_tokens, params, seeds, tokenizer.end_of_text))
+        steps = list(generate_batch(decoder, batch_ids, max_new_tokens, params, seeds, tokenizer.end_of_text))
         for row, (prompt, _, sample_seed) in enumerate(batch):
             tokens = [token for step in steps if (token := step[row]) is not None]
             text = tokenizer.decode_bytes(tokens).decode("utf-8", errors="replace")
@@ -66,7 +66,7 @@ def stream(
     tokenizer: Tokenizer,
     ids: list[int],
     max_new_tokens: int,
-    params: Choice,
+    params: SamplingParams,
     seed: int,
     generated: list[int],
 ) -> None:

@@ -26,12 +26,12 @@ from gpt2box.errors import BadInput
 from gpt2box.model.gpt2 import GPT2, Block
 from gpt2box.model.selective_recompute import linear
 
-WEIGHTS = ("float32", "float16", "int8")
+WEIGHT_FORMATS = ("float32", "float16", "int8")
 
-Product = Callable[[Tensor], Tensor]
+Projection = Callable[[Tensor], Tensor]
 
 
-class Cache:
+class KVCache:
     """Keys and values of the positions so far, of rows that all end at the same place.
 
     A row that is shorter than the others begins with `padding` places that nothing looks at.
@@ -40,7 +40,9 @@ class Cache:
     def __init__(self, model: GPT2, batch: int, capacity: int) -> None:
         shape = model.shape
         size = (shape.n_layer, 2, batch, shape.n_head, capacity, shape.n_embd // shape.n_head)
-        self.store = torch.empty(size, device=model.wte.weight.device, dtype=model.sums)  # (n_layer, 2, B, H, S, D)
+        self.store = torch.empty(
+            size, device=model.wte.weight.device, dtype=model.residual_dtype
+        )  # (n_layer, 2, B, H, S, D)
         self.length = 0
         self.padding: Tensor | None = None  # (B,), where any row has some
 
@@ -64,15 +66,15 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Layer:
+class DecoderLayer:
     """A block's norms and products."""
 
     ln_1: nn.LayerNorm
-    c_attn: Product
-    attn_c_proj: Product
+    c_attn: Projection
+    attn_c_proj: Projection
     ln_2: nn.LayerNorm
-    c_fc: Product
-    mlp_c_proj: Product
+    c_fc: Projection
+    mlp_c_proj: Projection
 
 
 class Decoder:
@@ -88,13 +90,13 @@ class Decoder:
         self.model = model
         self.autocast = torch.autocast(model.wte.weight.device.type, torch.float16, enabled=False)
         make = {None: _plain, "float32": _transposed, "float16": _in_16_bits, "int8": _in_8_bits}[weights]
-        self.output: Product = model.logits
+        self.output: Projection = model.logits
         if weights and model.wte.weight.device.type != "cpu":  # not verified on a GPU
             make = _plain
             if weights == "int8":
                 raise BadInput("int8 weights on a GPU", "--weights float16, or --device cpu")
             if weights == "float16":
-                model.matrices_to(torch.float16)
+                model.cast_matrices(torch.float16)
                 self.autocast = torch.autocast(model.wte.weight.device.type, torch.float16)
                 self.output = lambda x: F.linear(x, model.wte.weight)[..., : model.shape.vocab_size]
         self.layers = []
@@ -102,7 +104,7 @@ class Decoder:
             block = cast(Block, module)
             attention = make(block.attn.c_attn), make(block.attn.c_proj)
             mlp = make(block.mlp.c_fc), make(block.mlp.c_proj)
-            self.layers.append(Layer(block.ln_1, *attention, block.ln_2, *mlp))
+            self.layers.append(DecoderLayer(block.ln_1, *attention, block.ln_2, *mlp))
         if weights in ("float16", "int8") and make is not _plain:
             output = nn.Linear(1, 1, bias=False)
             output.weight = nn.Parameter(model.wte.weight.detach()[: model.shape.vocab_size], requires_grad=False)
@@ -110,7 +112,7 @@ class Decoder:
         elif make is _transposed:
             _transpose(model.wte)
 
-    def __call__(self, ids: Tensor, cache: Cache) -> Tensor:
+    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) after new ids (B, t), which the cache takes in."""
         model = self.model
         new = ids.size(1)
@@ -119,17 +121,17 @@ class Decoder:
             positions = (positions - cache.padding[:, None]).clamp(min=0)  # (B, t)
         mask = cache.mask(new)
         with self.autocast:
-            x = model.wte(ids).to(model.sums) + model.wpe(positions).to(model.sums)  # (B, t, C)
+            x = model.wte(ids).to(model.residual_dtype) + model.wpe(positions).to(model.residual_dtype)  # (B, t, C)
             for index, layer in enumerate(self.layers):
                 x = x + layer.attn_c_proj(self._attend(layer.c_attn(layer.ln_1(x)), index, cache, mask))
                 x = x + layer.mlp_c_proj(F.gelu(layer.c_fc(layer.ln_2(x)), approximate=model.shape.gelu))
             cache.length += new
             return self.output(model.ln_f(x[:, -1]))
 
-    def _attend(self, projected: Tensor, index: int, cache: Cache, mask: Tensor | None) -> Tensor:
+    def _attend(self, projected: Tensor, index: int, cache: KVCache, mask: Tensor | None) -> Tensor:
         """Of c_attn's output (B, t, 3 · C); returns (B, t, C)."""
         B, new, C = projected.size(0), projected.size(1), projected.size(2) // 3
-        heads = projected.to(self.model.sums).view(B, new, 3, self.model.shape.n_head, -1)
+        heads = projected.to(self.model.residual_dtype).view(B, new, 3, self.model.shape.n_head, -1)
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, t, D)
         key, value = cache.extend(index, key, value)
         # Several new positions begin an empty cache; a single one sees all.
@@ -137,7 +139,7 @@ class Decoder:
         return y.transpose(1, 2).reshape(B, new, C)
 
 
-def _plain(layer: nn.Linear) -> Product:
+def _plain(layer: nn.Linear) -> Projection:
     return lambda x: linear(x, layer)
 
 
@@ -146,18 +148,18 @@ def _transpose(layer: nn.Linear | nn.Embedding) -> None:
     layer.weight.data = layer.weight.data.t().contiguous().t()
 
 
-def _transposed(layer: nn.Linear) -> Product:
+def _transposed(layer: nn.Linear) -> Projection:
     _transpose(layer)
     return lambda x: linear(x, layer)
 
 
-def _in_16_bits(layer: nn.Linear) -> Product:
+def _in_16_bits(layer: nn.Linear) -> Projection:
     packed = torch.ops.quantized.linear_prepack_fp16(layer.weight.detach().float(), layer.bias)
     layer.weight.data = torch.empty(0)
     return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
 
 
-def _in_8_bits(layer: nn.Linear) -> Product:
+def _in_8_bits(layer: nn.Linear) -> Projection:
     weight = layer.weight.detach().float()
     scales = weight.abs().amax(1).clamp(min=1e-12) / 127
     with warnings.catch_warnings():

@@ -100,24 +100,24 @@ class GPT2(nn.Module):
         cls, shape: ModelShape, dropout: float, device: torch.device | str, matrices: torch.dtype = torch.float32
     ) -> GPT2:
         """On a device, without values: for weights that are read or drawn right after. Vectors stay in float32."""
-        return cls.outline(shape, dropout, matrices).to_empty(device=device)
+        return cls.on_meta_device(shape, dropout, matrices).to_empty(device=device)
 
     @classmethod
-    def outline(cls, shape: ModelShape, dropout: float, matrices: torch.dtype = torch.float32) -> GPT2:
+    def on_meta_device(cls, shape: ModelShape, dropout: float, matrices: torch.dtype = torch.float32) -> GPT2:
         """The same on no device at all."""
         with torch.device("meta"):
             model = cls(shape, dropout)
-            model.matrices_to(matrices)
+            model.cast_matrices(matrices)
         return model
 
-    def matrices_to(self, dtype: torch.dtype) -> None:
+    def cast_matrices(self, dtype: torch.dtype) -> None:
         """Biases and norms stay as they are."""
         for parameter in self.parameters():
             if parameter.dim() >= 2:
                 parameter.data = parameter.data.to(dtype)
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> None:
+    def init_weights(self, seed: int) -> None:
         """Normal(0, 0.02), residual projections scaled down by √(2·n_layer) (Radford et al. 2019, 2.3)."""
         generator = torch.Generator().manual_seed(seed)
         scaled = 0.02 / math.sqrt(2 * self.shape.n_layer)
@@ -131,10 +131,10 @@ class GPT2(nn.Module):
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator))
         self.wte.weight[self.shape.vocab_size :].zero_()
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def hidden_states(self, ids: Tensor) -> Tensor:
         """Final hidden states (B, T, C) of token ids (B, T)."""
         positions = torch.arange(ids.size(1), device=ids.device)
-        embedded = self.wte(ids).to(self.sums) + self.wpe(positions).to(self.sums)
+        embedded = self.wte(ids).to(self.residual_dtype) + self.wpe(positions).to(self.residual_dtype)
         x = F.dropout(embedded, self.dropout, self.training)  # (B, T, C)
         for block in self.h:
             if self.training and self.activation_checkpointing == "full":
@@ -146,7 +146,7 @@ class GPT2(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
         """Mean cross-entropy of targets (B, T), those of -1 left out, times `scale`; float32 scalar."""
-        return self.loss(self.hidden(ids), targets, scale)
+        return self.loss(self.hidden_states(ids), targets, scale)
 
     def loss(self, hidden: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
         """Compute the mean cross-entropy of hidden states (B, T, C) against targets (B, T), times `scale`."""
@@ -160,6 +160,6 @@ class GPT2(nn.Module):
         return F.linear(hidden, self.wte.weight.to(hidden.dtype))[..., : self.shape.vocab_size]
 
     @property
-    def sums(self) -> torch.dtype:
+    def residual_dtype(self) -> torch.dtype:
         """Of the residual stream and of keys and values: float32 also where matrices are bfloat16."""
         return self.ln_f.weight.dtype

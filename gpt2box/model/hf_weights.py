@@ -18,18 +18,18 @@ from torch import Tensor
 
 from gpt2box.errors import BadInput, Damaged, why
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.lora import merged, own_parameters
+from gpt2box.model.lora import base_parameters, merge_adapter
 from gpt2box.model.shape import ModelShape
 from gpt2box.utils.files import check_regular, read_json
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 PREFIX = "transformer."
 # The causal mask, which old versions of transformers stored with the weights.
-NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias")
-OUTPUT = "lm_head.weight"  # the embedding once more, where it is stored
+IGNORED_SUFFIXES = (".attn.bias", ".attn.masked_bias")
+OUTPUT_LAYER = "lm_head.weight"  # the embedding once more, where it is stored
 
 
-def hub_config(shape: ModelShape, dropout: float, end_of_text: int | None, dtype: torch.dtype) -> dict[str, Any]:
+def hf_config(shape: ModelShape, dropout: float, end_of_text: int | None, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of a checkpoint."""
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -55,12 +55,12 @@ def hub_config(shape: ModelShape, dropout: float, end_of_text: int | None, dtype
     }
 
 
-def to_hub(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
+def to_hf(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
     """A parameter (or a tensor of its shape, as an optimizer's average) as it is stored."""
-    return hub_view(name, tensor, vocab_size).cpu().contiguous()
+    return hf_view(name, tensor, vocab_size).cpu().contiguous()
 
 
-def hub_view(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
+def hf_view(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
     """The same without a copy: where it lies, with its own strides."""
     if name == "wte.weight":
         tensor = tensor[:vocab_size]
@@ -69,7 +69,7 @@ def hub_view(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
     return tensor.detach()
 
 
-def copy_from_hub(name: str, target: Tensor, stored: Tensor) -> None:
+def copy_from_hf(name: str, target: Tensor, stored: Tensor) -> None:
     """The reverse of `to_hub`, into an existing tensor; padding rows become zero."""
     if name.endswith(TRANSPOSED):
         stored = stored.t()
@@ -77,25 +77,25 @@ def copy_from_hub(name: str, target: Tensor, stored: Tensor) -> None:
     target[stored.size(0) :].zero_()
 
 
-def hub_state(model: GPT2) -> dict[str, Tensor]:
+def hf_state_dict(model: GPT2) -> dict[str, Tensor]:
     """All tensors of model.safetensors, copied; adapters are added in."""
-    return {name: tensor.cpu().contiguous() for name, tensor in hub_views(model)}
+    return {name: tensor.cpu().contiguous() for name, tensor in hf_tensors(model)}
 
 
-def hub_views(model: GPT2, get: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(model: GPT2, get: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Iterator[tuple[str, Tensor]]:
     """The same one after the other, not copied, numbers of more bytes first; with adapters, each sum is made here.
 
     `get`: what is taken of a parameter, where it is split over several ranks.
     """
-    for name, parameter in sorted(own_parameters(model).items(), key=lambda item: -item[1].element_size()):
-        tensor = hub_view(name, get(merged(model, name, parameter)), model.shape.vocab_size)
+    for name, parameter in sorted(base_parameters(model).items(), key=lambda item: -item[1].element_size()):
+        tensor = hf_view(name, get(merge_adapter(model, name, parameter)), model.shape.vocab_size)
         yield PREFIX + name, tensor
         if not model.shape.bias and name.endswith("weight") and not name.endswith(("wte.weight", "wpe.weight")):
             yield PREFIX + name.removesuffix("weight") + "bias", torch.zeros(tensor.size(-1))
 
 
 @torch.no_grad()
-def load_hub(
+def load_hf_weights(
     model: GPT2, folder: Path, rows: int | None = None, tensors: Iterable[tuple[str, Tensor]] | None = None
 ) -> None:
     """Copy the weights in `folder` into the model, one tensor at a time. A shorter context takes the first positions.
@@ -108,17 +108,17 @@ def load_hub(
         BadInput: pickled weights, or tensors that do not fit: which, expected, found.
         Damaged: a file is not safetensors, or has numbers that are not finite.
     """
-    wanted = own_parameters(model)
+    wanted = base_parameters(model)
     faults = []
     seen = set()
     ends: dict[str, Tensor] = {}  # the embedding and the output layer, mapped and not copied
     for key, tensor in tensors or stored_tensors(folder):
         name = key.removeprefix(PREFIX)
-        if tensors is None and name in ("wte.weight", OUTPUT):
+        if tensors is None and name in ("wte.weight", OUTPUT_LAYER):
             ends[name] = tensor
-        if name == OUTPUT:
+        if name == OUTPUT_LAYER:
             continue
-        if name.endswith(NOT_WEIGHTS):
+        if name.endswith(IGNORED_SUFFIXES):
             continue
         if not model.shape.bias and name.endswith("bias"):
             continue  # written as zeros, see above
@@ -128,10 +128,12 @@ def load_hub(
             continue
         seen.add(name)
         check_finite(name, tensor, str(folder))
-        faults += copy_checked(model, name, target.data, tensor, rows or model.shape.vocab_size)
+        faults += copy_if_shape_matches(model, name, target.data, tensor, rows or model.shape.vocab_size)
     faults += [f"{name}: missing" for name in wanted.keys() - seen]
-    if len(ends) == 2 and not torch.equal(ends["wte.weight"], ends[OUTPUT]):
-        faults.append(f"{OUTPUT}: found other numbers than wte.weight's; the output layer of a GPT-2 is its embedding")
+    if len(ends) == 2 and not torch.equal(ends["wte.weight"], ends[OUTPUT_LAYER]):
+        faults.append(
+            f"{OUTPUT_LAYER}: found other numbers than wte.weight's; the output layer of a GPT-2 is its embedding"
+        )
     if faults:
         shown = sorted(faults)[:8] + (["…"] if len(faults) > 8 else [])
         raise BadInput(f"the weights in {folder} do not fit:\n    " + "\n    ".join(shown), f"{model.shape}")
@@ -148,7 +150,7 @@ def check_finite(name: str, tensor: Tensor, where: str) -> None:
         raise Damaged(f"{where}: {name} has numbers that are not finite", "weights of a training that went well")
 
 
-def copy_checked(model: GPT2, name: str, target: Tensor, stored: Tensor, rows: int) -> list[str]:
+def copy_if_shape_matches(model: GPT2, name: str, target: Tensor, stored: Tensor, rows: int) -> list[str]:
     """Copy one tensor if its shape is right; returns the fault if not."""
     expected = list(target.t().shape if name.endswith(TRANSPOSED) else target.shape)
     if name == "wte.weight":
@@ -162,7 +164,7 @@ def copy_checked(model: GPT2, name: str, target: Tensor, stored: Tensor, rows: i
             f"{name}: found numbers of type {str(stored.dtype).removeprefix('torch.')}, expected float32 or shorter"
         ]
     wanted = model.shape.vocab_size
-    copy_from_hub(name, target, stored[:wanted] if name == "wte.weight" else stored)
+    copy_from_hf(name, target, stored[:wanted] if name == "wte.weight" else stored)
     if name == "wte.weight" and wanted > rows:
         target[rows:wanted] = stored.float().mean(0).to(target)
     return []

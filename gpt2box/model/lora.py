@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gpt2box.model.gpt2 import GPT2
 
-MARK = ".lora."  # in a parameter's name
+LORA_MARKER = ".lora."  # in a parameter's name
 
 
 class Adapter(nn.Module):
@@ -47,20 +47,20 @@ def add_adapters(model: GPT2, rank: int, alpha: float, seed: int) -> None:
         layer.lora = adapter
 
 
-def adapters(model: GPT2) -> dict[str, nn.Parameter]:
+def lora_parameters(model: GPT2) -> dict[str, nn.Parameter]:
     """The adapters' parameters by name; none of a model without."""
-    return {name: parameter for name, parameter in model.named_parameters() if MARK in name}
+    return {name: parameter for name, parameter in model.named_parameters() if LORA_MARKER in name}
 
 
-def own_parameters(model: GPT2) -> dict[str, nn.Parameter]:
+def base_parameters(model: GPT2) -> dict[str, nn.Parameter]:
     """The network's parameters by name, without those of adapters."""
-    return {name: parameter for name, parameter in model.named_parameters() if MARK not in name}
+    return {name: parameter for name, parameter in model.named_parameters() if LORA_MARKER not in name}
 
 
 @torch.no_grad()
-def merged(model: GPT2, name: str, weight: Tensor) -> Tensor:
+def merge_adapter(model: GPT2, name: str, weight: Tensor) -> Tensor:
     """One of the network's own parameters, with its adapter added in; of a model with adapters always in float32."""
-    if not adapters(model):
+    if not lora_parameters(model):
         return weight
     weight = weight.float()
     module, _, kind = name.rpartition(".")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE = -1  # a target that counts for nothing
-VOCAB_PART = 16_384  # rows of the output layer whose gradient is formed at a time
+IGNORE_INDEX = -1  # a target that counts for nothing
+VOCAB_CHUNK = 16_384  # rows of the output layer whose gradient is formed at a time
 
 
 def chunked_cross_entropy(
@@ -52,7 +52,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         sums = torch.promote_types(torch.float32, hidden.dtype)
         wanted = grad_enabled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         trained = wanted and ctx.needs_input_grad[1]  # else the weight is frozen
-        counted = targets != IGNORE  # (M,)
+        counted = targets != IGNORE_INDEX  # (M,)
         factor = scale / counted.sum().clamp(min=1).to(sums)  # of each token's loss
         weight_low = weight.to(dtype)
         loss = torch.zeros((), device=hidden.device, dtype=sums)
@@ -83,8 +83,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if dtype == sums:
                 grad_weight.addmm_(grad.t(), chunk)
             else:  # a part of the vocabulary at a time: the product is a matrix of its own
-                for begin_row in range(0, weight.size(0), VOCAB_PART):
-                    part = slice(begin_row, begin_row + VOCAB_PART)
+                for begin_row in range(0, weight.size(0), VOCAB_CHUNK):
+                    part = slice(begin_row, begin_row + VOCAB_CHUNK)
                     grad_weight[part] += grad[:, part].t() @ chunk
             del grad
         if wanted:

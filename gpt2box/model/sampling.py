@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from gpt2box.errors import Damaged
-from gpt2box.model.decoder import Cache, Decoder
+from gpt2box.model.decoder import Decoder, KVCache
 
 
 @dataclass(frozen=True)
-class Choice:
+class SamplingParams:
     """How the next token is chosen. temperature 0: the likeliest; top_k 0 and top_p 1: no cut."""
 
     temperature: float = 0.8
@@ -21,14 +21,14 @@ class Choice:
     top_p: float = 1.0
 
 
-COLD = 1e-6  # below it no other token has a chance, and quotients are no longer numbers
+MIN_TEMPERATURE = 1e-6  # below it no other token has a chance, and quotients are no longer numbers
 
 
-def pick(logits: Tensor, choice: Choice, generator: torch.Generator) -> int:
+def sample_token(logits: Tensor, choice: SamplingParams, generator: torch.Generator) -> int:
     """A token from float32 logits (V,) on the CPU, where one seed gives one text on any device."""
     if not logits.isfinite().all():
         raise Damaged("the model's logits are not finite", "weights without NaN or infinity")
-    if choice.temperature < COLD:
+    if choice.temperature < MIN_TEMPERATURE:
         return int(logits.argmax())
     logits = logits / choice.temperature
     if 0 < choice.top_k < logits.numel():
@@ -43,11 +43,11 @@ def pick(logits: Tensor, choice: Choice, generator: torch.Generator) -> int:
 
 
 @torch.inference_mode()
-def generate_together(
+def generate_batch(
     decoder: Decoder,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
-    choice: Choice,
+    choice: SamplingParams,
     seeds: Sequence[int],
     stop_at: int | None = None,
 ) -> Iterator[list[int | None]]:
@@ -63,7 +63,7 @@ def generate_together(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     rows = [list(prompt[-block_size:]) for prompt in prompts]
     capacity = min(block_size, max(map(len, rows)) + max_new_tokens)
-    cache = Cache(model, len(rows), capacity)
+    cache = KVCache(model, len(rows), capacity)
     over = [False] * len(rows)
     new: Tensor | None = None
     was_training = model.training
@@ -72,11 +72,11 @@ def generate_together(
         for _ in range(max_new_tokens):
             if new is None or cache.length == capacity:
                 rows = [row if len(row) <= block_size else row[-max(1, block_size // 2) :] for row in rows]
-                new = begin(cache, rows, device)
+                new = prefill_inputs(cache, rows, device)
             logits = decoder(new, cache).float().cpu()  # (B, V)
             tokens: list[int | None] = []
             for row, row_logits in enumerate(logits):
-                token = None if over[row] else pick(row_logits, choice, generators[row])
+                token = None if over[row] else sample_token(row_logits, choice, generators[row])
                 over[row] = token is None or token == stop_at
                 tokens.append(None if over[row] else token)
                 rows[row].append(token or 0)
@@ -88,7 +88,7 @@ def generate_together(
         model.train(was_training)
 
 
-def begin(cache: Cache, rows: list[list[int]], device: torch.device) -> Tensor:
+def prefill_inputs(cache: KVCache, rows: list[list[int]], device: torch.device) -> Tensor:
     """Empty the cache for these rows; returns their ids (B, t), shorter ones filled up at the beginning."""
     longest = max(map(len, rows))
     cache.length = 0
@@ -98,9 +98,14 @@ def begin(cache: Cache, rows: list[list[int]], device: torch.device) -> Tensor:
 
 
 def generate(
-    decoder: Decoder, prompt: list[int], max_new_tokens: int, choice: Choice, seed: int, stop_at: int | None = None
+    decoder: Decoder,
+    prompt: list[int],
+    max_new_tokens: int,
+    choice: SamplingParams,
+    seed: int,
+    stop_at: int | None = None,
 ) -> Iterator[int]:
     """Yields new tokens as they come, up to `stop_at` (left out) or max_new_tokens."""
-    for (token,) in generate_together(decoder, [prompt], max_new_tokens, choice, [seed], stop_at):
+    for (token,) in generate_batch(decoder, [prompt], max_new_tokens, choice, [seed], stop_at):
         assert token is not None
         yield token

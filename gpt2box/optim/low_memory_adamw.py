@@ -1,7 +1,7 @@
-"""AdamW in less memory: averages in 8 bits, weights in bfloat16, a step inside the backward pass.
+"""AdamW in less memory: 8-bit optimizer state, bfloat16 weights, and gradients applied one tensor at a time.
 
-Each is a setting of its own. The averages in 8 bits and the bfloat16 weights change the numbers; so does a step inside
-the backward pass where it accumulates or clips. What each costs in loss is in docs/memory.md.
+Each is a setting of its own. 8-bit state and bfloat16 weights change the result; a step inside the backward pass
+(in_backward.py) does so if it accumulates or clips. docs/memory.md lists what each costs in loss.
 """
 
 from __future__ import annotations
@@ -14,22 +14,21 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from gpt2box.distributed.fsdp import local, zeros
-from gpt2box.optim.loss_spikes import BadSteps
-from gpt2box.optim.quantization import BLOCK, dequantise, quantise, round_to_bfloat16
+from gpt2box.distributed.fsdp import local_shard, zeros_sharded_like
+from gpt2box.optim.quantization import BLOCK, dequantize, quantize, round_to_bfloat16
 
-CHUNK = 8192 * BLOCK  # numbers updated at a time: their float32 copies are all the scratch space there is
+CHUNK = 8192 * BLOCK  # elements updated at a time; their float32 copies are the only scratch memory
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
-ZERO_CODE = 127  # of the signed codes; of the others it is 0
+ZERO_CODE = 127  # code of zero in the signed table; in the unsigned table it is 0
 
 
-class LeanAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) that works through a tensor in chunks, with no scratch space of its size.
+class LowMemoryAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) that updates a tensor in chunks, without scratch memory of the tensor's size.
 
-    `states` int8 keeps the averages of matrices in 8 bits; of the squares, the roots. Vectors' stay in float32, they
-    are few. As PyTorch's fused AdamW, it divides gradients by `grad_scale` and leaves out a step with `found_inf`;
-    and a group whose weights and averages are all in float32 it leaves to that one. Of tensors that are split over
-    ranks (shards.py) it updates this rank's rows.
+    With `states` int8, the moments of matrices are stored in 8 bits, the second moment as its square root; those of
+    vectors stay float32, as they are small. Like PyTorch's fused AdamW, it divides gradients by `grad_scale` and skips
+    the step if `found_inf`; it calls the fused kernel for groups whose weights and moments are all float32. Each rank
+    updates its own rows of tensors that are sharded.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], states: str, seed: int):
@@ -38,49 +37,49 @@ class LeanAdamW(torch.optim.Optimizer):
         self.found_inf: Tensor | None = None
         self.seed = seed
         self.generator: torch.Generator | None = None
-        self.half_done = False  # some weights have taken the step, others not
+        self.is_step_unfinished = False  # some weights have taken the step, others not
         for group in self.param_groups:
             for parameter in group["params"]:
-                self.state[parameter] = empty_state(parameter, states)
+                self.state[parameter] = init_state(parameter, states)
 
-    def begin(self, step: int) -> None:
-        """Chance depends on seed and step alone, so a run that goes on rounds as one that was never interrupted."""
-        self.half_done = False
+    def begin_step(self, step: int) -> None:
+        """Seed stochastic rounding by seed and step, so that a resumed run rounds like an uninterrupted one."""
+        self.is_step_unfinished = False
         if self.generator is None:
             self.generator = torch.Generator(self.param_groups[0]["params"][0].device)
-        drawn = hashlib.blake2b(f"{self.seed} {step}".encode(), digest_size=4)  # the CPU's generator takes 32 bits
-        self.generator.manual_seed(int.from_bytes(drawn.digest(), "little"))
+        seed = hashlib.blake2b(f"{self.seed} {step}".encode(), digest_size=4)  # the CPU generator accepts 32 bits
+        self.generator.manual_seed(int.from_bytes(seed.digest(), "little"))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """A step with the gradients present; none of it where `found_inf`."""
-        self.half_done = True
+        """Take a step with the gradients present; change nothing if `found_inf`."""
+        self.is_step_unfinished = True
         for group in self.param_groups:
             present = [p for p in group["params"] if p.grad is not None]
-            if "parts" not in group and all(self.is_plain(p) for p in present):
+            if "stacked" not in group and all(self.is_float32(p) for p in present):
                 self.fused_step(present, group)
                 continue
             for parameter in present:
-                grad = local(parameter.grad)
+                grad = local_shard(parameter.grad)
                 good = 1.0 - self.found_inf if self.found_inf is not None else torch.ones_like(grad.sum())
-                self.take(parameter, group, grad, good)
-        self.half_done = False
+                self.update_parameter(parameter, group, grad, good)
+        self.is_step_unfinished = False
 
-    def take(self, parameter: Tensor, group: dict[str, Any], grad: Tensor, good: Tensor) -> None:
-        """A whole step's gradient, or this rank's rows of it."""
-        self.update(parameter, group, grad, good, self.grad_scale)
+    def update_parameter(self, parameter: Tensor, group: dict[str, Any], grad: Tensor, good: Tensor) -> None:
+        """Apply the gradient of a full step, or this rank's rows of it."""
+        self.apply_gradient(parameter, group, grad, good, self.grad_scale)
 
-    def is_plain(self, parameter: Tensor) -> bool:
-        """Weights and averages in float32."""
+    def is_float32(self, parameter: Tensor) -> bool:
+        """Tell if a parameter and its moments are float32."""
         return parameter.dtype == torch.float32 and self.state[parameter]["exp_avg"].dtype == torch.float32
 
     def fused_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """AdamW by PyTorch."""
+        """Run PyTorch's fused AdamW kernel."""
         states = [local_state(self.state[p]) for p in parameters]
         beta1, beta2 = group["betas"]
         adamw(
-            [local(p) for p in parameters],
-            [local(p.grad) for p in parameters if p.grad is not None],
+            [local_shard(p) for p in parameters],
+            [local_shard(p.grad) for p in parameters if p.grad is not None],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -98,151 +97,90 @@ class LeanAdamW(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def update(
+    def apply_gradient(
         self,
         parameter: Tensor,
         group: dict[str, Any],
         grad: Tensor,
         good: Tensor,
         scale: Tensor | None = None,
-        first: bool = True,
-        last: bool = True,
+        is_first: bool = True,
+        is_last: bool = True,
     ) -> None:
-        """Take a gradient into the averages; decay these before if it is a step's first, move the weights if its last.
+        """Add a gradient to the moments: decay them first if it is the step's first, move the weights if its last.
 
-        Where `good` (0 or 1, a device scalar) is 0, a whole step changes nothing; a part of one counts as no gradient.
+        Where `good` (0 or 1, a device scalar) is 0, a full step changes nothing; one micro-step of several counts as a
+        gradient of zero.
         """
-        assert self.generator is not None, "begin() comes first"
-        self.half_done = True
+        assert self.generator is not None, "call begin_step() first"
+        self.is_step_unfinished = True
         state, (beta1, beta2) = local_state(self.state[parameter]), group["betas"]
-        keep = (good == 0) if first and last else torch.zeros_like(good, dtype=torch.bool)
-        if last:
-            state["step"] += (~keep).float()
-        # Of a step that is left out at the very beginning, 0: its quotient is not used.
+        skip = (good == 0) if is_first and is_last else torch.zeros_like(good, dtype=torch.bool)
+        if is_last:
+            state["step"] += (~skip).float()
+        # The step is 0 if the very first step is skipped; the quotient is not used then.
         bias1, bias2 = (1 - beta ** state["step"].clamp(min=1) for beta in (beta1, beta2))
-        weights, gradients = local(parameter).view(-1), grad.reshape(-1)
+        weights, gradients = local_shard(parameter).view(-1), grad.reshape(-1)
         for begin in range(0, weights.numel(), CHUNK):
-            rows = slice(begin, begin + CHUNK)
-            g = gradients[rows].float()
+            chunk = slice(begin, begin + CHUNK)
+            g = gradients[chunk].float()
             g = torch.where(good == 0, 0.0, g if scale is None else g / scale)
-            m, v = load(state, "exp_avg", rows), load(state, "exp_avg_sq", rows)
-            if first:
-                m, v = m * torch.where(keep, 1.0, beta1), v * torch.where(keep, 1.0, beta2)
+            m, v = load_moment(state, "exp_avg", chunk), load_moment(state, "exp_avg_sq", chunk)
+            if is_first:
+                m, v = m * torch.where(skip, 1.0, beta1), v * torch.where(skip, 1.0, beta2)
             m = m.add_(g, alpha=1 - beta1)
             v = v.addcmul_(g, g, value=1 - beta2)
-            if last:
-                w = weights[rows].float()
+            if is_last:
+                w = weights[chunk].float()
                 moved = w * (1 - group["lr"] * group["weight_decay"])
                 moved -= group["lr"] * (m / bias1) / ((v / bias2).sqrt_() + group["eps"])
-                moved = torch.where(keep, w, moved)
-                weights[rows] = round_to_bfloat16(moved, self.generator) if weights.dtype == torch.bfloat16 else moved
-            store(state, "exp_avg", rows, m, keep, self.generator)
-            store(state, "exp_avg_sq", rows, v, keep, self.generator)
+                moved = torch.where(skip, w, moved)
+                weights[chunk] = round_to_bfloat16(moved, self.generator) if weights.dtype == torch.bfloat16 else moved
+            store_moment(state, "exp_avg", chunk, m, skip, self.generator)
+            store_moment(state, "exp_avg_sq", chunk, v, skip, self.generator)
 
 
-def empty_state(parameter: Tensor, states: str, keys: Iterable[str] = tuple(SIGNED)) -> dict[str, Tensor]:
-    """Averages of zero."""
+def init_state(parameter: Tensor, states: str, keys: Iterable[str] = tuple(SIGNED)) -> dict[str, Tensor]:
+    """Allocate the optimizer state of a parameter, with zero moments."""
     state = {"step": torch.empty((), dtype=torch.float32, device=parameter.device)}
     for key in keys:
         if states == "int8" and parameter.dim() >= 2:
-            state[key] = zeros(parameter.numel(), parameter, torch.uint8)
-            state[f"{key}_scale"] = zeros(-(-parameter.numel() // BLOCK), parameter)
+            state[key] = zeros_sharded_like(parameter, parameter.numel(), torch.uint8)
+            state[f"{key}_scale"] = zeros_sharded_like(parameter, -(-parameter.numel() // BLOCK))
         else:
             state[key] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
-    reset(state)
+    reset_state(state)
     return state
 
 
 def local_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of averages that are split over ranks, this one's rows."""
-    return {key: local(tensor) for key, tensor in state.items()}
+    """Return this rank's rows of sharded optimizer state."""
+    return {key: local_shard(tensor) for key, tensor in state.items()}
 
 
-def reset(state: dict[str, Tensor]) -> None:
-    """As before the first step."""
+def reset_state(state: dict[str, Tensor]) -> None:
+    """Set the state to that before the first step."""
     for key, tensor in state.items():
         tensor.fill_(ZERO_CODE if tensor.dtype == torch.uint8 and SIGNED[key] else 0)
 
 
-def load(state: dict[str, Tensor], key: str, rows: slice) -> Tensor:
-    """A part of an average, in float32; written to in place where it is kept so."""
+def load_moment(state: dict[str, Tensor], key: str, chunk: slice) -> Tensor:
+    """Return a chunk of a moment as float32; a view of the state where that is float32."""
     if state[key].dtype != torch.uint8:
-        return state[key].view(-1)[rows]
-    scales = state[f"{key}_scale"][rows.start // BLOCK : rows.stop // BLOCK]
-    values = dequantise(state[key][rows], scales, SIGNED[key])
+        return state[key].view(-1)[chunk]
+    scales = state[f"{key}_scale"][chunk.start // BLOCK : chunk.stop // BLOCK]
+    values = dequantize(state[key][chunk], scales, SIGNED[key])
     return values if SIGNED[key] else values.square_()
 
 
-def store(
-    state: dict[str, Tensor], key: str, rows: slice, values: Tensor, keep: Tensor, generator: torch.Generator
+def store_moment(
+    state: dict[str, Tensor], key: str, chunk: slice, values: Tensor, skip: Tensor, generator: torch.Generator
 ) -> None:
-    """The reverse; where `keep`, codes and scales stay as they are."""
+    """Store a chunk of a moment. In 8 bits, leave codes and scales unchanged where `skip`."""
     if state[key].dtype != torch.uint8:
-        state[key].view(-1)[rows] = values
+        state[key].view(-1)[chunk] = values
         return
-    code, scales = quantise(values if SIGNED[key] else values.sqrt(), SIGNED[key], generator)
-    blocks = slice(rows.start // BLOCK, rows.start // BLOCK + scales.numel())
-    state[key][rows] = torch.where(keep, state[key][rows], code)
-    state[f"{key}_scale"][blocks] = torch.where(keep, state[f"{key}_scale"][blocks], scales)
-
-
-class StepInBackward:
-    """Takes each gradient into the optimizer as soon as the backward pass has made it, and frees it.
-
-    So no two tensors' gradients exist at a time, and accumulation happens in the averages themselves: the squares of a
-    step's k micro-steps are added up in place of the square of their sum (AdamA, Zhang et al. 2023, arXiv:2305.19982).
-    Where the step's gradient is mostly noise that is the same in the mean; where it is mostly signal, updates are up to
-    √k larger. The global norm is known only when all weights have moved, so each tensor's gradient is held to
-    grad_clip / √k in each micro-step. A step of one micro-step whose global norm is below grad_clip is plain AdamW's. A
-    gradient that is not finite counts as none, and so do all of a micro-step whose loss is a spike.
-    """
-
-    def __init__(self, optimizer: LeanAdamW, grad_clip: float, grad_accum_steps: int, device: torch.device) -> None:
-        self.optimizer, self.grad_accum_steps = optimizer, grad_accum_steps
-        self.limit = grad_clip / grad_accum_steps**0.5
-        self.left_out = "none reached the weights" if grad_accum_steps == 1 else "their gradients were left out"
-        self.bad_steps = BadSteps(device)
-        self._handles = []
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self._taker(group)))
-
-    def before_backward(self, step: int, micro_step: int, lr: float, micro_loss: Tensor) -> None:
-        """Called before each backward pass."""
-        if micro_step == 0:
-            self.optimizer.begin(step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self._squares, self._bad = torch.zeros_like(self.bad_steps.all), torch.zeros_like(self.bad_steps.all)
-            self._spike = torch.zeros_like(self._bad, dtype=torch.bool)
-            self._limit = self.bad_steps.limit(self.grad_accum_steps) / self.grad_accum_steps
-        loss = micro_loss.detach()
-        finite, above = loss.isfinite(), loss > self._limit
-        self._micro_step, self._loss_is_good = micro_step, finite & ~above
-        self._spike = self._spike | (finite & above)
-
-    def __call__(self, loss: Tensor) -> Tensor:
-        """End the step; returns the root of the sum of squared gradients (a device scalar)."""
-        self.optimizer.half_done = False
-        self.bad_steps.count(loss, self.bad_steps.limit(), self._bad, (self._bad == 0) | self._spike)
-        return self._squares.sqrt()
-
-    def close(self) -> None:
-        """Take the hooks away."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _taker(self, group: dict[str, Any]) -> Any:
-        def take(parameter: Tensor) -> None:
-            grad = parameter.grad
-            assert grad is not None
-            norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
-            good = (norm.isfinite() & self._loss_is_good).float()
-            scale = (norm / self.limit).clamp(min=1.0) if self.limit else None
-            last = self._micro_step == self.grad_accum_steps - 1
-            self.optimizer.update(parameter, group, grad, good, scale, self._micro_step == 0, last)
-            parameter.grad = None
-            self._squares = self._squares + torch.where(good == 0, norm, norm.square())
-            self._bad = torch.maximum(self._bad, 1.0 - good)
-
-        return take
+    codes, scales = quantize(values if SIGNED[key] else values.sqrt(), SIGNED[key], generator)
+    blocks = slice(chunk.start // BLOCK, chunk.start // BLOCK + scales.numel())
+    state[key][chunk] = torch.where(skip, state[key][chunk], codes)
+    state[f"{key}_scale"][blocks] = torch.where(skip, state[f"{key}_scale"][blocks], scales)

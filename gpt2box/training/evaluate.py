@@ -15,8 +15,8 @@ from gpt2box.data.dataloader import (
     val_window_starts,
 )
 from gpt2box.data.dataset import Dataset, TokenFile
-from gpt2box.distributed.fsdp import end_pass, is_split
-from gpt2box.distributed.group import Group
+from gpt2box.distributed.fsdp import is_sharded, reshard
+from gpt2box.distributed.group import RankGroup
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planner.run_plan import RunPlan
 from gpt2box.system.device import card_memory_named
@@ -29,12 +29,12 @@ def autocast(plan: RunPlan) -> AbstractContextManager[object]:
 
 
 @torch.no_grad()
-def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan, group: Group) -> tuple[float, str]:
+def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan, group: RankGroup) -> tuple[float, str]:
     """Mean loss over the fixed validation windows, and that set's name. Each rank of the group takes its share."""
     windows = val_window_starts(dataset.tokens("val"), plan.shape.block_size, plan.eval_windows)
     starts = windows[group.ranks.rank :: group.ranks.count]
     # Where weights are split, all ranks put them together as often: one that has a window less looks at another's.
-    share = -(-len(windows) // group.ranks.count) if is_split(model) else len(starts)
+    share = -(-len(windows) // group.ranks.count) if is_sharded(model) else len(starts)
     total, weights = torch.zeros((), device=plan.device), 0.0
     was_training = model.training
     model.eval()
@@ -46,7 +46,7 @@ def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan, group: Group) -> tupl
             # The device works on the windows before while these are read: nothing here waits for it.
             inputs, targets = inputs_and_targets(upload(page_locked(batch) if device.type == "cuda" else batch, device))
             loss = None
-            halves = [torch.cuda.OutOfMemoryError] if count > 1 and not is_split(model) else []
+            halves = [torch.cuda.OutOfMemoryError] if count > 1 and not is_sharded(model) else []
             with suppress(*halves), card_memory_named():
                 loss = model(inputs, targets)
             if loss is None:
@@ -57,6 +57,6 @@ def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan, group: Group) -> tupl
             total, weights = total + loss * weight, weights + weight
             begin += count
     model.train(was_training)
-    end_pass(model)
-    loss, weights = group.sums(float(total), weights)
+    reshard(model)
+    loss, weights = group.all_reduce_sum(float(total), weights)
     return loss / max(weights, 1e-9), f"{dataset.digest}/{len(windows)}x{plan.shape.block_size}"

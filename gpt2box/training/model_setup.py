@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2box.distributed import fsdp
-from gpt2box.distributed.group import Group
+from gpt2box.distributed.group import RankGroup
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import add_adapters
 from gpt2box.optim.factory import Optimizer, make_optimizer
@@ -23,8 +23,8 @@ def empty_model(plan: RunPlan) -> GPT2:
     """The network without values, as the plan has it."""
     weights_dtype = getattr(torch, plan.weights_dtype)
     if plan.shard:
-        model = GPT2.outline(plan.shape, plan.dropout, weights_dtype)
-        fsdp.split(model, torch.device(plan.device), plan.ranks, plan.compile)
+        model = GPT2.on_meta_device(plan.shape, plan.dropout, weights_dtype)
+        fsdp.shard_model(model, torch.device(plan.device), plan.ranks, plan.compile)
     else:
         model = GPT2.empty(plan.shape, plan.dropout, plan.device, weights_dtype)
     configure(model, plan)
@@ -50,11 +50,11 @@ class CompiledGPT2(nn.Module):
     def __init__(self, model: GPT2) -> None:
         super().__init__()
         self.model = model
-        self.hidden = torch.compile(model.hidden, dynamic=False)
+        self.hidden_states = torch.compile(model.hidden_states, dynamic=False)
 
     def forward(self, ids: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
         """Compute the same loss as GPT2.forward."""
-        return self.model.loss(self.hidden(ids), targets, scale)
+        return self.model.loss(self.hidden_states(ids), targets, scale)
 
 
 def through_compiler(model: GPT2) -> CompiledGPT2:
@@ -65,13 +65,13 @@ def through_compiler(model: GPT2) -> CompiledGPT2:
     from torch._dynamo import config
 
     config.cache_size_limit = max(config.cache_size_limit, MOST_WAYS)
-    # Cutting the graph where DistributedDataParallel sends a bucket: older versions cannot, and see Group.parallel.
+    # Cutting the graph where DistributedDataParallel sends a bucket: older versions cannot, and see RankGroup.wrap_ddp.
     config.optimize_ddp = False
     return CompiledGPT2(model)
 
 
 def fill(
-    model: GPT2, optimizer: Optimizer, plan: RunPlan, group: Group, values: Callable[[GPT2, Optimizer], None]
+    model: GPT2, optimizer: Optimizer, plan: RunPlan, group: RankGroup, values: Callable[[GPT2, Optimizer], None]
 ) -> None:
     """Have the first rank put values into them, and all others the same.
 
@@ -82,8 +82,8 @@ def fill(
         Gpt2boxError: as `values` does.
     """
     if not plan.shard:
-        group.from_first(lambda: values(model, optimizer))
-        return group.send(model, optimizer)
+        group.run_on_rank0(lambda: values(model, optimizer))
+        return group.broadcast_from_rank0(model, optimizer)
     whole_ones: list[tuple[GPT2, Optimizer]] = []
 
     def make_whole() -> None:
@@ -95,5 +95,5 @@ def fill(
             whole_ones.append((whole_model, make_optimizer(whole_model, on_host)))
             values(*whole_ones[0])
 
-    group.from_first(make_whole)
-    fsdp.deal(model, optimizer, whole_ones[0] if whole_ones else None)
+    group.run_on_rank0(make_whole)
+    fsdp.scatter_from_rank0(model, optimizer, whole_ones[0] if whole_ones else None)

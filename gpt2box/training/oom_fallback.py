@@ -30,7 +30,7 @@ def step_down(job: Job, display: Display) -> None:
     Raises:
         torch.cuda.OutOfMemoryError: there is none, or other ranks are already waiting for this one's gradients.
     """
-    if not job.group.alone:
+    if not job.group.is_single_process:
         raise torch.cuda.OutOfMemoryError(f"at step {job.state.step}")
     way = next_way(job)
     job.left.append(way_of(job.plan))
@@ -49,7 +49,7 @@ def next_way(job: Job) -> ExecutionPlan:
     Raises:
         torch.cuda.OutOfMemoryError: there is none.
     """
-    job.optimizer.zero_grad(set_to_none=job.group.alone)
+    job.optimizer.zero_grad(set_to_none=job.group.is_single_process)
     gc.collect()
     torch.cuda.empty_cache()
     way = next_smaller_plan(job.ways, job.plan.memory)
@@ -68,17 +68,21 @@ def rehearse(job: Job, forward: Any, display: Display) -> None:
     Raises:
         torch.cuda.OutOfMemoryError: even the least was too much for one of them.
     """
-    while not job.group.alone and not job.plan.shard:
+    while not job.group.is_single_process and not job.plan.shard:
         plan, done = job.plan, False
         nothing = torch.zeros(plan.micro_batch_size, plan.shape.block_size, dtype=torch.int32, device=plan.device)
         loss = None
-        with suppress(torch.cuda.OutOfMemoryError), card_memory_named(), job.group.micro_step(forward, last=False):
+        with (
+            suppress(torch.cuda.OutOfMemoryError),
+            card_memory_named(),
+            job.group.gradient_sync(forward, is_last=False),
+        ):
             with autocast(plan):
                 loss = forward(nothing, nothing, 1.0)
             loss.backward()
             done = True
         del loss  # with the tensors of a pass that broke off
-        if all(job.group.gathered(done)):
+        if all(job.group.all_gather(done)):
             job.optimizer.zero_grad(set_to_none=False)
             return
         take_way(job, next_way(job))
@@ -110,7 +114,7 @@ def note_way(job: Job, display: Display) -> None:
 
     A disk that refuses it is not worth the run: it is said, and the next save finds out whether the disk works.
     """
-    if not job.group.first:
+    if not job.group.is_rank_0:
         return
     try:
         keep_way(job.run, job.plan, job.state.step)

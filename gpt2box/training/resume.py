@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2box.checkpoint import retention
-from gpt2box.checkpoint.fingerprint import checksum
+from gpt2box.checkpoint.fingerprint import fingerprint_run_state
 from gpt2box.checkpoint.metadata import TrainState, parse_state, write_state
 from gpt2box.config.loader import read_yaml
 from gpt2box.config.schema import CHANGEABLE, Config
@@ -19,7 +19,7 @@ from gpt2box.data.dataset import SPLITS, Dataset, open_dataset
 from gpt2box.data.dataset_folder import check_content
 from gpt2box.data.pretrained import shape_in
 from gpt2box.data.tokenizer import load, prompt_ids
-from gpt2box.distributed.group import Group
+from gpt2box.distributed.group import RankGroup
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.optim.factory import Optimizer
@@ -33,7 +33,7 @@ from gpt2box.utils.progress import kept_log, say, size
 from gpt2box.utils.signals import raised
 
 
-def bring_dataset(config: Config, text: Path | None, group: Group) -> Dataset:
+def bring_dataset(config: Config, text: Path | None, group: RankGroup) -> Dataset:
     """The dataset, made where it is not there yet; the same on all ranks.
 
     Raises:
@@ -45,11 +45,11 @@ def bring_dataset(config: Config, text: Path | None, group: Group) -> Dataset:
             with raised():
                 bring(config, text)
 
-    group.on_each_machine(needed)
+    group.run_once_per_host(needed)
     dataset = open_dataset(dataset_dir(config.dataset))
     check_long_enough({split: dataset.tokens(split) for split in SPLITS}, config.block_size)
     prompt_ids(dataset.tokenizer, config.sample_prompt)
-    if len(set(group.gathered(dataset.digest))) > 1:
+    if len(set(group.all_gather(dataset.digest))) > 1:
         raise BadInput(
             f"the dataset {config.dataset} is not the same on all machines", "equal copies, or a shared folder"
         )
@@ -73,7 +73,7 @@ def begin(config: Config, dataset: Dataset, run: Path, allow: Sequence[str]) -> 
     """The checkpoint to go on from, if there is one, and the settings that were changed."""
     if stamps_of(dataset) != read_manifest(run).get("checked"):
         check_dataset(dataset)
-    found, changed = retention.newest(run / "checkpoints"), {}
+    found, changed = retention.find_newest_checkpoint(run / "checkpoints"), {}
     if not found:
         check_none_lost(run)
     else:
@@ -82,7 +82,7 @@ def begin(config: Config, dataset: Dataset, run: Path, allow: Sequence[str]) -> 
         if changed.keys() & set(CHANGEABLE):
             forget_losses(found[0])
             found[1].recent_losses = []
-        retention.point_to_last_and_best(run / "checkpoints", found[1])
+        retention.update_links(run / "checkpoints", found[1])
         announce_resume(config, *found)
     return found, changed
 
@@ -196,7 +196,7 @@ def check_is_this_runs(run: Path, folder: Path, step: int, model: GPT2, optimize
         return  # ranks that share a tensor may come to another sum
     rows = metrics.stream(run / "metrics.jsonl")
     noted = {row.get("digest") for row in rows if row["kind"] == "train" and row["step"] == step} - {None}
-    if noted and checksum(model, optimizer) not in noted:
+    if noted and fingerprint_run_state(model, optimizer) not in noted:
         raise not_this_runs(
             folder, f"other weights than metrics.jsonl has noted for step {step:,}", "the run's own; is it another's?"
         )

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2box.checkpoint import retention
-from gpt2box.checkpoint import writer as checkpoint
-from gpt2box.checkpoint.metadata import Rollback, TrainState, parse_state, read_state, write_state
+from gpt2box.checkpoint.loader import restore_checkpoint
+from gpt2box.checkpoint.metadata import Rollback, TrainState, load_verified_state, parse_state, write_state
 from gpt2box.errors import BadInput, Damaged, Gpt2boxError, MachineCannot, TryAgain, VolumeUnwritable
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.optim.factory import Optimizer
-from gpt2box.optim.loss_spikes import MOST_BAD_STEPS
+from gpt2box.optim.loss_spikes import MAX_CONSECUTIVE_BAD_STEPS
 from gpt2box.planner.run_plan import RunPlan
 from gpt2box.runs.metrics import reason
 from gpt2box.system.host import memory_ran_out
@@ -48,15 +48,20 @@ class TooManyBad(Exception):
 
     def __init__(self, step: int, left_out: str, spikes: int) -> None:
         super().__init__(step)
-        self.step, self.left_out, self.spikes, self.reason = step, left_out, spikes, reason(MOST_BAD_STEPS, spikes)
+        self.step, self.left_out, self.spikes, self.reason = (
+            step,
+            left_out,
+            spikes,
+            reason(MAX_CONSECUTIVE_BAD_STEPS, spikes),
+        )
 
 
 def back_to_last(job: Job) -> None:
     """Go on from the newest checkpoint."""
-    found = retention.newest(job.run / "checkpoints")
+    found = retention.find_newest_checkpoint(job.run / "checkpoints")
     assert found, "with optimizer_in_backward, the first evaluation saves"
     job.state = found[1]
-    checkpoint.restore(found[0], job.model, job.optimizer, job.state)
+    restore_checkpoint(found[0], job.model, job.optimizer, job.state)
     say(f"  some weights had taken that step already: going on from {shown(found[0])}")
 
 
@@ -78,11 +83,11 @@ def back_to_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState]:
     state.seconds = max(state.seconds, job.state.seconds)  # of training that is not undone
     for path in reversed(checkpoints(folder.parent)):
         if step_of(path) > state.step:
-            retention.remove(path)
+            retention.delete_checkpoint(path)
     write_state(folder, state, parse_state(folder)[1])
-    retention.point_to_last_and_best(folder.parent, state)
+    retention.update_links(folder.parent, state)
     say(
-        f"step {trouble.step:,}: {trouble.reason}, {MOST_BAD_STEPS} steps in a row ({trouble.left_out}): "
+        f"step {trouble.step:,}: {trouble.reason}, {MAX_CONSECUTIVE_BAD_STEPS} steps in a row ({trouble.left_out}): "
         f"back to {shown(folder)}, passing over the data of {left_out:,} steps"
         + (f"; {MOST_ROLLBACKS} returns to that of step {past:,} did not help" if past else "")
     )
@@ -92,11 +97,11 @@ def back_to_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState]:
 def go_back(job: Job, trouble: TooManyBad) -> None:
     """To a good checkpoint, which the first rank reads and sends."""
 
-    folder, state = job.group.from_first(lambda: back_to_good(job, trouble))
+    folder, state = job.group.run_on_rank0(lambda: back_to_good(job, trouble))
     job.state = state
 
     def read(model: GPT2, optimizer: Optimizer) -> None:
-        checkpoint.restore(folder, model, optimizer, state)
+        restore_checkpoint(folder, model, optimizer, state)
 
     fill(job.model, job.optimizer, job.plan, job.group, read)
 
@@ -109,9 +114,9 @@ def newest_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState, int]:
     """
     past = 0
     paths = [path for path in checkpoints(job.run / "checkpoints") if step_of(path) <= trouble.step]
-    for path, _ in retention.anchors(paths, job.plan.save_interval):
+    for path, _ in retention.rollback_candidates(paths, job.plan.save_interval):
         try:
-            state = read_state(path)
+            state = load_verified_state(path)
         except Damaged as fault:
             say(f"note: passed over a damaged checkpoint: {fault.found}")
             continue
@@ -121,7 +126,7 @@ def newest_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState, int]:
         if past or any(rollback.past for rollback in returns):
             raise no_way_on(job, trouble, path)
         past = state.step
-    raise no_way_on(job, trouble, job.run / "checkpoints" / retention.folder_name(past) if past else None)
+    raise no_way_on(job, trouble, job.run / "checkpoints" / retention.checkpoint_name(past) if past else None)
 
 
 def no_way_on(job: Job, trouble: TooManyBad, tried: Path | None) -> BadInput:
@@ -131,7 +136,8 @@ def no_way_on(job: Job, trouble: TooManyBad, tried: Path | None) -> BadInput:
     usual = "a too high learning rate or damaged weights are the usual cause"
     meant = "; if such a rise is right, --spike-sigma 0 --allow-change spike-sigma" if trouble.spikes else ""
     return BadInput(
-        f"step {trouble.step}: {trouble.reason}, {MOST_BAD_STEPS} steps in a row ({trouble.left_out}){again}",
+        f"step {trouble.step}: {trouble.reason}, {MAX_CONSECUTIVE_BAD_STEPS} steps in a row "
+        f"({trouble.left_out}){again}",
         f"finite numbers{' near those before' if trouble.spikes else ''}; {usual}",
         f"try --learning-rate {job.plan.learning_rate / 2:g} or --dtype float32 under another --name"
         + (f"; the last good checkpoint is {last.resolve()}" if last.exists() else "")

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 
 from gpt2box.checkpoint import retention
-from gpt2box.checkpoint import writer as checkpoint
-from gpt2box.checkpoint.metadata import TrainState, check_model
+from gpt2box.checkpoint.loader import load_weights, restore_checkpoint
+from gpt2box.checkpoint.metadata import TrainState, verify_model_files
 from gpt2box.config import loader
 from gpt2box.config.schema import Config
 from gpt2box.data.dataset import Dataset
 from gpt2box.data.pretrained import pretrained_folder, shape_in, shape_on
 from gpt2box.data.tokenizer import prompt_ids
-from gpt2box.distributed.group import Group, Silence, joined
+from gpt2box.distributed.group import NoOp, RankGroup, join_rank_group
 from gpt2box.evaluation.memorization import measure_memorization, read_memorization, show_before_and_after
 from gpt2box.model.decoder import Decoder
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.hf_weights import load_hub
-from gpt2box.model.sampling import Choice, generate
+from gpt2box.model.hf_weights import load_hf_weights
+from gpt2box.model.sampling import SamplingParams, generate
 from gpt2box.model.shape import ModelShape
 from gpt2box.optim.factory import Optimizer, make_optimizer
 from gpt2box.planner.run_plan import RunPlan, make_plan
@@ -60,19 +60,19 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest, allo
         Gpt2boxError: see errors.py; nothing is written before settings, dataset and device are checked.
     """
     allowed = checked_allowance(allow)
-    with joined() as group:
-        config, notes = group.from_first(lambda: loader.load(argument, flags))
+    with join_rank_group() as group:
+        config, notes = group.run_on_rank0(lambda: loader.load(argument, flags))
         run_in(group, config, notes, text_path(str(flags.get("dataset") or "")), argument, stop, allowed)
 
 
 def run_config(config: Config, argument: str, stop: StopRequest) -> None:
     """The same, of settings that are read, whose dataset is there; `argument`: what the user gave."""
-    with joined() as group:
+    with join_rank_group() as group:
         run_in(group, config, [], None, argument, stop)
 
 
 def run_in(
-    group: Group,
+    group: RankGroup,
     config: Config,
     notes: Sequence[str],
     text: Path | None,
@@ -81,34 +81,34 @@ def run_in(
     allow: Sequence[str] = (),
 ) -> None:
     """The same, on each rank of a group; `text`: what the dataset is made from."""
-    group.from_first(lambda: check_ranks_divide_step(config, group.ranks.count))
+    group.run_on_rank0(lambda: check_ranks_divide_step(config, group.ranks.count))
     wanted = device_of(config.device, group.ranks)
     check_gpu(wanted)
-    group.from_first(lambda: wandb.check(config.wandb))
+    group.run_on_rank0(lambda: wandb.check(config.wandb))
     dataset = bring_dataset(config, text, group)
     device = choose_device(wanted)
     compile_model, note = choose_compile(config.compile if config.may_compile else False, device)
     for line in [*notes, *([note] if note else [])]:
         say(f"note: {line}")
-    weights, shape = group.from_first(lambda: model_shape(config, dataset))
+    weights, shape = group.run_on_rank0(lambda: model_shape(config, dataset))
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
-    group.from_first(lambda: check_split(config, shape, group.ranks.count))
-    place = shared(group.gathered(place_for(config, shape, device, dtype, compile_model)))
+    group.run_on_rank0(lambda: check_split(config, shape, group.ranks.count))
+    place = shared(group.all_gather(place_for(config, shape, device, dtype, compile_model)))
     if device.index:
         torch.cuda.set_device(device)  # else some of the first card's memory would be held, too
-    option = group.from_first(lambda: choose_way(config, shape, place))
+    option = group.run_on_rank0(lambda: choose_way(config, shape, place))
     peak = place.spec.bf16_tflops if place.spec and place.on_gpu and place.dtype == "bfloat16" else 0.0
     plan = make_plan(config, shape, dataset.tokens("train"), str(device), place.dtype, place.compiled, option, peak)
     set_arithmetic(plan)
 
     if config.eval_only:
         describe_plan(config, plan, place.name)
-        return evaluate_only(config, plan, dataset, weights) if group.first else None
+        return evaluate_only(config, plan, dataset, weights) if group.is_rank_0 else None
     run = run_dir(config.name)
     with ExitStack() as held:
-        mark = group.from_first(lambda: take(config, run, held))
+        mark = group.run_on_rank0(lambda: take(config, run, held))
         describe_plan(config, plan, place.name)
-        found, changed = group.from_first(lambda: begin(config, dataset, run, allow))
+        found, changed = group.run_on_rank0(lambda: begin(config, dataset, run, allow))
         state = found[1] if found else TrainState()
         if state.stopped_early and (config.patience == 0 or state.evaluations_without_best < config.patience):
             state.stopped_early = False  # the patience was raised
@@ -123,16 +123,16 @@ def run_in(
                     if not found or plan.lora_rank:
                         initialise(model, config, weights)
                     if found:
-                        checkpoint.restore(found[0], model, optimizer, state)
+                        restore_checkpoint(found[0], model, optimizer, state)
                         check_is_this_runs(run, found[0], state.step, model, optimizer)
 
                 fill(model, optimizer, plan, group, values)
-            if group.first:
+            if group.is_rank_0:
                 session = session_of(provenance(device), plan, state.step, changed)
                 if found:
                     say_what_may_change_bits(run, session)
                 write_records(run, config, plan, dataset, session, weights)
-            sampler: Any = Sampler(config, model, dataset, run) if group.first and not plan.shard else Silence()
+            sampler: Any = Sampler(config, model, dataset, run) if group.is_rank_0 and not plan.shard else NoOp()
             pretrained = config.init_from != "scratch"
             ways = ways_down(config, shape, place)
             job = Job(
@@ -149,9 +149,9 @@ def run_in(
                     raise fault from error
                 raise
             state = job.state
-            if config.sample_tokens and not stop and group.first and not plan.shard:
+            if config.sample_tokens and not stop and group.is_rank_0 and not plan.shard:
                 look_back(config, job)
-    if not group.first:
+    if not group.is_rank_0:
         return
     with kept_log(run / "log.txt"):
         report(config, argument, run, state, stop, plan, due)
@@ -189,7 +189,7 @@ def model_shape(config: Config, dataset: Dataset) -> tuple[Path | None, ModelSha
             **config.shape(), block_size=config.block_size, vocab_size=dataset.tokenizer.vocab_size, bias=config.bias
         )
         return None, shape
-    begun = retention.newest_config(run_dir(config.name) / "checkpoints")
+    begun = retention.find_intact_config(run_dir(config.name) / "checkpoints")
     if begun and not config.eval_only and not config.lora_rank:  # going on; the first weights may be gone
         return None, shape_in(begun)
     folder = pretrained_folder(config.init_from)
@@ -199,10 +199,10 @@ def model_shape(config: Config, dataset: Dataset) -> tuple[Path | None, ModelSha
 def initialise(model: GPT2, config: Config, weights: Path | None) -> None:
     """First weights: random by the seed, or read from a folder."""
     if weights:
-        check_model(weights)
-        load_hub(model, weights, rows=shape_in(weights).vocab_size)
+        verify_model_files(weights)
+        load_hf_weights(model, weights, rows=shape_in(weights).vocab_size)
     else:
-        model.initialise(config.seed)
+        model.init_weights(config.seed)
 
 
 def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
@@ -258,10 +258,10 @@ def evaluate_only(config: Config, plan: RunPlan, dataset: Dataset, weights: Path
     with saying_out_of_memory(plan):
         model = empty_model(plan)
         if of_run:
-            load_hub(model, best)
+            load_hf_weights(model, best)
         else:
             initialise(model, config, weights)
-        val_loss, val_set = evaluate(model, dataset, plan, Group(ALONE))
+        val_loss, val_set = evaluate(model, dataset, plan, RankGroup(ALONE))
     print(f"val_loss {val_loss:.4f} ({best if of_run else config.init_from}, windows {val_set})")
 
 
@@ -276,7 +276,7 @@ class Sampler:
             return
         text = self.config.sample_prompt
         prompt = prompt_ids(self.tokenizer, text)
-        ids = list(generate(Decoder(self.model), prompt, self.config.sample_tokens, Choice(), self.config.seed))
+        ids = list(generate(Decoder(self.model), prompt, self.config.sample_tokens, SamplingParams(), self.config.seed))
         text += self.tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
         folder = make_writable(self.run / "samples")
         write_atomically(folder / f"step-{step:08d}.txt", text + "\n")
@@ -288,7 +288,7 @@ class Sampler:
 def look_back(config: Config, job: Job) -> None:
     """What the weights that `sample` takes write, before and after, and whether it is the training text by heart."""
     step = kept_step(job.run, job.state)
-    checkpoint.load_weights(job.run / "checkpoints" / retention.folder_name(step), job.model)
+    load_weights(job.run / "checkpoints" / retention.checkpoint_name(step), job.model)
     if job.pretrained and (columns := show_before_and_after(job.run, step)):
         say(columns)
     prompt, length = config.sample_prompt, config.sample_tokens

@@ -13,19 +13,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from gpt2box.checkpoint import writer as checkpoint
-from gpt2box.checkpoint.async_writer import Companion, Saver, Snapshot
-from gpt2box.checkpoint.fingerprint import checksum
+from gpt2box.checkpoint.async_writer import AsyncCheckpointWriter, ShardContributor, StagingBuffer
+from gpt2box.checkpoint.fingerprint import fingerprint_run_state
 from gpt2box.checkpoint.metadata import TrainState
+from gpt2box.checkpoint.writer import save_checkpoint
 from gpt2box.data.dataloader import TrainWindows, counted_targets, inputs_and_targets, micro_batches, upload
 from gpt2box.data.dataset import Dataset
 from gpt2box.data.tokenizer import Tokenizer
-from gpt2box.distributed.group import Agreed, Group, Silence
+from gpt2box.distributed.consensus import Consensus
+from gpt2box.distributed.group import NoOp, RankGroup
 from gpt2box.errors import Gpt2boxError
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.optim.factory import GuardedStep, Optimizer, learning_rate, make_update
-from gpt2box.optim.loss_spikes import BadSteps
-from gpt2box.optim.low_memory_adamw import LeanAdamW, StepInBackward
+from gpt2box.optim.clipped_step import ClippedStep, make_optimizer_step
+from gpt2box.optim.factory import Optimizer
+from gpt2box.optim.in_backward import InBackwardStep
+from gpt2box.optim.loss_spikes import BadStepCounter
+from gpt2box.optim.low_memory_adamw import LowMemoryAdamW
+from gpt2box.optim.schedule import learning_rate_at
 from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.run_plan import RunPlan
 from gpt2box.runs.metrics import Interval, Metrics, finite_or_none
@@ -37,7 +41,7 @@ from gpt2box.training.oom_fallback import note_way, rehearse, step_down, step_up
 from gpt2box.training.rollback import HalfDoneStep, TooManyBad
 from gpt2box.utils.signals import StopRequest
 
-Update = GuardedStep | StepInBackward
+Update = ClippedStep | InBackwardStep
 
 
 @dataclass
@@ -54,14 +58,14 @@ class Job:
     stop: StopRequest
     sample: Callable[[Display, int], None]  # called after each evaluation
     pretrained: bool  # the weights before the first step are worth keeping
-    group: Group  # of the ranks that do each step together
+    group: RankGroup  # of the ranks that do each step together
     ways: list[ExecutionPlan]  # to do the same steps, fastest first: where to turn when memory runs out
     left: list[ExecutionPlan] = field(default_factory=list)  # the ways that were given up, the first at the beginning
     retry_steps: int = 0  # until the way before is tried again
     retry_at: int = 0
     mark: str = ""  # of the run's lock (files.check_mark), where it has one
     check_dataset: Callable[[], None] = lambda: None  # whether it is still what the run began with
-    snapshot: Snapshot | None = None  # room for a checkpoint's copy, kept over returns to one
+    snapshot: StagingBuffer | None = None  # room for a checkpoint's copy, kept over returns to one
 
 
 def train(job: Job) -> None:
@@ -73,15 +77,19 @@ def train(job: Job) -> None:
         TooManyBad: losses or gradients were not finite, or losses far above those before, several steps in a row.
         torch.cuda.OutOfMemoryError: no way is left that takes less; the steps so far are saved.
         HalfDoneStep: see there; the plan has stepped down.
-        TryAgain: another rank is lost, see distributed.joined.
-        VolumeUnwritable, Damaged: see checkpoint.publish, TokenFile.read.
+        TryAgain: another rank is lost, see join_rank_group.
+        VolumeUnwritable, Damaged: see publish_checkpoint, TokenFile.read.
     """
-    state, agreed = job.state, Agreed(job.stop, job.group)
+    state, consensus = job.state, Consensus(job.stop, job.group)
     job.model.train()
     compiled = job.plan.compile and not job.plan.shard  # else its blocks are, each by itself
-    forward = job.group.parallel(job.model, through_compiler(job.model) if compiled else job.model)
-    # LeanAdamW's step may break off half-way: then one must be there to go back to (several ranks end).
-    saved_step = -1 if isinstance(job.optimizer, LeanAdamW) and job.group.alone and state.step == 0 else state.step
+    forward = job.group.wrap_ddp(job.model, through_compiler(job.model) if compiled else job.model)
+    # LowMemoryAdamW's step may break off half-way: then one must be there to go back to (several ranks end).
+    saved_step = (
+        -1
+        if isinstance(job.optimizer, LowMemoryAdamW) and job.group.is_single_process and state.step == 0
+        else state.step
+    )
     saved_at = time.monotonic()
     with ExitStack() as stack:
         display = stack.enter_context(closing(open_display(job)))
@@ -91,7 +99,9 @@ def train(job: Job) -> None:
         note_way(job, display)
         plan = job.plan
         batches = open_batches(job)
-        update = make_update(job.optimizer, plan, BadSteps.of(plan, state.bad_steps, state.recent_losses))
+        update = make_optimizer_step(
+            job.optimizer, plan, BadStepCounter.from_plan(plan, state.bad_steps, state.recent_losses)
+        )
         interval = Interval()
         stack.callback(lambda: batches.close())
         stack.callback(lambda: update.close())
@@ -104,10 +114,10 @@ def train(job: Job) -> None:
 
         while True:
             begun = time.monotonic()
-            saver.check()
+            saver.raise_if_failed()
             improved = False
-            agreed.look(late=0 < job.plan.save_minutes * 60 <= begun - saved_at)
-            if evaluation_due(job) and not agreed.stop:
+            consensus.update(wants_save=0 < job.plan.save_minutes * 60 <= begun - saved_at)
+            if evaluation_due(job) and not consensus.should_stop:
                 check_bad_steps(job, update)
                 try:
                     improved = evaluate_and_note(job, metrics, display)
@@ -115,13 +125,13 @@ def train(job: Job) -> None:
                     if state.step != saved_step:
                         save_in_need(job, saver)
                     raise
-            over = agreed.stop or state.step >= plan.max_steps or state.stopped_early
-            new = state.step != saved_step and (over or agreed.late or state.step % plan.save_interval == 0)
+            over = consensus.should_stop or state.step >= plan.max_steps or state.stopped_early
+            new = state.step != saved_step and (over or consensus.should_save or state.step % plan.save_interval == 0)
             if new or (improved and (state.step > 0 or job.pretrained)):
                 save()
             if over:
-                agreed.settle()
-                saver.finish()
+                consensus.wait()
+                saver.wait()
                 break
             interval.leave_out(time.monotonic() - begun)
 
@@ -129,9 +139,11 @@ def train(job: Job) -> None:
             with suppress(torch.cuda.OutOfMemoryError):  # while it is handled, it holds on to the step's tensors
                 done = take_step(job, forward, batches, update)
             if done is None:
-                half_done = getattr(job.optimizer, "half_done", False)
+                half_done = getattr(job.optimizer, "is_step_unfinished", False)
                 if state.step != saved_step and not half_done:
-                    with suppress(*([] if job.group.alone else [TooManyBad])):  # of which the others do not hear
+                    with suppress(
+                        *([] if job.group.is_single_process else [TooManyBad])
+                    ):  # of which the others do not hear
                         check_bad_steps(job, update)
                     save_in_need(job, saver)
                     saved_step = state.step
@@ -143,14 +155,14 @@ def train(job: Job) -> None:
                 state.step += 1
                 interval.add(loss)
             if done is not None and job.left and state.step >= job.retry_at:
-                if isinstance(job.optimizer, LeanAdamW) and state.step != saved_step:
+                if isinstance(job.optimizer, LowMemoryAdamW) and state.step != saved_step:
                     save()  # if it fails half-way, back to here
                 step_up(job, display)
             if plan is not job.plan:
                 plan = job.plan
                 note_way(job, display)
                 update.close()
-                update = make_update(job.optimizer, plan, update.bad_steps)
+                update = make_optimizer_step(job.optimizer, plan, update.bad_steps)
                 batches.close()
                 batches = open_batches(job)
             if done is None:
@@ -160,17 +172,19 @@ def train(job: Job) -> None:
                 log(job, metrics, display, interval, update, lr, grad_norm)
 
 
-def open_saver(job: Job, display: Display) -> Saver:
+def open_saver(job: Job, display: Display) -> AsyncCheckpointWriter:
     """What writes checkpoints; of other ranks than the first, nothing, or what hands it their rows."""
-    if not job.group.first:
-        return cast(Saver, Companion(job.model, job.optimizer) if job.plan.shard else Silence())
+    if not job.group.is_rank_0:
+        return cast(AsyncCheckpointWriter, ShardContributor(job.model, job.optimizer) if job.plan.shard else NoOp())
     folder = job.run / "checkpoints"
-    saver = Saver(folder, job.model, job.optimizer, job.tokenizer, job.plan, display.line, job.mark, job.snapshot)
-    job.snapshot = saver.snapshot
+    saver = AsyncCheckpointWriter(
+        folder, job.model, job.optimizer, job.tokenizer, job.plan, display.line, job.mark, job.snapshot
+    )
+    job.snapshot = saver.staging_buffer
     return saver
 
 
-def save_in_need(job: Job, saver: Saver) -> None:
+def save_in_need(job: Job, saver: AsyncCheckpointWriter) -> None:
     """Save where memory has run out: also another rank than the first, if it sees the run's folder.
 
     All ranks have the same weights, and the first waits for this one in the midst of a step. Where they are split,
@@ -178,9 +192,9 @@ def save_in_need(job: Job, saver: Saver) -> None:
     """
     if job.plan.shard:
         return
-    if not job.group.first and (job.run / "plan.json").exists():
+    if not job.group.is_rank_0 and (job.run / "plan.json").exists():
         with suppress(Gpt2boxError):  # what ends the run is that memory ran out
-            checkpoint.save(job.run / "checkpoints", job.model, job.optimizer, job.state, job.tokenizer)
+            save_checkpoint(job.run / "checkpoints", job.model, job.optimizer, job.state, job.tokenizer)
     saver.save(job.state)
 
 
@@ -202,13 +216,13 @@ def open_batches(job: Job) -> Generator[Tensor, None, None]:
 
 def open_display(job: Job) -> Display:
     """Where the run's progress is shown; that of other ranks than the first, nowhere."""
-    return Display(job.run.name, job.state.step, job.plan) if job.group.first else cast(Display, Silence())
+    return Display(job.run.name, job.state.step, job.plan) if job.group.is_rank_0 else cast(Display, NoOp())
 
 
 def open_metrics(job: Job, display: Display) -> Metrics:
     """Where the run's figures go."""
-    if not job.group.first:
-        return cast(Metrics, Silence())
+    if not job.group.is_rank_0:
+        return cast(Metrics, NoOp())
     state, echo = job.state, job.plan.log_format == "json"
     path = job.run / "metrics.jsonl"
     return Metrics(path, state.step, state.evaluated_step, echo, job.plan.wandb, display.line)
@@ -218,14 +232,14 @@ def open_metrics(job: Job, display: Display) -> Metrics:
 def take_step(job: Job, forward: Any, batches: Iterator[Tensor], update: Update) -> tuple[Tensor, float, Tensor]:
     """One optimizer step; returns its loss, learning rate and gradient norm.
 
-    With PyTorch's AdamW weights change in its last act alone; LeanAdamW may have got half-way (`half_done`).
+    PyTorch's AdamW changes the weights at the end only; LowMemoryAdamW may stop half-way (`is_step_unfinished`).
     """
     plan, device = job.plan, torch.device(job.plan.device)
     if plan.dropout:
         # So that resuming needs no generator's state. Each rank drops others.
         torch.manual_seed(plan.seed + job.state.step + (job.group.ranks.rank << 40))
     loss = torch.zeros((), device=device)
-    lr = learning_rate(job.state.step, plan)
+    lr = learning_rate_at(job.state.step, plan)
     of_step: Iterable[Tensor] = (next(batches) for _ in range(plan.grad_accum_steps))
     shares = None
     if job.dataset.masked:
@@ -233,7 +247,7 @@ def take_step(job: Job, forward: Any, batches: Iterator[Tensor], update: Update)
         shares = target_shares(of_step, job.group)
     for micro_step, batch in enumerate(of_step):
         inputs, targets = inputs_and_targets(upload(batch, device))  # (B, T)
-        with job.group.micro_step(forward, last=micro_step == plan.grad_accum_steps - 1):
+        with job.group.gradient_sync(forward, is_last=micro_step == plan.grad_accum_steps - 1):
             with autocast(plan):
                 micro_loss = forward(inputs, targets, 1.0 / plan.grad_accum_steps)
             update.before_backward(job.state.step, micro_step, lr, micro_loss)  # a mean as other steps', not weighted
@@ -241,14 +255,14 @@ def take_step(job: Job, forward: Any, batches: Iterator[Tensor], update: Update)
                 micro_loss = micro_loss * shares[micro_step]
             micro_loss.backward()
         loss += micro_loss.detach()
-    loss = job.group.mean(loss)
+    loss = job.group.all_reduce_mean(loss)
     return loss, lr, update(loss)
 
 
-def target_shares(of_step: list[Tensor], group: Group) -> list[float]:
+def target_shares(of_step: list[Tensor], group: RankGroup) -> list[float]:
     """What makes a mean over all targets of a step that count, of the micro-batches' own means on all ranks."""
     counts = [counted_targets(batch) for batch in of_step]
-    (all_counts,) = group.sums(sum(counts))
+    (all_counts,) = group.all_reduce_sum(sum(counts))
     return [count * len(counts) * group.ranks.count / max(all_counts, 1) for count in counts]
 
 
@@ -273,10 +287,10 @@ def log(
         "grad_norm": finite_or_none(float(grad_norm)),
         "tokens_per_sec": round(tokens_per_sec, 1),
         "peak_memory_bytes": peak_memory_bytes(torch.device(plan.device)),
-        "skipped_steps": int(update.bad_steps.all),
+        "skipped_steps": int(update.bad_steps.total),
         "loss_spikes": int(update.bad_steps.spikes),
         "mfu": plan.mfu(tokens_per_sec),
-        "digest": checksum(job.model, job.optimizer),
+        "digest": fingerprint_run_state(job.model, job.optimizer),
     }
     metrics.write(state.step, "train", **row)
     display.train(state.step, row, (plan.max_steps - state.step) * interval.step_seconds())
@@ -288,14 +302,14 @@ def check_bad_steps(job: Job, update: Update) -> None:
     Looked at before each save and evaluation, so what is found does not depend on when one looks.
 
     Raises:
-        TooManyBad: too many in a row were bad (bad_steps.py).
+        TooManyBad: too many in a row were bad (loss_spikes.py).
     """
     state = job.state
     state.optimizer_steps = optimizer_steps(job.optimizer)
     bad_steps = update.bad_steps
-    state.bad_steps, state.recent_losses = int(bad_steps.in_a_row), bad_steps.recent_losses
-    if since := bad_steps.since:
-        raise TooManyBad(state.step - since + 1, update.left_out, int(bad_steps.spikes_in_a_row))
+    state.bad_steps, state.recent_losses = int(bad_steps.consecutive), bad_steps.recent_losses
+    if since := bad_steps.steps_since_too_many:
+        raise TooManyBad(state.step - since + 1, update.skip_note, int(bad_steps.consecutive_spikes))
 
 
 def optimizer_steps(optimizer: Optimizer) -> int:

@@ -16,20 +16,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gpt2box.checkpoint import writer as checkpoint
-from gpt2box.checkpoint.fingerprint import checksum
-from gpt2box.checkpoint.metadata import TrainState, parse_state, read_state
-from gpt2box.checkpoint.retention import folder_name
+from gpt2box.checkpoint.fingerprint import fingerprint_run_state
+from gpt2box.checkpoint.loader import restore_checkpoint
+from gpt2box.checkpoint.metadata import TrainState, load_verified_state, parse_state
+from gpt2box.checkpoint.retention import checkpoint_name
+from gpt2box.checkpoint.writer import ADAPTERS_FILE, optimizer_tensors
 from gpt2box.config.schema import Config, validate
 from gpt2box.data.dataset import Dataset, open_dataset
 from gpt2box.data.pretrained import pretrained_folder, shape_on
-from gpt2box.distributed.group import Group, Silence
+from gpt2box.distributed.group import NoOp, RankGroup
 from gpt2box.errors import Damaged
-from gpt2box.model.hf_weights import hub_state
-from gpt2box.model.lora import adapters
+from gpt2box.model.hf_weights import hf_state_dict
+from gpt2box.model.lora import lora_parameters
 from gpt2box.model.shape import ModelShape
-from gpt2box.optim.factory import make_optimizer, make_update
-from gpt2box.optim.loss_spikes import BadSteps
+from gpt2box.optim.clipped_step import make_optimizer_step
+from gpt2box.optim.factory import make_optimizer
+from gpt2box.optim.loss_spikes import BadStepCounter
 from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.run_plan import RunPlan, make_plan
 from gpt2box.planner.search import list_execution_plans
@@ -102,7 +104,7 @@ def verify(run: Path, start_at: str | None, steps: int | None) -> Verdict:
     for step in again(job, ways, stretch.end):
         if step not in stretch.steps:
             continue
-        differing = stretch.digests.get(step) not in (None, checksum(job.model, job.optimizer))
+        differing = stretch.digests.get(step) not in (None, fingerprint_run_state(job.model, job.optimizer))
         if step in stretch.checkpoints:
             verdict.tensor, verdict.amount = first_difference(job, stretch.checkpoints[step])
         verdict.compared.append(step)
@@ -154,8 +156,8 @@ def job_of(stretch: Stretch) -> tuple[Job, dict[int, ExecutionPlan], dict[str, A
     plan, device = plan_of(config, shape, dataset)
     place = place_of(device, config.dtype, plan.compile)
     ways = {step: list_execution_plans(with_way(stretch, way), shape, place)[0] for step, way in stretch.ways.items()}
-    folder = run / "checkpoints" / folder_name(start)
-    state = read_state(folder) if start else TrainState()
+    folder = run / "checkpoints" / checkpoint_name(start)
+    state = load_verified_state(folder) if start else TrainState()
     last = run / "checkpoints" / "last"
     state.rollbacks = parse_state(last)[0].rollbacks if last.exists() else state.rollbacks
     set_arithmetic(plan)
@@ -164,8 +166,8 @@ def job_of(stretch: Stretch) -> tuple[Job, dict[int, ExecutionPlan], dict[str, A
     if start == 0 or plan.lora_rank:
         initialise(model, config, weights)
     if start:
-        checkpoint.restore(folder, model, optimizer, state)
-    alone, quiet = Group(ALONE), Silence()
+        restore_checkpoint(folder, model, optimizer, state)
+    alone, quiet = RankGroup(ALONE), NoOp()
     job = Job(run, plan, model, optimizer, dataset, dataset.tokenizer, state, StopRequest(), quiet, False, alone, [])
     return job, ways, session_of(provenance(device), plan, start, {})
 
@@ -203,7 +205,9 @@ def plan_of(config: Config, shape: ModelShape, dataset: Dataset) -> tuple[RunPla
 def again(job: Job, ways: dict[int, ExecutionPlan], last: int) -> Iterator[int]:
     """Do the steps up to `last`, each in the way that it was done in; yields the number of each when it is done."""
     forward = through_compiler(job.model) if job.plan.compile else job.model
-    update = make_update(job.optimizer, job.plan, BadSteps.of(job.plan, job.state.bad_steps, job.state.recent_losses))
+    update = make_optimizer_step(
+        job.optimizer, job.plan, BadStepCounter.from_plan(job.plan, job.state.bad_steps, job.state.recent_losses)
+    )
     job.model.train()
     turns = {rollback.step for rollback in job.state.rollbacks} | ways.keys()  # data were passed over, or another way
     with ExitStack() as stack:
@@ -218,7 +222,7 @@ def again(job: Job, ways: dict[int, ExecutionPlan], last: int) -> Iterator[int]:
                 say(f"  after step {end:,} with {ways[end].describe()}, as then")
                 take_way(job, ways[end])
                 update.close()
-                update = make_update(job.optimizer, job.plan, update.bad_steps)
+                update = make_optimizer_step(job.optimizer, job.plan, update.bad_steps)
 
 
 def first_difference(job: Job, folder: Path) -> tuple[str, str]:
@@ -227,12 +231,12 @@ def first_difference(job: Job, folder: Path) -> tuple[str, str]:
     Raises:
         Damaged: the checkpoint is not what was written.
     """
-    state = read_state(folder)
-    files: list[tuple[str, dict[str, Tensor]]] = [("model.safetensors", hub_state(job.model))]
-    if trained := adapters(job.model):
-        files.append((checkpoint.ADAPTERS, {name: parameter.detach() for name, parameter in trained.items()}))
+    state = load_verified_state(folder)
+    files: list[tuple[str, dict[str, Tensor]]] = [("model.safetensors", hf_state_dict(job.model))]
+    if trained := lora_parameters(job.model):
+        files.append((ADAPTERS_FILE, {name: parameter.detach() for name, parameter in trained.items()}))
     if state.optimizer_steps:
-        files.append(("optimizer.safetensors", dict(checkpoint.optimizer_state(job.model, job.optimizer))))
+        files.append(("optimizer.safetensors", dict(optimizer_tensors(job.model, job.optimizer))))
     for name, tensors in files:
         try:
             with safe_open(folder / name, framework="pt") as stored:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2box.checkpoint.retention import folder_name
+from gpt2box.checkpoint.retention import checkpoint_name
 from gpt2box.config import loader
 from gpt2box.config.schema import Config, validate
 from gpt2box.errors import BadInput
@@ -111,4 +111,4 @@ def that_works(run: Path, starts: list[int], recorded: list[int]) -> str:
 
 def command(run: Path, start: int, end: int) -> str:
     """To do these steps again."""
-    return f"gpt2box verify {run.name}{f' --from {folder_name(start)}' if start else ''} --steps {end - start}"
+    return f"gpt2box verify {run.name}{f' --from {checkpoint_name(start)}' if start else ''} --steps {end - start}"

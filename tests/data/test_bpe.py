@@ -190,7 +190,7 @@ def test_a_model_with_its_own_vocabulary_is_tuned_sampled_evaluated_and_exported
     exported, model = AutoModelForCausalLM.from_pretrained(made).eval(), load_model(best, "cpu")[0].eval()
     ids_of_text = torch.tensor([AutoTokenizer.from_pretrained(made)("To be, or not").input_ids])
     with torch.inference_mode():
-        assert (exported(ids_of_text).logits - model.logits(model.hidden(ids_of_text))).abs().max() < 1e-4
+        assert (exported(ids_of_text).logits - model.logits(model.hidden_states(ids_of_text))).abs().max() < 1e-4
     assert exported.config.vocab_size == 600 and exported.config.eos_token_id == theirs.eos_token_id
 
 

@@ -116,7 +116,7 @@ def test_a_model_of_the_hub_is_fine_tuned_and_sampled_and_needs_no_network_after
     theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
     ids = torch.arange(20)[None]
     assert words.vocab_size == 50_257
-    assert (model.eval().logits(model.hidden(ids)) - theirs(ids).logits).abs().max() < 1e-5
+    assert (model.eval().logits(model.hidden_states(ids)) - theirs(ids).logits).abs().max() < 1e-5
 
 
 def test_a_broken_download_goes_on_and_half_a_model_is_never_seen(volumes: Path, server: Hub) -> None:

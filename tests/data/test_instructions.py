@@ -18,7 +18,7 @@ from gpt2box.data.dataset import SPLITS, TokenFile, open_dataset
 from gpt2box.data.downloads import sha256_of
 from gpt2box.data.prepare import Options, prepare, verify
 from gpt2box.data.tokenizer import Gpt2Tokenizer
-from gpt2box.distributed.group import Group
+from gpt2box.distributed.group import RankGroup
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.training.trainer import target_shares
 from gpt2box.utils.ranks import ALONE
@@ -192,12 +192,12 @@ def test_a_step_is_the_mean_over_counted_tokens_however_it_is_dealt(volumes: Pat
     counted = np.fromfile(folder / "train.mask", bool)
     assert dataset.masked and counted_targets(windows) == sum(counted[s + 1 : s + T + 1].sum() for s in starts)
     assert inputs.tolist() == [ids[s : s + T].tolist() for s in starts]
-    logits = model.logits(model.hidden(inputs.long()))
+    logits = model.logits(model.hidden_states(inputs.long()))
     wanted = torch.tensor(np.stack([np.where(counted, ids, -1)[s + 1 : s + T + 1] for s in starts]))
     reference = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-1)
     for micro in (1, 3, 4, 12):
         parts = list(windows.split(micro))
-        shares = target_shares(parts, Group(ALONE))
+        shares = target_shares(parts, RankGroup(ALONE))
         losses = [
             model(*inputs_and_targets(part), 1 / len(parts)) * share for part, share in zip(parts, shares, strict=True)
         ]

@@ -61,7 +61,7 @@ def test_wherever_the_disk_fails_in_a_save_nothing_is_lost(
             assert not [path for path in half_made(folder) if "00020" in path.name], where
         again = server.train(volumes, SECOND)
         assert again.code == 0 and digests(folder / "step-00000020") == expected, f"{where}\nthen: {again.said}"
-        assert not half_made(folder) and retention.newest(folder)[1].step == 20, where  # type: ignore[index]
+        assert not half_made(folder) and retention.find_newest_checkpoint(folder)[1].step == 20, where  # type: ignore[index]
         tried += 1
     print(f"{errno.errorcode[error]} {'from' if lasting else 'at'} each of {tried} calls of a save: none lost")
 
@@ -88,7 +88,7 @@ def test_what_a_checkpoint_is_made_of_is_durable_before_it_has_its_name(
     assert found[renamed + 1][:2] == ("fsync", str(folder))
     gone = [i for i, (call, at, _) in enumerate(found) if call in ("unlink", "rename") and "step-00000005" in at]
     assert gone and min(gone) > renamed + 1  # an old one, only when this one is durable
-    assert retention.newest(folder)[1].step == 20 and (folder / "step-00000010").exists()  # type: ignore[index]
+    assert retention.find_newest_checkpoint(folder)[1].step == 20 and (folder / "step-00000010").exists()  # type: ignore[index]
 
 
 def test_a_volume_that_is_gone_is_said(server: Server, begun: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from gpt2box.errors import MachineCannot
-from gpt2box.optim.factory import make_optimizer, make_update
+from gpt2box.optim.clipped_step import make_optimizer_step
+from gpt2box.optim.factory import make_optimizer
 from gpt2box.planner.memory import GIB
 from gpt2box.runs import metrics
 from gpt2box.training.evaluate import autocast
@@ -76,10 +77,10 @@ def test_planned_memory_is_what_the_card_gives(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     model = empty_model(plan)
-    model.initialise(0)
+    model.init_weights(0)
     model.train()
     forward = through_compiler(model) if compiled else model
-    update = make_update(make_optimizer(model, plan), plan)
+    update = make_optimizer_step(make_optimizer(model, plan), plan)
     for step in range(2):
         loss = torch.zeros((), device="cuda")
         for micro_step in range(plan.grad_accum_steps):

@@ -15,8 +15,8 @@ import torch
 from gpt2box.data.pretrained import shape_in
 from gpt2box.model.decoder import Decoder
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.hf_weights import load_hub
-from gpt2box.model.sampling import Choice, generate
+from gpt2box.model.hf_weights import load_hf_weights
+from gpt2box.model.sampling import SamplingParams, generate
 from gpt2box.planner.bench_records import read_bench_records
 from gpt2box.runs import metrics
 from tests.helpers.commands import Command
@@ -28,7 +28,7 @@ from tests.helpers.training import process, wait_for
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 TRAINED = {**BITS, "name": "run", "max_steps": 60, "save_interval": 10, "keep_last": 100}
-GREEDY = Choice(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 
 
 def test_preflight_finds_the_card_and_nothing_wrong_with_it(volumes: Path, started: Command) -> None:
@@ -134,6 +134,6 @@ def test_logits_are_those_of_transformers(volumes: Path, started: Command) -> No
     theirs = GPT2LMHeadModel.from_pretrained(folder).cuda().eval()
     ids = torch.randint(0, 50_257, (2, 100), device="cuda")
     ours = GPT2(shape_in(folder)).cuda().eval()
-    load_hub(ours, folder)
+    load_hf_weights(ours, folder)
     with torch.no_grad():
-        torch.testing.assert_close(ours.logits(ours.hidden(ids)), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.logits(ours.hidden_states(ids)), theirs(ids).logits, rtol=1e-4, atol=1e-4)

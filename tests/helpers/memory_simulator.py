@@ -23,11 +23,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gpt2box.distributed.fsdp import local
+from gpt2box.distributed.fsdp import local_shard
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import add_adapters
 from gpt2box.optim import quantization
-from gpt2box.optim.factory import make_optimizer, make_update
+from gpt2box.optim.clipped_step import make_optimizer_step
+from gpt2box.optim.factory import make_optimizer
 from gpt2box.planner.run_plan import RunPlan
 from gpt2box.training.evaluate import autocast
 from gpt2box.training.model_setup import configure, empty_model
@@ -85,7 +86,7 @@ class Recorder(TorchDispatchMode):
         """Note a tensor's storage, if it is new."""
         if not isinstance(tensor, Tensor) or tensor.device.type == "meta":
             return
-        storage = local(tensor).untyped_storage()
+        storage = local_shard(tensor).untyped_storage()
         key = storage._cdata
         if key in self._numbers or storage.nbytes() == 0:
             return
@@ -95,7 +96,7 @@ class Recorder(TorchDispatchMode):
 
     def name(self, tensor: Tensor, kind: str) -> None:
         """What a storage is, known afterwards."""
-        self.kind[self._numbers[local(tensor).untyped_storage()._cdata]] = kind
+        self.kind[self._numbers[local_shard(tensor).untyped_storage()._cdata]] = kind
 
     def resized(self, tensor: Tensor, change: int) -> None:
         """A storage that is emptied, or filled again."""
@@ -227,13 +228,13 @@ def cuda_rules() -> Iterator[None]:
     def dropout_(x: Tensor, p: float, training: bool) -> Tensor:
         return torch.native_dropout(x, p, training)[0] if p and training else x  # keeps a mask of one byte
 
-    quantization.codes.cache_clear()  # a tensor of another mode
+    quantization.code_values.cache_clear()  # a tensor of another mode
     F.layer_norm, F.scaled_dot_product_attention, F.dropout = layer_norm, _flash, dropout_  # type: ignore[assignment]
     torch.compiler.is_compiling = lambda: True  # loss.py then takes the path that it takes on CUDA
     try:
         yield
     finally:
-        quantization.codes.cache_clear()
+        quantization.code_values.cache_clear()
         F.layer_norm, F.scaled_dot_product_attention, F.dropout, torch.compiler.is_compiling = kept
 
 
@@ -279,7 +280,7 @@ def simulate(plan: RunPlan, real: bool = False) -> Simulated:
             model = empty_model(plan)
         else:  # the same on fake tensors, to which nothing can be given that was on no device
             model = GPT2(plan.shape, plan.dropout)
-            model.matrices_to(getattr(torch, plan.weights_dtype))
+            model.cast_matrices(getattr(torch, plan.weights_dtype))
             configure(model, plan)
         if plan.lora_rank:
             add_adapters(model, plan.lora_rank, plan.lora_alpha, plan.seed)
@@ -288,7 +289,7 @@ def simulate(plan: RunPlan, real: bool = False) -> Simulated:
             recorder.name(parameter, "weights")
         model.train()
         optimizer = make_optimizer(model, plan)
-        update = make_update(optimizer, plan)
+        update = make_optimizer_step(optimizer, plan)
         for _ in range(2):
             loss = torch.zeros(())
             for micro_step in range(min(plan.grad_accum_steps, 2)):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from gpt2box.checkpoint import writer as checkpoint
 from gpt2box.checkpoint.metadata import TrainState
+from gpt2box.checkpoint.writer import checkpoint_config, checkpoint_tensors, save_checkpoint, write_checkpoint_files
 from gpt2box.data.tokenizer import CharTokenizer, Tokenizer
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.shape import ModelShape
@@ -18,7 +18,7 @@ def tiny_model(
 ) -> GPT2:
     """A random model with a vocabulary that needs padding, and nothing left at zero."""
     model = GPT2(ModelShape(n_layer=3, n_head=4, n_embd=32, block_size=24, vocab_size=vocab_size, bias=bias), dropout)
-    model.initialise(seed=1)
+    model.init_weights(seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -32,8 +32,8 @@ def tiny_model(
 def write_checkpoint(folder: Path, model: GPT2, words: Tokenizer) -> None:
     """A checkpoint of step 0 in a folder of any name."""
     state = TrainState()
-    files = checkpoint.contents(model, torch.optim.AdamW(model.parameters()), state)
-    checkpoint.write_into(folder, files, checkpoint.config_of(model, words), state, words)
+    files = checkpoint_tensors(model, torch.optim.AdamW(model.parameters()), state)
+    write_checkpoint_files(folder, files, checkpoint_config(model, words), state, words)
 
 
 VOCABULARY = CharTokenizer("".join(chr(33 + i) for i in range(100)), end_of_text=True)  # 101 tokens
@@ -42,4 +42,4 @@ VOCABULARY = CharTokenizer("".join(chr(33 + i) for i in range(100)), end_of_text
 def saved(model: GPT2, folder: Path) -> Path:
     """A checkpoint as training writes it."""
     optimizer = torch.optim.AdamW(model.parameters())
-    return checkpoint.save(folder, model, optimizer, TrainState(), VOCABULARY)
+    return save_checkpoint(folder, model, optimizer, TrainState(), VOCABULARY)

@@ -8,7 +8,8 @@ from torch import Tensor
 from gpt2box.config import loader
 from gpt2box.config.schema import Config
 from gpt2box.model.shape import ModelShape
-from gpt2box.optim.factory import make_optimizer, make_update
+from gpt2box.optim.clipped_step import make_optimizer_step
+from gpt2box.optim.factory import make_optimizer
 from gpt2box.planner.execution_plan import TargetDevice
 from gpt2box.planner.run_plan import RunPlan, make_plan
 from gpt2box.planner.search import list_execution_plans
@@ -40,8 +41,8 @@ def trained(steps: int, micro_steps: int = 1, **flags: str) -> list[Tensor]:
     sizes = {"micro_batch_size": "4", "block_size": "24", "tokens_per_step": f"{96 * micro_steps}"}
     settings = plan(grad_clip="100", **sizes, **flags)
     model = tiny_model(bias=False)  # a key's bias has no gradient but rounding, which AdamW makes large
-    model.matrices_to(torch.bfloat16 if settings.weights_dtype == "bfloat16" else torch.float32)
-    update = make_update(make_optimizer(model, settings), settings)
+    model.cast_matrices(torch.bfloat16 if settings.weights_dtype == "bfloat16" else torch.float32)
+    update = make_optimizer_step(make_optimizer(model, settings), settings)
     data = batches(steps * micro_steps)
     for step in range(steps):
         total = torch.zeros(())

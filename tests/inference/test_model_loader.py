@@ -8,7 +8,7 @@ import torch
 
 from gpt2box.data.pretrained import shape_in
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.hf_weights import load_hub
+from gpt2box.model.hf_weights import load_hf_weights
 from tests.helpers.commands import Command
 
 
@@ -21,9 +21,9 @@ def test_transformers_loads_a_checkpoint_folder_with_the_same_logits(run: Path) 
     x = hf_tokenizer(text, return_tensors="pt")["input_ids"]
     assert x.shape == (1, len(text)) and hf_tokenizer.decode(x[0]) == text
     model = GPT2(shape_in(folder))
-    load_hub(model, folder)
+    load_hf_weights(model, folder)
     with torch.no_grad():
-        assert (hf_model(x).logits - model.logits(model.hidden(x))).abs().max() <= 1e-4
+        assert (hf_model(x).logits - model.logits(model.hidden_states(x))).abs().max() <= 1e-4
     text = hf_model.generate(x, max_new_tokens=5, do_sample=False)
     assert text.shape == (1, x.size(1) + 5)
 

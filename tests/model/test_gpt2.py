@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 from gpt2box.data.pretrained import shape_in
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.hf_weights import hub_state, load_hub
+from gpt2box.model.hf_weights import hf_state_dict, load_hf_weights
 from gpt2box.model.loss import chunked_cross_entropy
 from gpt2box.model.shape import ModelShape
 from tests.helpers.models import saved, tiny_model
@@ -34,7 +34,7 @@ def test_logits_and_gradients_are_those_of_transformers(tmp_path: Path, bias: bo
     reference = theirs(ours, tmp_path)
     x = ids()
     logits = reference(x).logits
-    assert (ours.logits(ours.hidden(x)) - logits).abs().max() <= 1e-4
+    assert (ours.logits(ours.hidden_states(x)) - logits).abs().max() <= 1e-4
     assert logits.std() > 0.3  # the comparison says something
 
     targets = torch.randint(0, 101, x.shape, generator=torch.Generator().manual_seed(4))
@@ -69,8 +69,8 @@ def test_the_named_sizes_have_the_published_parameter_counts() -> None:
 
 def test_initial_weights_are_the_seeds_and_the_loss_is_that_of_guessing() -> None:
     model, again = (GPT2(ModelShape(4, 4, 64, 32, 1000)) for _ in range(2))
-    model.initialise(5)
-    again.initialise(5)
+    model.init_weights(5)
+    again.init_weights(5)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert abs(model.h[0].mlp.c_proj.weight.std() - 0.02 / 8**0.5) < 5e-4
     assert abs(model.h[0].mlp.c_fc.weight.std() - 0.02) < 5e-4
@@ -142,7 +142,7 @@ def test_weights_come_back_exactly(tmp_path: Path, bias: bool) -> None:
     folder = saved(model, tmp_path)
     assert shape_in(folder) == model.shape
     again = GPT2(shape_in(folder))
-    load_hub(again, folder)
+    load_hf_weights(again, folder)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
@@ -151,8 +151,8 @@ def test_a_folder_that_transformers_wrote_gives_its_logits(tmp_path: Path, shard
     reference = theirs(tiny_model(), tmp_path)
     reference.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
     model = GPT2(shape_in(tmp_path / "theirs"))
-    load_hub(model, tmp_path / "theirs")
-    assert (model.logits(model.hidden(ids())) - reference(ids()).logits).abs().max() <= 1e-4
+    load_hf_weights(model, tmp_path / "theirs")
+    assert (model.logits(model.hidden_states(ids())) - reference(ids()).logits).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -160,8 +160,8 @@ def test_weights_in_16_bits_are_taken_as_they_are(tmp_path: Path, dtype: torch.d
     reference = theirs(tiny_model(), tmp_path).to(dtype)
     reference.save_pretrained(tmp_path / "theirs")
     model = GPT2(shape_in(tmp_path / "theirs"))
-    load_hub(model, tmp_path / "theirs")
-    assert (model.logits(model.hidden(ids())) - reference.float()(ids()).logits).abs().max() <= 1e-4
+    load_hf_weights(model, tmp_path / "theirs")
+    assert (model.logits(model.hidden_states(ids())) - reference.float()(ids()).logits).abs().max() <= 1e-4
 
 
 def test_another_network_with_the_same_tensors_is_refused(tmp_path: Path) -> None:
@@ -174,15 +174,15 @@ def test_another_network_with_the_same_tensors_is_refused(tmp_path: Path) -> Non
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadInput, match="scale_attn_by_inverse_layer_idx True"):
         shape_in(tmp_path / "theirs")
-    state = hub_state(tiny_model())
+    state = hf_state_dict(tiny_model())
     for shift in (0.0, 0.1):
         state["lm_head.weight"] = state["transformer.wte.weight"] + shift
         save_file(state, tmp_path / "model.safetensors")
         if shift:
             with pytest.raises(BadInput, match="found other numbers than wte"):
-                load_hub(tiny_model(), tmp_path)
+                load_hf_weights(tiny_model(), tmp_path)
         else:
-            load_hub(tiny_model(), tmp_path)
+            load_hf_weights(tiny_model(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -207,28 +207,28 @@ def test_a_shorter_context_takes_the_first_positions(tmp_path: Path) -> None:
     model = tiny_model()
     folder = saved(model, tmp_path)
     short = GPT2(ModelShape(3, 4, 32, 8, 101))
-    load_hub(short, folder)
+    load_hf_weights(short, folder)
     x = ids(length=8)
-    assert torch.allclose(short.hidden(x), model.hidden(x))
+    assert torch.allclose(short.hidden_states(x), model.hidden_states(x))
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    state = hub_state(tiny_model())
+    state = hf_state_dict(tiny_model())
     state["transformer.h.0.attn.c_attn.weight"] = torch.zeros(4, 4)
     state["transformer.h.9.extra"] = torch.zeros(1)
     del state["transformer.ln_f.bias"]
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(BadInput) as raised:
-        load_hub(tiny_model(), tmp_path)
+        load_hf_weights(tiny_model(), tmp_path)
     text = str(raised.value)
     assert "h.0.attn.c_attn.weight: found [4, 4], expected [32, 96]" in text
     assert "transformer.h.9.extra: not in a GPT-2 of 3 layers" in text and "ln_f.bias: missing" in text
 
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-10])
     with pytest.raises(Damaged):
-        load_hub(tiny_model(), tmp_path)
+        load_hf_weights(tiny_model(), tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(BadInput, match="pickled weights"):
-        load_hub(tiny_model(), tmp_path)
+        load_hf_weights(tiny_model(), tmp_path)

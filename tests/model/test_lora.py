@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gpt2box.checkpoint import retention
-from gpt2box.checkpoint import writer as checkpoint
+from gpt2box.checkpoint.loader import load_weights
 from gpt2box.data.pretrained import shape_in
 from gpt2box.errors import BadInput
-from gpt2box.model.decoder import Cache, Decoder
+from gpt2box.model.decoder import Decoder, KVCache
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.lora import adapters, add_adapters, merged, own_parameters
+from gpt2box.model.lora import add_adapters, base_parameters, lora_parameters, merge_adapter
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
 from tests.helpers.models import tiny_model
@@ -34,7 +34,7 @@ def batch(seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
 def with_adapters(dtype: torch.dtype = torch.float64) -> GPT2:
     model = tiny_model().to(dtype)
     add_adapters(model, 4, 8.0, seed=3)
-    for number, parameter in enumerate(adapters(model).values()):
+    for number, parameter in enumerate(lora_parameters(model).values()):
         torch.manual_seed(number)
         parameter.data = torch.randn_like(parameter, dtype=dtype) * 0.1
     return model
@@ -55,7 +55,7 @@ def test_loss_and_gradients_are_those_of_the_merged_weights(mode: str) -> None:
     # The same function, with the adapters added in by autograd itself.
     whole = tiny_model().to(torch.float64).train()
     values: dict[str, torch.Tensor] = dict(whole.named_parameters())
-    trained = {name: p.detach().clone().requires_grad_() for name, p in adapters(model).items()}
+    trained = {name: p.detach().clone().requires_grad_() for name, p in lora_parameters(model).items()}
     for name in values:
         layer = name.removesuffix(".weight")
         if f"{layer}.lora.a" in trained:
@@ -79,7 +79,7 @@ def test_frozen_weights_in_bfloat16_give_the_gradients_of_float32() -> None:
                 parameter.data = parameter.data.bfloat16().to(dtype)
         model.train()
         model(*batch()).backward()
-        grads.append([parameter.grad for parameter in adapters(model).values()])
+        grads.append([parameter.grad for parameter in lora_parameters(model).values()])
     for full, half in zip(*grads, strict=True):
         torch.testing.assert_close(half, full)
 
@@ -87,14 +87,14 @@ def test_frozen_weights_in_bfloat16_give_the_gradients_of_float32() -> None:
 def test_sampling_uses_them_as_training_does() -> None:
     model = with_adapters(torch.float32).eval()
     ids = batch()[0]
-    hidden = model.hidden(ids)
-    cache = Cache(model, 2, ids.size(1))
+    hidden = model.hidden_states(ids)
+    cache = KVCache(model, 2, ids.size(1))
     with torch.no_grad():
         torch.testing.assert_close(Decoder(model)(ids, cache), model.logits(hidden[:, -1]))
     whole = tiny_model()
     for name, parameter in whole.named_parameters():
-        parameter.data = merged(model, name, own_parameters(model)[name])
-    torch.testing.assert_close(whole.eval().hidden(ids), hidden)
+        parameter.data = merge_adapter(model, name, base_parameters(model)[name])
+    torch.testing.assert_close(whole.eval().hidden_states(ids), hidden)
 
 
 def train(name: str, **changes: object) -> None:
@@ -107,7 +107,7 @@ def first(volumes: Path) -> Path:
     train("before", max_steps=10)
     folder = volumes / "models" / "first"
     folder.parent.mkdir(exist_ok=True)
-    shutil.copytree(volumes / "runs/before/checkpoints" / retention.folder_name(10), folder)
+    shutil.copytree(volumes / "runs/before/checkpoints" / retention.checkpoint_name(10), folder)
     return folder
 
 
@@ -121,7 +121,7 @@ def test_a_run_goes_on_in_the_same_bits_and_leaves_the_weights_as_they_are(
     train("halved", **{**settings, "max_steps": 5}, decay_steps=10, warmup_steps=0)
     train("halved", **settings, decay_steps=10, warmup_steps=0)
     train("whole", **settings, decay_steps=10, warmup_steps=0)
-    ends = [volumes / "runs" / name / "checkpoints" / retention.folder_name(10) for name in ("halved", "whole")]
+    ends = [volumes / "runs" / name / "checkpoints" / retention.checkpoint_name(10) for name in ("halved", "whole")]
     for file in ("adapters.safetensors", "optimizer.safetensors", "model.safetensors"):
         assert (ends[0] / file).read_bytes() == (ends[1] / file).read_bytes(), file
     before, after = (load_file(folder / "model.safetensors") for folder in (first, ends[1]))
@@ -145,9 +145,11 @@ def test_a_checkpoint_is_a_plain_gpt2_for_everyone_else(
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.arange(20)[None]
     mine = GPT2.empty(shape_in(folder), 0.0, "cpu")
-    checkpoint.load_weights(folder, mine)
+    load_weights(folder, mine)
     with torch.no_grad():
-        torch.testing.assert_close(mine.eval().logits(mine.hidden(ids)), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            mine.eval().logits(mine.hidden_states(ids)), theirs(ids).logits, rtol=1e-4, atol=1e-4
+        )
     capsys.readouterr()
     train("tuned", **LORA, learning_rate=0.01, eval_only=True)
     state = json.loads((folder / "state.json").read_text())

@@ -20,7 +20,7 @@ from gpt2box.export.export import export, form_of
 from gpt2box.export.gguf import write_modelfile
 from gpt2box.model.decoder import Decoder
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.sampling import Choice, generate
+from gpt2box.model.sampling import SamplingParams, generate
 from gpt2box.model.shape import ModelShape
 from tests.helpers.commands import Command
 from tests.helpers.models import write_checkpoint
@@ -37,7 +37,7 @@ def saved(folder: Path, words: Tokenizer, bias: bool = True) -> tuple[GPT2, Path
     """A random model with sharp choices, as a checkpoint folder."""
     torch.manual_seed(1)
     model = GPT2(ModelShape(n_layer=2, n_head=2, n_embd=64, block_size=48, vocab_size=words.vocab_size, bias=bias))
-    model.initialise(4)
+    model.init_weights(4)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8) if parameter.dim() > 1 else parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -62,7 +62,7 @@ def test_transformers_reads_the_folder_as_the_same_model(
         ids = gpt2_tokenizer.encode(text).tolist()
         assert tokens(text)["input_ids"] == ids and tokens.decode(ids) == text
         logits = theirs(torch.tensor([ids])).logits
-        assert (logits - model.logits(model.hidden(torch.tensor([ids])))).abs().max() < error
+        assert (logits - model.logits(model.hidden_states(torch.tensor([ids])))).abs().max() < error
     assert {path.name for path in made.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "README.md"),
         *("vocab.json", "merges.txt", "tokenizer_config.json"),
@@ -201,13 +201,15 @@ def test_llama_cpp_goes_on_with_the_same_tokens(tmp_path: Path, gpt2_tokenizer: 
         assert llama.tokenize(text.encode(), add_bos=False, special=False) == ids
         llama.reset()
         llama.eval(ids)
-        logits = model.logits(model.hidden(torch.tensor([ids])))[0].detach().numpy()
+        logits = model.logits(model.hidden_states(torch.tensor([ids])))[0].detach().numpy()
         theirs = np.array(llama.scores[: len(ids)])
         agreeing = (logits.argmax(1) == theirs.argmax(1)).mean()
         assert agreeing == 1.0 if dtype == "float32" else agreeing >= 0.8
         assert np.abs(theirs - logits).max() < {"float32": 0.05, "float16": 0.1, "q8_0": 1.0}[dtype] * logits.std()
     if dtype == "float32":
-        ours = list(generate(Decoder(model), gpt2_tokenizer.encode(TEXTS[0]).tolist(), 12, Choice(temperature=0), 0))
+        ours = list(
+            generate(Decoder(model), gpt2_tokenizer.encode(TEXTS[0]).tolist(), 12, SamplingParams(temperature=0), 0)
+        )
         stream = llama.generate(gpt2_tokenizer.encode(TEXTS[0]).tolist(), temp=0.0, top_k=1, repeat_penalty=1.0)
         assert [next(stream) for _ in range(12)] == ours
 
@@ -215,7 +217,7 @@ def test_llama_cpp_goes_on_with_the_same_tokens(tmp_path: Path, gpt2_tokenizer: 
 def test_gguf_of_an_odd_width_is_refused_in_8_bits(tmp_path: Path, gpt2_tokenizer: Gpt2Tokenizer) -> None:
     pytest.importorskip("gguf", reason="gguf (gpt2box[export]) is not installed")
     model = GPT2(ModelShape(n_layer=1, n_head=1, n_embd=40, block_size=8, vocab_size=50_257))
-    model.initialise(1)
+    model.init_weights(1)
     folder = tmp_path / "odd"
     folder.mkdir()
     write_checkpoint(folder, model, gpt2_tokenizer)

@@ -99,7 +99,7 @@ def test_the_network_is_the_same_for_us_and_for_transformers(
     wanted = reference(nanogpt_state(vocab_size, bias), ids, gelu)[..., :50_257]
     assert isinstance(words, Gpt2Tokenizer)
     model.eval()
-    assert (model.logits(model.hidden(ids)) - wanted).abs().max() < 1e-4
+    assert (model.logits(model.hidden_states(ids)) - wanted).abs().max() < 1e-4
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert (theirs(ids).logits - wanted).abs().max() < 1e-4
     other = reference(nanogpt_state(vocab_size, bias), ids, {"none": "tanh", "tanh": "none"}[gelu])[..., :50_257]

@@ -12,7 +12,7 @@ from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.shape import ModelShape
 from gpt2box.training.model_setup import through_compiler
 
-# More rows than the loss takes at a time (VOCAB_PART), so that it forms the embedding's gradient in two parts.
+# More rows than the loss takes at a time (VOCAB_CHUNK), so that it forms the embedding's gradient in two parts.
 SHAPE = ModelShape(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=17_000)
 CHUNKS = 4
 
@@ -33,7 +33,7 @@ def loss_and_gradients(
 def test_compiled_step_equals_eager_step_over_several_loss_chunks(mode: str, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     model = GPT2(SHAPE)
-    model.initialise(0)
+    model.init_weights(0)
     model.train()
     micro_batch_size = 4
     model.activation_checkpointing = mode

@@ -40,14 +40,14 @@ def test_a_killed_rank_comes_back_and_a_signal_to_one_stops_all(volumes: Path) -
     train("straight", **LONG)
     checkpoints = volumes / "runs" / "run" / "checkpoints"
     running = train_on_two("run", restarts=1, **LONG)
-    wait_for(checkpoints / retention.folder_name(50), running)
+    wait_for(checkpoints / retention.checkpoint_name(50), running)
     os.kill(rank_of(running, 1), signal.SIGKILL)
-    wait_for(checkpoints / retention.folder_name(200), running)
+    wait_for(checkpoints / retention.checkpoint_name(200), running)
     os.kill(rank_of(running, 1), signal.SIGTERM)
     said = running.communicate()[1]
     assert running.returncode == 0 and said.count("resuming from") == 1 and said.count("to go on") == 1, said
     step = int(said.split("at step ")[-1].split(" ")[0])
-    assert 200 <= step < 300 and (checkpoints / retention.folder_name(step)).exists(), said
+    assert 200 <= step < 300 and (checkpoints / retention.checkpoint_name(step)).exists(), said
     train("run", **LONG)
     assert_same(volumes, "run", "straight")
 
@@ -78,7 +78,7 @@ def test_what_befalls_one_rank_all_go_by_and_out_of_memory_in_a_step_ends_in_a_c
     (session,) = json.loads((volumes / "runs/run/manifest.json").read_text())["sessions"]
     (way,) = session["ways"]
     assert way["step"] == 0 and way["micro_batch_size"] < session["way"]["micro_batch_size"]
-    found = retention.newest(volumes / "runs" / "run" / "checkpoints")
+    found = retention.find_newest_checkpoint(volumes / "runs" / "run" / "checkpoints")
     assert found and 2 < found[1].step < 20
     assert rows(volumes, "run", "loss")[1] is not None and rows(volumes, "run", "grad_norm")[2] is None
     assert max(rows(volumes, "run", "skipped_steps").values()) == 1

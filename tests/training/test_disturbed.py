@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from gpt2box.checkpoint import retention
-from gpt2box.checkpoint import writer as checkpoint
-from gpt2box.checkpoint.async_writer import Saver
-from gpt2box.checkpoint.metadata import TrainState, read_state
+from gpt2box.checkpoint.async_writer import AsyncCheckpointWriter
+from gpt2box.checkpoint.metadata import TrainState, load_verified_state
+from gpt2box.checkpoint.writer import save_checkpoint
 from gpt2box.data.dataloader import TrainWindows, micro_batches
 from gpt2box.data.dataset import open_dataset
 from gpt2box.data.downloads import sha256_of
@@ -38,7 +38,7 @@ def test_a_run_whose_folder_is_anothers_by_now_writes_nothing_there(volumes: Pat
     train("alone", seed=7)
     running = process(volumes, **LONG)
     run = volumes / "runs/run"
-    wait_for(run / "checkpoints" / retention.folder_name(20), running)
+    wait_for(run / "checkpoints" / retention.checkpoint_name(20), running)
     os.rename(run, volumes / "moved")
     train("run", seed=7)
     _, errors = running.communicate(timeout=120)
@@ -46,13 +46,13 @@ def test_a_run_whose_folder_is_anothers_by_now_writes_nothing_there(volumes: Pat
     assert f"{run} is not the folder any more that this began in" in errors or f"{run} is gone" in errors, errors
     assert "Traceback" not in errors
     assert end_of(volumes, "run") == end_of(volumes, "alone")
-    assert sorted(path.name for path in (run / "checkpoints").glob("step-*"))[-1] == retention.folder_name(20)
+    assert sorted(path.name for path in (run / "checkpoints").glob("step-*"))[-1] == retention.checkpoint_name(20)
 
 
 @pytest.mark.parametrize("what", ["replaced", "gone"])
 def test_a_dataset_that_is_another_by_now_ends_the_run(volumes: Path, what: str) -> None:
     running = process(volumes, **LONG)
-    wait_for(volumes / "runs/run/checkpoints" / retention.folder_name(20), running)
+    wait_for(volumes / "runs/run/checkpoints" / retention.checkpoint_name(20), running)
     os.rename(volumes / "data/text", volumes / "data/before")
     if what == "replaced":
         shutil.copytree(volumes / "data/before", volumes / "data/text")
@@ -94,7 +94,7 @@ def test_a_dataset_that_cannot_be_opened_is_no_reader_that_is_waited_for(tmp_pat
 
 def test_events_that_cannot_be_written_are_said_and_the_run_goes_on(volumes: Path) -> None:
     running = process(volumes, **{**LONG, "max_steps": 60})
-    wait_for(volumes / "runs/run/checkpoints" / retention.folder_name(20), running)
+    wait_for(volumes / "runs/run/checkpoints" / retention.checkpoint_name(20), running)
     shutil.rmtree(volumes / "runs/run/tensorboard")
     _, errors = running.communicate(timeout=120)
     assert running.returncode == 0 and "run: finished at step 60" in errors, errors
@@ -110,7 +110,7 @@ def saves(folder: Path, rank: int, vocabulary: Tokenizer, begin: Callable[[], ob
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(5, 10):
         begin()
-        checkpoint.save(folder, model, optimizer, TrainState(step=step), vocabulary)
+        save_checkpoint(folder, model, optimizer, TrainState(step=step), vocabulary)
 
 
 def test_ranks_that_save_at_once_do_not_remove_each_others_files(tmp_path: Path) -> None:
@@ -125,14 +125,14 @@ def test_ranks_that_save_at_once_do_not_remove_each_others_files(tmp_path: Path)
     for one in both:
         one.join(120)
     assert [one.exitcode for one in both] == [0, 0]
-    assert [read_state(path).step for path in sorted(folder.glob("step-*"))] == [5, 6, 7, 8, 9]
+    assert [load_verified_state(path).step for path in sorted(folder.glob("step-*"))] == [5, 6, 7, 8, 9]
     assert not list(folder.glob(".step-*"))
 
 
 def test_what_befell_a_save_does_not_take_the_place_of_what_ended_the_run(volumes: Path) -> None:
     said: list[str] = []
-    saver = Saver.__new__(Saver)
-    saver._writer, saver._fault, saver._say = None, OSError(5, "Input/output error"), said.append
+    saver = AsyncCheckpointWriter.__new__(AsyncCheckpointWriter)
+    saver._thread, saver._error, saver._log = None, OSError(5, "Input/output error"), said.append
     saver.close()
     assert said == ["[Errno 5] Input/output error"]
 

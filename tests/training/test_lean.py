@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from gpt2box.optim import low_memory_adamw
-from gpt2box.optim.factory import GuardedStep, make_optimizer, make_update
-from gpt2box.optim.low_memory_adamw import LeanAdamW, StepInBackward
-from gpt2box.optim.quantization import codes, dequantise, quantise, round_to_bfloat16
+from gpt2box.optim.clipped_step import ClippedStep, make_optimizer_step
+from gpt2box.optim.factory import make_optimizer
+from gpt2box.optim.in_backward import InBackwardStep
+from gpt2box.optim.low_memory_adamw import LowMemoryAdamW
+from gpt2box.optim.quantization import code_values, dequantize, quantize, round_to_bfloat16
 from tests.helpers.models import tiny_model
 from tests.helpers.optimizers import batches, distance, generator, plan, trained
 
@@ -55,7 +57,7 @@ def test_rungs_that_change_the_numbers_change_them_little(flags: dict[str, str])
 def test_gradients_are_freed_as_they_are_made() -> None:
     settings = plan(optimizer_in_backward="true", tokens_per_step="1024")
     model = tiny_model()
-    update = make_update(make_optimizer(model, settings), settings)
+    update = make_optimizer_step(make_optimizer(model, settings), settings)
     alive: list[int] = []
 
     def look(parameter: Tensor) -> None:
@@ -84,10 +86,10 @@ def test_gradients_are_freed_as_they_are_made() -> None:
 def test_a_non_finite_step_changes_nothing(flags: dict[str, str], bad: float) -> None:
     settings = plan(tokens_per_step="1024", **flags)
     model = tiny_model()
-    model.matrices_to(getattr(torch, settings.weights_dtype))
+    model.cast_matrices(getattr(torch, settings.weights_dtype))
     optimizer = make_optimizer(model, settings)
-    update = make_update(optimizer, settings)
-    assert isinstance(update, StepInBackward if settings.optimizer_in_backward else GuardedStep)
+    update = make_optimizer_step(optimizer, settings)
+    assert isinstance(update, InBackwardStep if settings.optimizer_in_backward else ClippedStep)
 
     def one(step: int, factor: float) -> None:
         (x,) = batches(1)
@@ -103,17 +105,17 @@ def test_a_non_finite_step_changes_nothing(flags: dict[str, str], bad: float) ->
     before = everything()
     one(1, bad)
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
-    assert (int(update.bad_steps.in_a_row), int(update.bad_steps.all)) == (1, 1)
+    assert (int(update.bad_steps.consecutive), int(update.bad_steps.total)) == (1, 1)
     one(2, 1.0)
     after = everything()
-    assert int(update.bad_steps.in_a_row) == 0 and not torch.equal(before[0], after[0])
+    assert int(update.bad_steps.consecutive) == 0 and not torch.equal(before[0], after[0])
     assert all(tensor.isfinite().all() for tensor in after)
 
 
 def test_a_large_gradient_is_held_to_grad_clip_tensor_by_tensor() -> None:
     model = tiny_model()
-    optimizer = LeanAdamW([{"params": list(model.parameters())}], 1e-3, (0.9, 0.95), "float32", 0)
-    update = StepInBackward(optimizer, 0.01, 1, torch.device("cpu"))
+    optimizer = LowMemoryAdamW([{"params": list(model.parameters())}], 1e-3, (0.9, 0.95), "float32", 0)
+    update = InBackwardStep(optimizer, 0.01, 1, torch.device("cpu"))
     (x,) = batches(1)
     loss = model(x, x.roll(-1, 1))
     update.before_backward(0, 0, 1e-3, loss)
@@ -130,23 +132,23 @@ def test_a_large_gradient_is_held_to_grad_clip_tensor_by_tensor() -> None:
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_eight_bits_are_right_in_the_mean_and_near_in_each(signed: bool) -> None:
-    assert len(codes(signed, torch.device("cpu")).unique()) == 256
+    assert len(code_values(signed, torch.device("cpu")).unique()) == 256
     values = torch.randn(1000, generator=generator()).double().exp().float()
     if signed:
         values *= torch.randn(1000, generator=generator()).sign()
     chance = generator()
-    drawn = torch.stack([dequantise(*quantise(values, signed, chance), signed) for _ in range(400)])
+    drawn = torch.stack([dequantize(*quantize(values, signed, chance), signed) for _ in range(400)])
     largest = torch.nn.functional.pad(values.abs(), (0, 24)).view(-1, 256).amax(1).repeat_interleave(256)[:1000]
     assert ((drawn - values).abs() / largest).max() < (0.015 if signed else 0.008)
     assert ((drawn.mean(0) - values).abs() / largest).max() < 0.002
     if signed:  # a block whose largest number is negative
         value = torch.tensor([-1.0, 0.3])
         for _ in range(100):
-            value = dequantise(*quantise(value, True, chance), True)
+            value = dequantize(*quantize(value, True, chance), True)
         assert float(value[0]) == pytest.approx(-1.0, rel=1e-4)
     zeros, tiny = torch.zeros(300), torch.full((300,), 1e-30)
-    assert not dequantise(*quantise(zeros, signed, chance), signed).any()
-    assert signed or dequantise(*quantise(torch.cat([tiny, torch.ones(10)]), False, chance), False).all()
+    assert not dequantize(*quantize(zeros, signed, chance), signed).any()
+    assert signed or dequantize(*quantize(torch.cat([tiny, torch.ones(10)]), False, chance), False).all()
 
 
 def test_bfloat16_is_right_in_the_mean() -> None:

@@ -10,8 +10,9 @@ from gpt2box.config import loader
 from gpt2box.errors import BadInput
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.optim import low_memory_adamw, muon
-from gpt2box.optim.factory import make_optimizer, make_update
-from gpt2box.optim.muon import Muon, orthogonal
+from gpt2box.optim.clipped_step import make_optimizer_step
+from gpt2box.optim.factory import make_optimizer
+from gpt2box.optim.muon import Muon, orthogonalize
 from tests.helpers.models import tiny_model
 from tests.helpers.optimizers import batches, distance, plan, trained
 
@@ -21,7 +22,7 @@ def stepped(model: GPT2, steps: int = 1, **flags: str) -> Muon:
     settings = plan(optimizer="muon", tokens_per_step="1024", **flags)
     optimizer = make_optimizer(model, settings)
     assert isinstance(optimizer, Muon)
-    update = make_update(optimizer, settings)
+    update = make_optimizer_step(optimizer, settings)
     for step, x in enumerate(batches(steps)):
         loss = model(x, x.roll(-1, 1))
         update.before_backward(step, 0, 1e-3, loss)
@@ -35,12 +36,12 @@ def stepped(model: GPT2, steps: int = 1, **flags: str) -> Muon:
 def test_every_direction_of_an_update_counts_as_much(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * torch.logspace(0, -1, shape[2])
     U, S, V = torch.linalg.svd(x.double(), full_matrices=False)
-    found = orthogonal(x, dtype).double()
+    found = orthogonalize(x, dtype).double()
     assert (S[:, 0] / S[:, -1]).min() > 5
     along = (U.mT @ found @ V.mT).diagonal(dim1=-2, dim2=-1)
     clear = S / S[:, :1] > 0.02  # smaller ones would take a step more
     assert along[clear].min() > 0.8 and along.max() < 1.2
-    assert not orthogonal(torch.zeros(shape), dtype).any()
+    assert not orthogonalize(torch.zeros(shape), dtype).any()
 
 
 def test_a_first_update_moves_every_row_by_the_same_and_decays_the_weights() -> None:
@@ -58,9 +59,9 @@ def test_queries_keys_and_values_are_matrices_of_their_own() -> None:
     model = tiny_model()
     weight = model.h[0].attn.c_attn.weight
     parts = [torch.nn.Parameter(part.clone()) for part in weight.detach().chunk(3)]
-    alone = Muon([{"params": parts, "weight_decay": 0.1, "parts": 1}], 1e-3, (0.9, 0.95), "float32", 0, torch.float32)
+    alone = Muon([{"params": parts, "weight_decay": 0.1, "stacked": 1}], 1e-3, (0.9, 0.95), "float32", 0, torch.float32)
     settings = plan(optimizer="muon", tokens_per_step="1024", grad_clip="0")
-    update = make_update(make_optimizer(model, settings), settings)
+    update = make_optimizer_step(make_optimizer(model, settings), settings)
     for step, x in enumerate(batches(3)):
         loss = model(x, x.roll(-1, 1))
         update.before_backward(step, 0, 1e-3, loss)
@@ -68,7 +69,7 @@ def test_queries_keys_and_values_are_matrices_of_their_own() -> None:
         assert weight.grad is not None
         for part, gradient in zip(parts, weight.grad.chunk(3), strict=True):
             part.grad = gradient.clone()
-        alone.begin(step)
+        alone.begin_step(step)
         alone.step()
         update(loss)
     assert torch.allclose(torch.cat(parts), weight, atol=1e-6)  # of 3e-3 moved
@@ -87,7 +88,7 @@ def test_accumulating_gradients_is_a_larger_batch() -> None:
     def after(micro_batch: int) -> list[Tensor]:
         model = tiny_model(bias=False)
         settings = plan(optimizer="muon", block_size="24", micro_batch_size=str(micro_batch), tokens_per_step="96")
-        update = make_update(make_optimizer(model, settings), settings)
+        update = make_optimizer_step(make_optimizer(model, settings), settings)
         for step, x in enumerate(batches(3)):
             total = torch.zeros(())
             for part in x.split(micro_batch):

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from gpt2box.config import loader
-from gpt2box.optim.factory import GuardedStep, learning_rate, make_optimizer
+from gpt2box.optim.clipped_step import ClippedStep
+from gpt2box.optim.factory import make_optimizer
+from gpt2box.optim.schedule import learning_rate_at
 from tests.helpers.models import tiny_model
 from tests.helpers.optimizers import plan, planned
 
@@ -16,7 +18,7 @@ from tests.helpers.optimizers import plan, planned
 def test_a_clipped_step_is_pytorchs_own() -> None:
     ours, reference = tiny_model(), tiny_model()
     x = torch.randint(0, 101, (4, 24), generator=torch.Generator().manual_seed(0))
-    step = GuardedStep(make_optimizer(ours, plan()), 0.01, torch.device("cpu"))
+    step = ClippedStep(make_optimizer(ours, plan()), 0.01, torch.device("cpu"))
     other = make_optimizer(reference, plan())
     for _ in range(3):
         loss = ours(x, x.roll(-1, 1))
@@ -39,7 +41,7 @@ def test_a_clipped_step_is_pytorchs_own() -> None:
 def test_a_non_finite_step_reaches_neither_weights_nor_averages(bad: float, where: str) -> None:
     model = tiny_model()
     optimizer = make_optimizer(model, plan())
-    step = GuardedStep(optimizer, 1.0, torch.device("cpu"))
+    step = ClippedStep(optimizer, 1.0, torch.device("cpu"))
     x = torch.randint(0, 101, (4, 24))
 
     def one(spoil: bool) -> None:
@@ -58,9 +60,9 @@ def test_a_non_finite_step_reaches_neither_weights_nor_averages(bad: float, wher
     one(spoil=True)
     one(spoil=True)
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
-    assert (int(step.bad_steps.in_a_row), int(step.bad_steps.all)) == (2, 2)
+    assert (int(step.bad_steps.consecutive), int(step.bad_steps.total)) == (2, 2)
     one(spoil=False)
-    assert (int(step.bad_steps.in_a_row), int(step.bad_steps.all)) == (0, 2)
+    assert (int(step.bad_steps.consecutive), int(step.bad_steps.total)) == (0, 2)
     assert not torch.equal(before[0], model.wte.weight)
 
 
@@ -77,7 +79,7 @@ def test_only_matrices_decay() -> None:
 
 def test_padding_rows_stay_zero_through_steps() -> None:
     model = tiny_model()
-    step = GuardedStep(make_optimizer(model, plan()), 1.0, torch.device("cpu"))
+    step = ClippedStep(make_optimizer(model, plan()), 1.0, torch.device("cpu"))
     x = torch.randint(0, 101, (4, 24))
     for _ in range(3):
         loss = model(x, x.roll(-1, 1))
@@ -92,13 +94,13 @@ def test_padding_rows_stay_zero_through_steps() -> None:
 )
 def test_the_learning_rate_rises_and_falls(schedule: str, middle: float) -> None:
     p = plan(learning_rate="1e-3", min_lr="1e-4", lr_schedule=schedule)
-    assert learning_rate(0, p) == pytest.approx(1e-5)
-    assert learning_rate(99, p) == pytest.approx(1e-3) == learning_rate(100, p)
-    assert learning_rate(550, p) == pytest.approx(middle)
-    assert learning_rate(1000, p) == pytest.approx(1e-3 if schedule == "constant" else 1e-4)
-    assert learning_rate(5000, p) == learning_rate(1000, p)
+    assert learning_rate_at(0, p) == pytest.approx(1e-5)
+    assert learning_rate_at(99, p) == pytest.approx(1e-3) == learning_rate_at(100, p)
+    assert learning_rate_at(550, p) == pytest.approx(middle)
+    assert learning_rate_at(1000, p) == pytest.approx(1e-3 if schedule == "constant" else 1e-4)
+    assert learning_rate_at(5000, p) == learning_rate_at(1000, p)
     if schedule == "constant-linear":
-        assert learning_rate(800, p) == pytest.approx(1e-3) and learning_rate(900, p) == pytest.approx(5.5e-4)
+        assert learning_rate_at(800, p) == pytest.approx(1e-3) and learning_rate_at(900, p) == pytest.approx(5.5e-4)
 
 
 def test_what_is_left_out_is_derived_once() -> None:
@@ -107,4 +109,4 @@ def test_what_is_left_out_is_derived_once() -> None:
     derived = planned(loader.load(None, {"dataset": "x", "max_steps": "5000"})[0], p.shape, 1)
     assert derived.warmup_steps == 100 and derived.save_interval == derived.eval_interval
     assert derived.grad_accum_steps * derived.micro_batch_size == derived.sequences_per_step == 64
-    assert learning_rate(0, replace(p, warmup_steps=0)) == pytest.approx(p.learning_rate)
+    assert learning_rate_at(0, replace(p, warmup_steps=0)) == pytest.approx(p.learning_rate)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gpt2box.checkpoint import async_writer, retention
-from gpt2box.checkpoint.metadata import FORMAT, parse_state
+from gpt2box.checkpoint.metadata import FORMAT_VERSION, parse_state
 from gpt2box.data import dataloader
 from gpt2box.data.downloads import sha256_of
 from gpt2box.errors import BadInput, Gpt2boxError
@@ -139,7 +139,7 @@ def test_a_gpu_that_fails_is_named_and_the_run_can_be_started_again(
         train(max_steps=20)
     assert raised.value.exit_code == 75 and words.splitlines()[0] in str(raised.value)
     assert "step-00000010" in str(raised.value)
-    assert retention.newest(checkpoints(volumes))[1].step == 10  # type: ignore[index]
+    assert retention.find_newest_checkpoint(checkpoints(volumes))[1].step == 10  # type: ignore[index]
     monkeypatch.undo()
 
 
@@ -164,7 +164,7 @@ def test_memory_of_the_machine_that_runs_out_is_said(volumes: Path, monkeypatch:
 
 
 def test_a_network_for_which_the_machine_has_no_memory_is_said(volumes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GPT2, "initialise", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
+    monkeypatch.setattr(GPT2, "init_weights", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
     with pytest.raises(Gpt2boxError, match="own memory ran out while the network is made") as raised:
         train()
     assert raised.value.exit_code == 3 and not (volumes / "runs/run/config.yaml").exists()
@@ -176,8 +176,8 @@ def test_a_checkpoint_of_a_later_version_is_refused_by_name_and_one_of_an_earlie
     train(max_steps=20, eval_interval=10)
     path = checkpoints(volumes) / "step-00000020/state.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"format": FORMAT + 1}))
-    with pytest.raises(BadInput, match=rf"later version of gpt2box: format {FORMAT + 1}"):
+    path.write_text(json.dumps(content | {"format": FORMAT_VERSION + 1}))
+    with pytest.raises(BadInput, match=rf"later version of gpt2box: format {FORMAT_VERSION + 1}"):
         train(max_steps=20, eval_interval=10)
     assert len(content["recent_losses"]) == 20
     for early, lacks in ((1, ("bad_steps", "rollbacks", "recent_losses")), (2, ("recent_losses",)), (3, ())):

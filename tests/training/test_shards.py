@@ -61,17 +61,17 @@ def test_interrupted_or_killed_they_end_in_the_same_bits(volumes: Path) -> None:
     assert straight.returncode == 0, said
     checkpoints = volumes / "runs" / "run" / "checkpoints"
     running = train_on_two("run", restarts=1, **settings)
-    wait_for(checkpoints / retention.folder_name(20), running)
+    wait_for(checkpoints / retention.checkpoint_name(20), running)
     os.kill(rank_of(running, 1), signal.SIGKILL)
-    wait_for(checkpoints / retention.folder_name(40), running)
+    wait_for(checkpoints / retention.checkpoint_name(40), running)
     os.kill(rank_of(running, 0), signal.SIGTERM)
     said = running.communicate()[1]
     assert running.returncode == 0 and said.count("resuming from") == 1 and "to go on" in said, said
     assert (again := train_on_two("run", **settings)).communicate() and again.returncode == 0
-    ends = [volumes / "runs" / name / "checkpoints" / retention.folder_name(80) for name in ("straight", "run")]
+    ends = [volumes / "runs" / name / "checkpoints" / retention.checkpoint_name(80) for name in ("straight", "run")]
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
-    assert not (ends[0].parent / retention.folder_name(0)).exists()
+    assert not (ends[0].parent / retention.checkpoint_name(0)).exists()
     digests = [rows(volumes, name, "digest") for name in ("straight", "run")]
     assert len(digests[0]) == 80 and digests[0] == digests[1]
 
@@ -102,7 +102,7 @@ def test_a_bad_gradient_of_one_is_left_out_by_all_they_go_back_together_and_memo
     assert "back to" in said and "step-00000008, passing over the data of 7 steps" in said, said
     assert "error: rank 1: out of memory" in said and "exitcode  : 3" in said, said
     assert "--micro-batch-size 1 --activation-checkpointing full: goes on" in said
-    found = retention.newest(volumes / "runs" / "run" / "checkpoints")
+    found = retention.find_newest_checkpoint(volumes / "runs" / "run" / "checkpoints")
     assert found and 8 < found[1].step < 20 and found[1].rollbacks
 
 
@@ -111,7 +111,7 @@ import torch
 from gpt2box.cli.main import main
 from gpt2box.model.gpt2 import GPT2
 
-GPT2.initialise = lambda *_: torch.empty(1 << 60, dtype=torch.uint8)
+GPT2.init_weights = lambda *_: torch.empty(1 << 60, dtype=torch.uint8)
 main()
 """
 

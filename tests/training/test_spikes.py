@@ -20,7 +20,7 @@ from gpt2box.data.sources import own_text
 from gpt2box.errors import BadInput
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.optim import loss_spikes
-from gpt2box.optim.loss_spikes import HISTORY, MOST_BAD_STEPS, BadSteps
+from gpt2box.optim.loss_spikes import HISTORY, MAX_CONSECUTIVE_BAD_STEPS, BadStepCounter
 from gpt2box.runs import metrics
 from gpt2box.runs.listing import find_run
 from gpt2box.training.run import run_job
@@ -202,20 +202,20 @@ def test_odd_passages_in_a_healthy_run_are_none(volumes: Path, monkeypatch: pyte
     settings = {"dataset": "odd", "micro_batch_size": 4, "tokens_per_step": 128, "max_steps": 600, "eval_interval": 600}
     train("kept", **settings)
     assert last_row(volumes, "kept")["skipped_steps"] == 0
-    for least in ("LEAST_DEVIATION", "ODD_ONE"):  # what holds them back
+    for least in ("MIN_SEQUENCE_DEVIATION", "MAX_SEQUENCE_RISE"):  # what holds them back
         monkeypatch.setattr(loss_spikes, least, 0.0)
     train("left", **settings)
     assert last_row(volumes, "left")["loss_spikes"] > 0
 
 
-def steps(losses: list[float], found: BadSteps) -> list[bool]:
+def steps(losses: list[float], found: BadStepCounter) -> list[bool]:
     """Which of them are left out."""
     said = []
     for loss in losses:
         value = torch.tensor(loss)
-        limit, finite = found.limit(), value.isfinite()
+        limit, finite = found.spike_limit(), value.isfinite()
         bad = (~finite | (value > limit)).float()
-        found.count(value, limit, bad, finite)
+        found.record(value, limit, bad, finite)
         said.append(bool(bad))
     return said
 
@@ -226,8 +226,8 @@ def test_what_is_a_spike() -> None:
     cpu = torch.device("cpu")
 
     def after(losses: list[float], then: list[float], sequences: int = 10_000) -> list[bool]:
-        found = BadSteps(cpu, 6.0, sequences, losses=losses)
-        again = BadSteps(cpu, 6.0, sequences, losses=found.recent_losses)  # as state.json has them
+        found = BadStepCounter(cpu, 6.0, sequences, losses=losses)
+        again = BadStepCounter(cpu, 6.0, sequences, losses=found.recent_losses)  # as state.json has them
         said = steps(then, found)
         assert steps(then, again) == said and again.recent_losses == found.recent_losses
         return said
@@ -236,7 +236,7 @@ def test_what_is_a_spike() -> None:
     assert after(usual[1:], [50.0]) == [False]  # too few before
     assert after(usual, [3.9], sequences=16) == [False] and after(usual, [4.6], sequences=16) == [True]
     assert after([0.01] * HISTORY, [0.06, 0.08]) == [False, True]
-    assert after(usual, [5.0] * MOST_BAD_STEPS) == [True] * MOST_BAD_STEPS  # it rose for good
+    assert after(usual, [5.0] * MAX_CONSECUTIVE_BAD_STEPS) == [True] * MAX_CONSECUTIVE_BAD_STEPS  # it rose for good
     hard = [chance.random() < 0.06 for _ in range(4000)]
     said = after([3.0] * HISTORY, [4.0 if each else 3.0 for each in hard])
     assert 0 < sum(said) < sum(hard) / 5  # room was made for them
@@ -244,8 +244,8 @@ def test_what_is_a_spike() -> None:
 
 @pytest.mark.parametrize(("sequences", "least"), [(1, 12), (2, 6), (4, 3), (64, 0.75)])
 def test_no_single_odd_sequence_is_a_spike_where_all_is_known_by_heart(sequences: int, least: float) -> None:
-    found = BadSteps(torch.device("cpu"), 6.0, sequences, losses=[0.1] * HISTORY)
-    assert float(found.limit()) == pytest.approx(0.1 + least) and least * sequences >= 12
+    found = BadStepCounter(torch.device("cpu"), 6.0, sequences, losses=[0.1] * HISTORY)
+    assert float(found.spike_limit()) == pytest.approx(0.1 + least) and least * sequences >= 12
     micro_steps = max(sequences // 2, 1)
-    small = BadSteps(torch.device("cpu"), 6.0, sequences // micro_steps, losses=[0.1] * HISTORY)
-    assert float(found.limit(micro_steps)) == pytest.approx(float(small.limit()))
+    small = BadStepCounter(torch.device("cpu"), 6.0, sequences // micro_steps, losses=[0.1] * HISTORY)
+    assert float(found.spike_limit(micro_steps)) == pytest.approx(float(small.spike_limit()))

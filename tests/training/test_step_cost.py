@@ -18,11 +18,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2box.checkpoint.metadata import TrainState
-from gpt2box.distributed.group import Group
+from gpt2box.distributed.group import RankGroup
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import add_adapters
 from gpt2box.model.shape import ModelShape
-from gpt2box.optim.factory import make_optimizer, make_update
+from gpt2box.optim.clipped_step import make_optimizer_step
+from gpt2box.optim.factory import make_optimizer
 from gpt2box.planner.memory import evaluation_sequences
 from gpt2box.training.evaluate import autocast
 from gpt2box.training.model_setup import configure
@@ -121,16 +122,16 @@ def step_cost(
     plan, _ = planned(shape, 4, mode, dtype, accumulation=micro_steps, **settings)
     with FakeTensorMode(), cuda_rules():
         model = GPT2(shape, plan.dropout).train()
-        model.matrices_to(getattr(torch, plan.weights_dtype))
+        model.cast_matrices(getattr(torch, plan.weights_dtype))
         configure(model, plan)
         optimizer = make_optimizer(model, plan)
         dataset: Any = SimpleNamespace(masked=False)
         nothing: Any = None
-        alone, quiet = Group(ALONE), lambda *_: None
+        alone, quiet = RankGroup(ALONE), lambda *_: None
         job = Job(
             Path(), plan, model, optimizer, dataset, nothing, TrainState(), StopRequest(), quiet, False, alone, []
         )
-        update = make_update(optimizer, plan)
+        update = make_optimizer_step(optimizer, plan)
 
         def batches() -> Any:
             while True:

@@ -31,7 +31,7 @@ EXACT = {"max_steps": 60, "save_interval": 10, "dropout": 0.1, "name": "run", "l
 
 
 def digests(volumes: Path, step: int = 60) -> list[str]:
-    folder = volumes / "runs" / "run" / "checkpoints" / retention.folder_name(step)
+    folder = volumes / "runs" / "run" / "checkpoints" / retention.checkpoint_name(step)
     return [sha256_of(folder / name) for name in ("model.safetensors", "optimizer.safetensors")]
 
 
@@ -50,7 +50,7 @@ def straight(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
 @pytest.mark.parametrize("kill_at", [10, 30])
 def test_a_killed_run_ends_in_the_same_bits(volumes: Path, straight: list[str], kill_at: int) -> None:
     running = process(volumes, **EXACT)
-    wait_for(volumes / "runs/run/checkpoints" / retention.folder_name(kill_at), running)
+    wait_for(volumes / "runs/run/checkpoints" / retention.checkpoint_name(kill_at), running)
     running.kill()
     running.communicate()
     again = process(volumes, **EXACT)
@@ -75,7 +75,7 @@ def test_a_killed_run_with_another_optimizer_ends_in_the_same_bits(volumes: Path
     _, errors = (running := process(volumes, **straight)).communicate()
     assert running.returncode == 0, errors
     running = process(volumes, **lean)
-    wait_for(volumes / "runs/run/checkpoints" / retention.folder_name(20), running)
+    wait_for(volumes / "runs/run/checkpoints" / retention.checkpoint_name(20), running)
     running.kill()
     running.communicate()
     _, errors = process(volumes, **lean).communicate()
@@ -92,7 +92,7 @@ def test_a_signal_saves_between_intervals_and_the_same_command_goes_on(
     volumes: Path, straight: list[str], number: signal.Signals
 ) -> None:
     running = process(volumes, **EXACT)
-    wait_for(volumes / "runs/run/checkpoints" / retention.folder_name(10), running)
+    wait_for(volumes / "runs/run/checkpoints" / retention.checkpoint_name(10), running)
     time.sleep(0.02)
     running.send_signal(number)
     _, errors = running.communicate()
@@ -108,7 +108,7 @@ def test_a_signal_saves_between_intervals_and_the_same_command_goes_on(
 )
 def test_a_damaged_checkpoint_is_passed_over(volumes: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     train(max_steps=20, save_interval=5)
-    folder = volumes / "runs/run/checkpoints" / retention.folder_name(20)
+    folder = volumes / "runs/run/checkpoints" / retention.checkpoint_name(20)
     expected = digests(volumes, 20)
     if damage == "truncated weights":
         os.truncate(folder / "model.safetensors", 1000)
@@ -132,17 +132,20 @@ def test_a_damaged_checkpoint_is_passed_over(volumes: Path, damage: str, capsys:
 def test_after_a_damaged_checkpoint_pruning_keeps_the_whole_ones(volumes: Path) -> None:
     train(max_steps=20, save_interval=5, eval_interval=20)
     folder = volumes / "runs/run/checkpoints"
-    os.truncate(folder / retention.folder_name(20) / "model.safetensors", 1000)
-    os.truncate(folder / retention.folder_name(15) / "model.safetensors", 1000)
+    os.truncate(folder / retention.checkpoint_name(20) / "model.safetensors", 1000)
+    os.truncate(folder / retention.checkpoint_name(15) / "model.safetensors", 1000)
     running = process(volumes, **{**TINY, "name": "run", "save_interval": 1, "eval_interval": 20, "keep_last": 1})
-    wait_for(folder / retention.folder_name(12), running)
+    wait_for(folder / retention.checkpoint_name(12), running)
     running.kill()
     running.communicate()
-    _, state, _ = retention.newest(folder)  # type: ignore[misc]
+    _, state, _ = retention.find_newest_checkpoint(folder)  # type: ignore[misc]
     assert 12 <= state.step < 20 and (folder / "last" / "state.json").exists()
     train(max_steps=20, save_interval=1, eval_interval=20, keep_last=1)
-    assert {path.name for path in folder.glob("step-*")} == {retention.folder_name(19), retention.folder_name(20)}
-    assert (folder / "best").resolve().name == retention.folder_name(20)
+    assert {path.name for path in folder.glob("step-*")} == {
+        retention.checkpoint_name(19),
+        retention.checkpoint_name(20),
+    }
+    assert (folder / "best").resolve().name == retention.checkpoint_name(20)
 
 
 @pytest.mark.parametrize("moment", ["between the renames of a second save", "before the links"])
@@ -151,12 +154,12 @@ def test_a_kill_inside_a_save_loses_nothing(volumes: Path, moment: str) -> None:
     folder = volumes / "runs/run/checkpoints"
     if moment == "before the links":
         for name in ("best", "last"):
-            retention.point(folder, name, 10)
+            retention.set_link(folder, name, 10)
     else:
-        (folder / retention.folder_name(20)).rename(folder / f".{retention.folder_name(20)}.old")
-        (folder / f".{retention.folder_name(20)}.tmp").mkdir()
+        (folder / retention.checkpoint_name(20)).rename(folder / f".{retention.checkpoint_name(20)}.old")
+        (folder / f".{retention.checkpoint_name(20)}.tmp").mkdir()
     train(max_steps=20)
-    assert os.readlink(folder / "last") == os.readlink(folder / "best") == retention.folder_name(20)
+    assert os.readlink(folder / "last") == os.readlink(folder / "best") == retention.checkpoint_name(20)
     assert sorted(path.name for path in folder.iterdir()) == ["best", "last", "step-00000010", "step-00000020"]
 
 
@@ -178,7 +181,7 @@ def test_a_file_that_may_not_be_so_large_keeps_the_checkpoint_before(volumes: Pa
 
 def test_a_stop_in_the_last_step_still_gets_its_evaluation(volumes: Path) -> None:
     train(max_steps=20)
-    folder = volumes / "runs/run/checkpoints" / retention.folder_name(20)
+    folder = volumes / "runs/run/checkpoints" / retention.checkpoint_name(20)
     state = json.loads((folder / "state.json").read_text())
     best = state["best_val_loss"]
     state |= {"evaluated_step": 10, "best_val_loss": 9.0, "best_step": 10}  # as a signal there leaves it
@@ -193,7 +196,7 @@ def test_with_nothing_whole_it_stops_and_removes_nothing(volumes: Path) -> None:
     for path in folder.glob("step-*/model.safetensors"):
         os.truncate(path, 1000)
     before = sorted(folder.rglob("*"))
-    with pytest.raises(Gpt2boxError, match="no whole checkpoint") as raised:
+    with pytest.raises(Gpt2boxError, match="no intact checkpoint") as raised:
         train(max_steps=20)
     assert raised.value.exit_code == 4 and sorted(folder.rglob("*")) == before
 
@@ -279,9 +282,9 @@ def test_best_and_last_are_kept_and_older_ones_go(volumes: Path) -> None:
     folder = volumes / "runs/run/checkpoints"
     state = json.loads((folder / "last/state.json").read_text())
     assert state["step"] == 60
-    assert os.readlink(folder / "best") == retention.folder_name(state["best_step"])
+    assert os.readlink(folder / "best") == retention.checkpoint_name(state["best_step"])
     there = {path.name for path in folder.glob("step-*")}
-    assert there == {retention.folder_name(step) for step in (50, 60, state["best_step"])}
+    assert there == {retention.checkpoint_name(step) for step in (50, 60, state["best_step"])}
     assert (volumes / "runs/run/loss.png").read_bytes().startswith(b"\x89PNG")
     for name in ("config.yaml", "plan.json", "manifest.json"):
         assert (volumes / "runs/run" / name).stat().st_size > 100
@@ -314,7 +317,7 @@ def test_weights_that_give_nan_never_train_and_it_says_what_to_try(volumes: Path
     train(max_steps=10)
     folder = volumes / "models" / "broken"
     folder.parent.mkdir(exist_ok=True)
-    (volumes / "runs/run/checkpoints").joinpath(retention.folder_name(10)).rename(folder)
+    (volumes / "runs/run/checkpoints").joinpath(retention.checkpoint_name(10)).rename(folder)
     state = load_file(folder / "model.safetensors")
     state["transformer.h.0.mlp.c_fc.bias"][0] = torch.inf
     save_file(state, folder / "model.safetensors")
@@ -422,7 +425,7 @@ def test_a_finetune_goes_on_without_its_first_weights(volumes: Path, capsys: pyt
     train(max_steps=10)
     first = volumes / "models" / "first"
     first.parent.mkdir()
-    (volumes / "runs/run/checkpoints" / retention.folder_name(10)).rename(first)
+    (volumes / "runs/run/checkpoints" / retention.checkpoint_name(10)).rename(first)
     tuned = {"init_from": "first", "n_layer": "2", "max_steps": 10}
     train("tuned", **tuned)
     train("tuned", **tuned, eval_only=True)
@@ -480,7 +483,7 @@ def test_a_compiled_run_trains_like_an_eager_one(volumes: Path) -> None:
 def test_a_checkpoint_is_never_older_than_save_minutes(volumes: Path) -> None:
     train(max_steps=20, save_interval=1000, eval_interval=1000, save_minutes=1e-9)
     there = sorted(path.name for path in (volumes / "runs/run/checkpoints").glob("step-*"))
-    assert there == [retention.folder_name(step) for step in range(1, 21)]
+    assert there == [retention.checkpoint_name(step) for step in range(1, 21)]
 
 
 def test_where_there_is_no_space_for_a_checkpoint_none_is_begun(volumes: Path, gpt2box: Command) -> None:
