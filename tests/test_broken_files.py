@@ -27,9 +27,9 @@ from gpt2box.errors import Gpt2boxError
 from gpt2box.evaluation import benchmarks
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.hf_weights import load_hf_weights
-from gpt2box.report.page import report_page
+from gpt2box.report.page import write_report
 from gpt2box.runs import metrics
-from gpt2box.runs.listing import look_at
+from gpt2box.runs.listing import summarize_run
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
 from tests.helpers.settings import TINY
@@ -191,10 +191,10 @@ def test_a_run_is_looked_at(trained: Path, tmp_path: Path, monkeypatch: pytest.M
     shutil.copytree(trained / "runs/run", folder, symlinks=True)
 
     def read() -> None:
-        list(metrics.stream(folder / "metrics.jsonl"))
-        run = look_at(folder)
+        list(metrics.iter_rows(folder / "metrics.jsonl"))
+        run = summarize_run(folder)
         json.dumps(run.as_dict())
-        report_page(folder)
+        write_report(folder)
 
     broken(folder / name, read)
 

@@ -58,7 +58,7 @@ def newest(run: Path) -> Path:
 
 
 def steps_in(run: Path) -> list[int]:
-    return [row["step"] for row in metrics.read(run / "metrics.jsonl")]
+    return [row["step"] for row in metrics.read_rows(run / "metrics.jsonl")]
 
 
 def edited(path: Path, **changes: Any) -> None:

@@ -19,8 +19,8 @@ from gpt2box.data.downloads import sha256_of
 from gpt2box.errors import BadInput, Damaged, Gpt2boxError
 from gpt2box.runs import metrics
 from gpt2box.runs.listing import find_run
-from gpt2box.runs.manifest import weights_source
-from gpt2box.runs.sessions import differences
+from gpt2box.runs.manifest import describe_weights
+from gpt2box.runs.sessions import session_differences
 from gpt2box.system.provenance import provenance
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
@@ -58,7 +58,7 @@ def state(volumes: Path, name: str, step: int) -> dict[str, object]:
 
 
 def digests(volumes: Path, name: str) -> dict[int, str]:
-    rows = metrics.read(volumes / "runs" / name / "metrics.jsonl")
+    rows = metrics.read_rows(volumes / "runs" / name / "metrics.jsonl")
     return {row["step"]: row["digest"] for row in rows if row["kind"] == "train"}
 
 
@@ -302,19 +302,19 @@ def test_the_manifest_holds_all_that_a_run_follows_from(volumes: Path) -> None:
     assert re.fullmatch("[0-9a-f]{64}", session["packages"]["all_sha256"])
     assert session["way"]["deterministic"] is True and session["locks"]["cpu"]
     folder = (volumes / "runs/run/checkpoints/last").resolve()
-    assert list(weights_source("x", folder)["sha256"]) == ["model.safetensors"]
+    assert list(describe_weights("x", folder)["sha256"]) == ["model.safetensors"]
 
 
 def test_what_differs_between_two_sessions_is_named() -> None:
     now = provenance(torch.device("cpu"))
-    assert differences(now, now) == []
+    assert session_differences(now, now) == []
     before = {**now, "python": "3.9", "environment": {"MKL_CBWR": "COMPATIBLE"}, "gpu": {"name": "x"}}
     now = {**now, "environment": {}}
-    assert differences(before, now) == [
+    assert session_differences(before, now) == [
         "environment.MKL_CBWR: COMPATIBLE before, nothing now",
         f"python: 3.9 before, {now['python']} now",
     ]
-    assert differences(before, now, of_bits=True) == ["environment.MKL_CBWR: COMPATIBLE before, nothing now"]
+    assert session_differences(before, now, of_bits=True) == ["environment.MKL_CBWR: COMPATIBLE before, nothing now"]
 
 
 SECRET = "hf_thisIsNoRealTokenButLooksLikeOne"

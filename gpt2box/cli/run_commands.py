@@ -21,11 +21,11 @@ def report(run: str | None) -> None:
     Settings, curves to look closer at, samples, planned against measured, the next commands. The page needs no
     network, and can be written while the run is trained.
     """
-    from gpt2box.report.page import report_page
+    from gpt2box.report.page import write_report
     from gpt2box.runs.listing import find_run
     from gpt2box.utils.paths import shown
 
-    print(shown(report_page(find_run(run))))
+    print(shown(write_report(find_run(run))))
 
 
 @click.command(short_help="List the runs and how they went, or compare them.")
@@ -48,14 +48,14 @@ def runs(names: tuple[str, ...], compare: bool, out: Path | None, as_json: bool)
     if compare and len(names) < 2:
         raise BadInput("--compare with less than two runs", "two or more", "gpt2box runs lists them")
     from gpt2box.report import compare as comparison
-    from gpt2box.runs.listing import as_lines, find_run, folders, look_at
+    from gpt2box.runs.listing import find_run, format_table, list_run_folders, summarize_run
     from gpt2box.utils.paths import runs_dir, shown
 
-    found = [look_at(folder) for folder in (map(find_run, names) if names else folders())]
+    found = [summarize_run(folder) for folder in (map(find_run, names) if names else list_run_folders())]
     if compare:
         page = out or runs_dir() / "compare.html"
-        compared = comparison.compare(found)
-        comparison.write_page(compared, page)
+        compared = comparison.compare_runs(found)
+        comparison.write_comparison(compared, page)
         if as_json:
             print(json.dumps({**compared.as_dict(), "page": shown(page)}, indent=2))
         else:
@@ -66,7 +66,7 @@ def runs(names: tuple[str, ...], compare: bool, out: Path | None, as_json: bool)
     if as_json:
         print(json.dumps([run.as_dict() for run in found], indent=2))
     elif found:
-        print(harmless_lines("\n".join(as_lines(found))))
+        print(harmless_lines("\n".join(format_table(found))))
     else:
         print(f"no run in {shown(runs_dir())} yet; gpt2box train demo makes one")
 
@@ -128,9 +128,9 @@ def watch(host: str, port: int, token: str | None, behind_loopback: bool) -> Non
     Curves, figures, the card's memory by process, samples, the log. It only reads, loads nothing from another
     host, and may be started and ended at any time, whatever the training does.
     """
-    from gpt2box.dashboard.server import door, serve
+    from gpt2box.dashboard.server import make_access_policy, serve
 
-    serve(door(host, port, token, behind_loopback))
+    serve(make_access_policy(host, port, token, behind_loopback))
 
 
 COMMANDS = [report, runs, watch, verify, reproduce]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt2box.errors import BadInput
-from gpt2box.runs.metrics import parse
+from gpt2box.runs.metrics import parse_rows
 from gpt2box.runs.plan_file import read_plan
-from gpt2box.runs.tail import newest_run, tail
+from gpt2box.runs.tail import find_newest_run, read_tail
 from gpt2box.system.gpu import Card, ask_driver
 from gpt2box.utils.files import whole
 from gpt2box.utils.paths import run_dir, run_folders, runs_dir
@@ -30,32 +30,32 @@ def monitor(name: str | None, once: bool) -> None:
         there = ", ".join(sorted(path.name for path in run_folders() if (path / "config.yaml").exists())) or "none yet"
         raise BadInput(f"no run {name}", f"one of: {there}")
     if once:
-        print("\n".join(lines(name)))
+        print("\n".join(status_lines(name)))
     elif sys.stdout.isatty():
         from rich.live import Live
         from rich.text import Text
 
         with Live(refresh_per_second=4) as live:
             while True:
-                live.update(Text("\n".join(lines(name))))
+                live.update(Text("\n".join(status_lines(name))))
                 time.sleep(REFRESH_SECONDS)
     else:
         while True:
-            print("\n".join(lines(name)), flush=True)
+            print("\n".join(status_lines(name)), flush=True)
             time.sleep(LINE_SECONDS)
 
 
-def lines(name: str | None) -> Iterator[str]:
+def status_lines(name: str | None) -> Iterator[str]:
     """The cards, then the run."""
     nvml = ask_driver()
     if nvml.fault:
         yield f"no card: {nvml.fault}"
-    yield from (card_line(card) for card in nvml.cards)
-    folder = run_dir(name) if name else newest_run()
-    yield run_line(folder) if folder else f"no run in {runs_dir()} yet"
+    yield from (format_gpu(card) for card in nvml.cards)
+    folder = run_dir(name) if name else find_newest_run()
+    yield format_run(folder) if folder else f"no run in {runs_dir()} yet"
 
 
-def card_line(card: Card) -> str:
+def format_gpu(card: Card) -> str:
     """A card's figures, as far as the driver tells them."""
     parts = [card.name]
     if card.busy_percent is not None:
@@ -69,10 +69,10 @@ def card_line(card: Card) -> str:
     return "  ".join(parts)
 
 
-def run_line(folder: Path) -> str:
+def format_run(folder: Path) -> str:
     """Where a run is: the last line of each kind in its metrics.jsonl."""
     last: dict[str, dict[str, Any]] = {}
-    for row in parse(tail(folder / "metrics.jsonl").splitlines()):
+    for row in parse_rows(read_tail(folder / "metrics.jsonl").splitlines()):
         last[row["kind"]] = row
     if not last:
         return f"{folder.name}  not one step yet"

@@ -26,14 +26,14 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gpt2box.dashboard.state import Known, Watch
+from gpt2box.dashboard.state import ClientState, DashboardState
 from gpt2box.errors import BadInput, MachineCannot
 from gpt2box.report.html import WEB
 from gpt2box.utils.paths import in_image, runs_dir, shown
 from gpt2box.utils.progress import say
 
-TOKEN = re.compile(r"[A-Za-z0-9_-]{16,200}")  # of one's own: fit for an address, too long to guess
-NAMES_OF_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
+TOKEN_PATTERN = re.compile(r"[A-Za-z0-9_-]{16,200}")  # of one's own: fit for an address, too long to guess
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
     # Nothing from another host, no script or style but the page's own files.
     "content-security-policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
@@ -46,7 +46,7 @@ HEADERS = {
 
 
 @dataclass(frozen=True)
-class Door:
+class AccessPolicy:
     """Where it listens, and whom it lets in."""
 
     host: str
@@ -63,18 +63,18 @@ class Door:
         return hmac.compare_digest((token or "").encode(), self.token.encode())
 
 
-def door(host: str, port: int, token: str | None, behind_loopback: bool) -> Door:
+def make_access_policy(host: str, port: int, token: str | None, behind_loopback: bool) -> AccessPolicy:
     """What was asked for, made safe: beyond loopback there is a token.
 
     Raises:
         BadInput: a token that could be guessed.
     """
-    if token is not None and not TOKEN.fullmatch(token):
+    if token is not None and not TOKEN_PATTERN.fullmatch(token):
         found = f"a token of {len(token)} characters" if token else "an empty token"
         raise BadInput(found, "16 to 200 letters, digits, - and _; without one, one is made where it is needed")
     if token is None and not (behind_loopback or is_loopback(host)):
         token = secrets.token_urlsafe(24)
-    return Door(host, port, token or "")
+    return AccessPolicy(host, port, token or "")
 
 
 def is_loopback(host: str) -> bool:
@@ -85,27 +85,29 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def serve(entrance: Door) -> None:
+def serve(entrance: AccessPolicy) -> None:
     """Answer until interrupted.
 
     Raises:
         BadInput: the port is taken, or the host is none of this machine's.
         MachineCannot: the port is not for this user.
     """
-    with listen(entrance) as listening:
+    with open_socket(entrance) as listening:
         port = listening.getsockname()[1]
-        entrance = Door(entrance.host, port, entrance.token)
-        say(f"watching {shown(runs_dir())} on {address(entrance)} (Ctrl-C ends it)")
+        entrance = AccessPolicy(entrance.host, port, entrance.token)
+        say(f"watching {shown(runs_dir())} on {browser_url(entrance)} (Ctrl-C ends it)")
         if in_image() and is_loopback(entrance.host):
             say("note: 127.0.0.1 is this container's own; with --host 0.0.0.0 and a published port you can look in")
-        settings = uvicorn.Config(app(entrance), log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+        settings = uvicorn.Config(
+            create_app(entrance), log_level="warning", access_log=False, timeout_graceful_shutdown=1
+        )
         settings.server_header = False
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with suppress(KeyboardInterrupt):
             uvicorn.Server(settings).run(sockets=[listening])
 
 
-def listen(entrance: Door) -> socket.socket:
+def open_socket(entrance: AccessPolicy) -> socket.socket:
     """The socket, before anything is said."""
     try:
         family, _, _, _, place = socket.getaddrinfo(entrance.host, entrance.port, type=socket.SOCK_STREAM)[0]
@@ -120,7 +122,7 @@ def listen(entrance: Door) -> socket.socket:
         ) from error
 
 
-def address(entrance: Door) -> str:
+def browser_url(entrance: AccessPolicy) -> str:
     """What to open in a browser."""
     host = entrance.host
     if host in ("0.0.0.0", "::"):
@@ -129,23 +131,28 @@ def address(entrance: Door) -> str:
     return said + (f"?token={entrance.token}" if entrance.token else "")
 
 
-def app(entrance: Door) -> Starlette:
+def create_app(entrance: AccessPolicy) -> Starlette:
     """The pages: the one that is looked at, its files, and what it asks for."""
-    watch = Watch()
+    watch = DashboardState()
 
     def now(request: Request) -> JSONResponse:  # not async: it reads files, in a thread
         asked = request.query_params
-        return JSONResponse(watch.now(Known(**{name: asked.get(name, "") for name in Known.__dataclass_fields__})))
+        return JSONResponse(
+            watch.now(ClientState(**{name: asked.get(name, "") for name in ClientState.__dataclass_fields__}))
+        )
 
     def page(request: Request) -> FileResponse:
         return FileResponse(WEB / "watch.html")
 
     routes = [Route("/", page), Route("/api/now", now), Mount("/", StaticFiles(directory=WEB))]
-    middleware = [Middleware(Gate, entrance=entrance), Middleware(GZipMiddleware, minimum_size=2000, compresslevel=3)]
+    middleware = [
+        Middleware(AuthMiddleware, entrance=entrance),
+        Middleware(GZipMiddleware, minimum_size=2000, compresslevel=3),
+    ]
     return Starlette(routes=routes, middleware=middleware)
 
 
-def host_of(header: str) -> str | None:
+def parse_host(header: str) -> str | None:
     """A Host header's name or number, without the port."""
     try:
         return urlsplit(f"//{header}").hostname
@@ -153,10 +160,10 @@ def host_of(header: str) -> str | None:
         return None
 
 
-class Gate:
+class AuthMiddleware:
     """Lets requests in, and puts the headers on what goes out."""
 
-    def __init__(self, app: ASGIApp, entrance: Door) -> None:
+    def __init__(self, app: ASGIApp, entrance: AccessPolicy) -> None:
         self.app, self.entrance = app, entrance
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -175,8 +182,8 @@ class Gate:
         """The answer to whom does not come in, or comes for the first time; none to who may pass."""
         entrance = self.entrance
         if not entrance.token:
-            names = [*NAMES_OF_THIS_MACHINE, *([entrance.host] if is_loopback(entrance.host) else [])]
-            known = host_of(request.headers.get("host", "")) in names
+            names = [*LOOPBACK_NAMES, *([entrance.host] if is_loopback(entrance.host) else [])]
+            known = parse_host(request.headers.get("host", "")) in names
             return None if known else PlainTextResponse("open it as http://localhost, or give it a token\n", 421)
         if entrance.knows(request.query_params.get("token")):
             welcome = RedirectResponse("/", 303)  # an address without the token

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from gpt2box.errors import BadInput
-from gpt2box.report.html import Chart, Line, document, plots, section, table, tag
-from gpt2box.report.page import mapping, settings_of
-from gpt2box.runs.history import History, history
-from gpt2box.runs.listing import Run, amount
+from gpt2box.report.html import Chart, Line, plots_html, render_document, section, table, tag
+from gpt2box.report.page import mapping, read_settings
+from gpt2box.runs.history import History, read_history
+from gpt2box.runs.listing import RunSummary, format_count
 from gpt2box.runs.plan_file import read_plan
 from gpt2box.utils.files import read_object, whole, write_atomically
 from gpt2box.utils.paths import make_writable, run_dir
@@ -28,7 +28,7 @@ UNKNOWN = "-"
 class Comparison:
     """Runs side by side."""
 
-    runs: list[Run]
+    runs: list[RunSummary]
     settings: Rows  # those that differ
     figures: Rows
     notes: list[str]  # what does not compare
@@ -58,23 +58,25 @@ class Comparison:
         yield from (f"note: {note}" for note in self.notes)
 
 
-def compare(runs: list[Run]) -> Comparison:
+def compare_runs(runs: list[RunSummary]) -> Comparison:
     """Read what there is to compare. Nothing is refused: what is missing or damaged is a dash."""
     places = [run_dir(run.name) for run in runs]
-    histories = [history(place / "metrics.jsonl") for place in places]
+    histories = [read_history(place / "metrics.jsonl") for place in places]
     tokens = [whole(read_plan(place).get("tokens_per_step")) for place in places]
-    settings = differing([settings_of(place) for place in places])
-    return Comparison(runs, settings, key_figures(runs, histories), doubts(places, histories), histories, tokens)
+    settings = differing_settings([read_settings(place) for place in places])
+    return Comparison(
+        runs, settings, key_figures(runs, histories), comparison_warnings(places, histories), histories, tokens
+    )
 
 
-def differing(settings: list[dict[str, Any]]) -> Rows:
+def differing_settings(settings: list[dict[str, Any]]) -> Rows:
     """The settings that are not the same in all, but for the runs' names."""
     keys = dict.fromkeys(key for each in settings for key in each if key != "name")
     rows = {key: [str(each.get(key, UNKNOWN)) for each in settings] for key in keys}
     return {key: row for key, row in rows.items() if len(set(row)) > 1}
 
 
-def key_figures(runs: list[Run], histories: list[History]) -> Rows:
+def key_figures(runs: list[RunSummary], histories: list[History]) -> Rows:
     """How far, how good, how fast."""
     rows: list[list[str]] = []
     for run, past in zip(runs, histories, strict=True):
@@ -87,7 +89,7 @@ def key_figures(runs: list[Run], histories: list[History]) -> Rows:
                 f"{best[0]:.4f}" if best else UNKNOWN,
                 f"{best[1]:,}" if best else UNKNOWN,
                 f"{value['loss'][-1]:.4f}" if "loss" in value else UNKNOWN,
-                amount(run.tokens),
+                format_count(run.tokens),
                 duration(run.seconds),
                 f"{np.median(value['tokens_per_sec']):,.0f}" if "tokens_per_sec" in value else UNKNOWN,
                 size(float(value["peak_memory_bytes"].max())) if "peak_memory_bytes" in value else UNKNOWN,
@@ -99,7 +101,7 @@ def key_figures(runs: list[Run], histories: list[History]) -> Rows:
     return {name: list(cells) for name, cells in zip(names, zip(*rows, strict=True), strict=True)}
 
 
-def doubts(places: list[Path], histories: list[History]) -> list[str]:
+def comparison_warnings(places: list[Path], histories: list[History]) -> list[str]:
     """Why figures of these runs may not compare."""
     notes = []
     sets = {past.val_sets[-1] for past in histories if past.val_sets}
@@ -114,7 +116,7 @@ def doubts(places: list[Path], histories: list[History]) -> list[str]:
     return notes
 
 
-def write_page(compared: Comparison, path: Path) -> None:
+def write_comparison(compared: Comparison, path: Path) -> None:
     """The same as a page, with the curves of all runs over each other.
 
     Raises:
@@ -125,26 +127,26 @@ def write_page(compared: Comparison, path: Path) -> None:
         raise BadInput(f"{path} is not a file", "a place for a page, or an earlier page's", "--out PAGE.html")
     names = [run.name for run in compared.runs]
     charts = [
-        overlaid(compared, "val_loss", "Validation loss, nats a token"),
-        overlaid(compared, "loss", "Training loss, nats a token"),
-        overlaid(compared, "grad_norm", "Gradient norm, before clipping"),
-        overlaid(compared, "tokens_per_sec", "Throughput, tokens a second"),
+        overlay_chart(compared, "val_loss", "Validation loss, nats a token"),
+        overlay_chart(compared, "loss", "Training loss, nats a token"),
+        overlay_chart(compared, "grad_norm", "Gradient norm, before clipping"),
+        overlay_chart(compared, "tokens_per_sec", "Throughput, tokens a second"),
     ]
     charts = [chart for chart in charts if chart.lines]
     none = tag("p", "none")
     body = [
         tag("h1", " · ".join(names)),
         *(tag("p", note, class_="bad") for note in compared.notes),
-        section("Curves", plots(charts) if charts else tag("p", "Not one figure has been noted yet.")),
-        section("Settings that differ", as_table(names, compared.settings) if compared.settings else none),
-        section("Figures", as_table(names, compared.figures)),
+        section("Curves", plots_html(charts) if charts else tag("p", "Not one figure has been noted yet.")),
+        section("Settings that differ", table_html(names, compared.settings) if compared.settings else none),
+        section("Figures", table_html(names, compared.figures)),
         tag("p", f"Written by gpt2box on {time.strftime('%Y-%m-%d at %H:%M')}.", class_="note"),
     ]
     make_writable(path.absolute().parent)
-    write_atomically(path, document(" · ".join(names), *body))
+    write_atomically(path, render_document(" · ".join(names), *body))
 
 
-def overlaid(compared: Comparison, name: str, title: str) -> Chart:
+def overlay_chart(compared: Comparison, name: str, title: str) -> Chart:
     """A chart with a curve for each run that has one."""
     runs = zip(compared.runs, compared.histories, compared.tokens_per_step, strict=True)
     lines = [
@@ -155,6 +157,6 @@ def overlaid(compared: Comparison, name: str, title: str) -> Chart:
     return Chart(title, lines)
 
 
-def as_table(names: list[str], rows: Rows) -> str:
+def table_html(names: list[str], rows: Rows) -> str:
     """A column for each run."""
     return table(["", *names], ([key, *cells] for key, cells in rows.items()))

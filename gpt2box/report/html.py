@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2box.runs.history import POINTS, Curve
+from gpt2box.runs.history import MAX_CURVE_POINTS, Curve
 
 WEB = Path(__file__).parent / "web"
 
@@ -47,10 +47,10 @@ class Chart:
 def tag(name: str, *inside: str, **attributes: str) -> Html:
     """An element; attributes that Python has a word for end in _."""
     said = "".join(f' {key.rstrip("_")}="{html.escape(value)}"' for key, value in attributes.items())
-    return Html(f"<{name}{said}>{''.join(map(escaped, inside))}</{name}>")
+    return Html(f"<{name}{said}>{''.join(map(escape, inside))}</{name}>")
 
 
-def escaped(text: str) -> str:
+def escape(text: str) -> str:
     """HTML as it is, other text with nothing in it that a browser would take for HTML."""
     if isinstance(text, Html):
         return text
@@ -58,12 +58,12 @@ def escaped(text: str) -> str:
     return html.escape(whole.replace("\0", "\N{REPLACEMENT CHARACTER}"))
 
 
-def together(parts: Iterable[str]) -> Html:
+def join_html(parts: Iterable[str]) -> Html:
     """One after the other."""
-    return Html("\n".join(map(escaped, parts)))
+    return Html("\n".join(map(escape, parts)))
 
 
-def facts(rows: Iterable[tuple[str, str]]) -> Html:
+def definition_list(rows: Iterable[tuple[str, str]]) -> Html:
     """Names with what they are; those of which nothing is known are left out."""
     return tag("dl", *(part for name, value in rows if value for part in (tag("dt", name), tag("dd", value))))
 
@@ -80,15 +80,15 @@ def section(title: str, *inside: str) -> Html:
     return tag("section", tag("h2", title), *inside)
 
 
-def plots(charts: list[Chart]) -> Html:
+def plots_html(charts: list[Chart]) -> Html:
     """A place for each chart, and what is drawn there."""
-    content = json.dumps([as_data(chart) for chart in charts], allow_nan=False).replace("<", "\\u003c")
+    content = json.dumps([chart_data(chart) for chart in charts], allow_nan=False).replace("<", "\\u003c")
     note = "Drag over a plot to look closer, double-click for all of it. "
     most = max((len(line.curve.value) for chart in charts for line in chart.lines), default=0)
-    if most > POINTS:
-        note += f"A curve is drawn with at most some {POINTS:,} of its points (here of up to {most:,}): the lowest and "
-        note += "the highest of each stretch, so no peak is lost."
-    return together(
+    if most > MAX_CURVE_POINTS:
+        note += f"A curve is drawn with at most some {MAX_CURVE_POINTS:,} of its points (here of up to {most:,}): the "
+        note += "lowest and the highest of each stretch, so no peak is lost."
+    return join_html(
         [
             tag("div", tag("noscript", "The plots need JavaScript."), id="plots"),
             tag("p", note, class_="note"),
@@ -97,7 +97,7 @@ def plots(charts: list[Chart]) -> Html:
     )
 
 
-def as_data(chart: Chart) -> dict[str, object]:
+def chart_data(chart: Chart) -> dict[str, object]:
     """What web/page.js reads."""
     lines = []
     for line in chart.lines:
@@ -115,11 +115,11 @@ def as_data(chart: Chart) -> dict[str, object]:
     return {"title": chart.title, "from_zero": chart.from_zero, "lines": lines}
 
 
-def document(title: str, *body: str) -> str:
+def render_document(title: str, *body: str) -> str:
     """The whole page. Its policy lets it load nothing, and run no script but its own two."""
     styles = [(WEB / name).read_text(encoding="utf-8") for name in ("uplot.min.css", "page.css")]
     scripts = [(WEB / name).read_text(encoding="utf-8") for name in ("uplot.min.js", "page.js")]
-    hashes = " ".join(f"'sha256-{digest(script)}'" for script in scripts)
+    hashes = " ".join(f"'sha256-{csp_hash(script)}'" for script in scripts)
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}"
     head = [
         '<meta charset="utf-8">',
@@ -134,6 +134,6 @@ def document(title: str, *body: str) -> str:
     return "\n".join(["<!doctype html>", '<html lang="en">', *head, tag("main", *body), *end, "</html>", ""])
 
 
-def digest(script: str) -> str:
+def csp_hash(script: str) -> str:
     """As a policy names a script."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

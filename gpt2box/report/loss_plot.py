@@ -6,16 +6,16 @@ import io
 import os
 from pathlib import Path
 
-from gpt2box.runs.history import history
+from gpt2box.runs.history import read_history
 from gpt2box.utils.files import write_atomically
 
 
-def loss_png(run: Path) -> Path:
+def plot_loss(run: Path) -> Path:
     """Draw `run`/metrics.jsonl; returns the picture's path."""
     os.environ["MPLBACKEND"] = "agg"  # whatever it was: a name that Matplotlib does not know ends its import
     from matplotlib import pyplot
 
-    curves = history(run / "metrics.jsonl").curves
+    curves = read_history(run / "metrics.jsonl").curves
     train, val = (curves[name].thinned() if name in curves else None for name in ("loss", "val_loss"))
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
     if train:

@@ -10,47 +10,47 @@ import numpy as np
 
 from gpt2box.config.loader import SHIPPED, read_yaml
 from gpt2box.errors import BadInput
-from gpt2box.report.html import Chart, Html, Line, document, facts, plots, section, table, tag
-from gpt2box.runs.history import Curve, History, history
-from gpt2box.runs.listing import Run, amount, look_at
+from gpt2box.report.html import Chart, Html, Line, definition_list, plots_html, render_document, section, table, tag
+from gpt2box.runs.history import Curve, History, read_history
+from gpt2box.runs.listing import RunSummary, format_count, summarize_run
 from gpt2box.runs.plan_file import read_plan
 from gpt2box.utils.files import read_object, regular, whole, write_atomically
 from gpt2box.utils.paths import shown
 from gpt2box.utils.progress import called, duration, size
 
-SAMPLES = 20  # shown, of those written along the way
-SAMPLE_CHARACTERS = 5000  # shown of each
-COMPARED = (  # what makes a run another one than that whose val_loss was published
+MAX_SAMPLES = 20  # shown, of those written along the way
+MAX_SAMPLE_CHARACTERS = 5000  # shown of each
+PUBLISHED_RESULT_KEYS = (  # what makes a run another one than that whose val_loss was published
     "dataset", "init_from", "n_layer", "n_head", "n_embd", "block_size", "tokens_per_step", "max_steps", "eval_windows",
 )  # fmt: skip
 
 
-def report_page(folder: Path) -> Path:
+def write_report(folder: Path) -> Path:
     """Write a run's report.html; returns its path. Whatever of the run is missing or torn is left out.
 
     Raises:
         VolumeUnwritable: through cli.py, where the run's folder cannot be written.
     """
-    run = look_at(folder)
-    figures = history(folder / "metrics.jsonl")
+    run = summarize_run(folder)
+    figures = read_history(folder / "metrics.jsonl")
     plan, manifest = read_plan(folder), read_object(folder / "manifest.json")
-    settings = settings_of(folder)
+    settings = read_settings(folder)
     parts = [
         tag("h1", run.name),
         summary(run, figures),
-        section("What was trained on what", trained(plan, manifest, settings), everything_set(settings)),
-        section("Curves", *curves(figures, whole(plan.get("tokens_per_step")))),
-        section("Planned and measured", *planned_and_measured(run, plan, settings, figures)),
-        section("What it wrote", *samples(folder)),
-        section("Go on from here", *commands(run, folder, mapping(manifest.get("dataset")))),
+        section("What was trained on what", inputs_facts(plan, manifest, settings), settings_details(settings)),
+        section("Curves", *curves_section(figures, whole(plan.get("tokens_per_step")))),
+        section("Planned and measured", *planned_vs_measured(run, plan, settings, figures)),
+        section("What it wrote", *samples_section(folder)),
+        section("Go on from here", *next_commands(run, folder, mapping(manifest.get("dataset")))),
         tag("p", f"Written by gpt2box on {time.strftime('%Y-%m-%d at %H:%M')} from {shown(folder)}.", class_="note"),
     ]
     path = folder / "report.html"
-    write_atomically(path, document(f"{run.name} · gpt2box", *parts))
+    write_atomically(path, render_document(f"{run.name} · gpt2box", *parts))
     return path
 
 
-def settings_of(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
     """config.yaml; nothing where it cannot be read, which the summary says."""
     try:
         return read_yaml(folder / "config.yaml")
@@ -58,18 +58,18 @@ def settings_of(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def summary(run: Run, figures: History) -> Html:
+def summary(run: RunSummary, figures: History) -> Html:
     """How far it is and how good."""
     best = best_of(run, figures)
     text = [
         ("state", run.words()),
         ("step", f"{run.step:,} of {run.max_steps:,}" if run.max_steps else f"{run.step:,}"),
         ("best val_loss", f"{best[0]:.4f} at step {best[1]:,}" if best else "not evaluated yet"),
-        ("tokens seen", amount(run.tokens)),
+        ("tokens seen", format_count(run.tokens)),
         ("time in training", f"{duration(run.seconds)}, up to the newest checkpoint" if run.seconds else ""),
         ("on disk", size(run.size_bytes)),
     ]
-    said = [facts(text)]
+    said = [definition_list(text)]
     if run.fault:
         said.append(tag("p", f"Damaged: {run.fault}", class_="bad"))
     if run.state == "training":
@@ -79,7 +79,7 @@ def summary(run: Run, figures: History) -> Html:
     return tag("div", *said)
 
 
-def best_of(run: Run, figures: History) -> tuple[float, int] | None:
+def best_of(run: RunSummary, figures: History) -> tuple[float, int] | None:
     """The least val_loss and its step: of the curve, else of the checkpoint."""
     if best := figures.best():
         return best
@@ -88,7 +88,7 @@ def best_of(run: Run, figures: History) -> tuple[float, int] | None:
     return run.best_val_loss, run.best_step
 
 
-def trained(plan: dict[str, Any], manifest: dict[str, Any], settings: dict[str, Any]) -> Html:
+def inputs_facts(plan: dict[str, Any], manifest: dict[str, Any], settings: dict[str, Any]) -> Html:
     """The network, the text, the machine."""
     shape, dataset = mapping(plan.get("shape")), mapping(manifest.get("dataset"))
     splits, words = mapping(dataset.get("splits")), mapping(dataset.get("tokenizer"))
@@ -109,16 +109,16 @@ def trained(plan: dict[str, Any], manifest: dict[str, Any], settings: dict[str, 
         ("passes over the text", f"{plan['epochs']:.3g} in all" if isinstance(plan.get("epochs"), int | float) else ""),
         ("numbers", f"{plan.get('dtype')}, {'' if plan.get('compile') else 'not '}compiled" if plan else ""),
     ]
-    return facts([*rows, *(("session", session(entry)) for entry in entries(manifest))])
+    return definition_list([*rows, *(("session", format_session(entry)) for entry in list_sessions(manifest))])
 
 
-def entries(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def list_sessions(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """The sessions of a manifest."""
     found = manifest.get("sessions")
     return [mapping(entry) for entry in found] if isinstance(found, list) else []
 
 
-def session(entry: dict[str, Any]) -> str:
+def format_session(entry: dict[str, Any]) -> str:
     """When a session began, and on what."""
     packages = mapping(entry.get("packages"))
     parts = [
@@ -136,13 +136,13 @@ def mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def everything_set(settings: dict[str, Any]) -> Html:
+def settings_details(settings: dict[str, Any]) -> Html:
     """All of config.yaml, folded away."""
     lines = "\n".join(f"{key}: {value}" for key, value in settings.items())
     return tag("details", tag("summary", "all settings"), tag("pre", lines)) if settings else Html()
 
 
-def charts_of(figures: History, tokens_per_step: int) -> list[Chart]:
+def build_charts(figures: History, tokens_per_step: int) -> list[Chart]:
     """The charts of those figures that there are."""
 
     def lines(**labels: str) -> list[Line]:
@@ -161,11 +161,11 @@ def charts_of(figures: History, tokens_per_step: int) -> list[Chart]:
     return [chart for chart in charts if chart.lines]
 
 
-def curves(figures: History, tokens_per_step: int) -> list[Html]:
+def curves_section(figures: History, tokens_per_step: int) -> list[Html]:
     """The charts, and what is to be said of them."""
-    if not (charts := charts_of(figures, tokens_per_step)):
+    if not (charts := build_charts(figures, tokens_per_step)):
         return [tag("p", "Not one figure has been noted yet.")]
-    said = [plots(charts)]
+    said = [plots_html(charts)]
     if figures.left_out:
         said.append(tag("p", f"{figures.left_out:,} values that are no finite number are left out.", class_="note"))
     if len(figures.val_sets) > 1:
@@ -174,7 +174,9 @@ def curves(figures: History, tokens_per_step: int) -> list[Html]:
     return said
 
 
-def planned_and_measured(run: Run, plan: dict[str, Any], settings: dict[str, Any], figures: History) -> list[Html]:
+def planned_vs_measured(
+    run: RunSummary, plan: dict[str, Any], settings: dict[str, Any], figures: History
+) -> list[Html]:
     """What was estimated before the first step, beside what came of it."""
     on_gpu = str(plan.get("device", "")).startswith("cuda")
     parts = {name: whole(count) for name, count in mapping(plan.get("memory")).items()}
@@ -183,20 +185,25 @@ def planned_and_measured(run: Run, plan: dict[str, Any], settings: dict[str, Any
     measured = {name: curve.value for name, curve in figures.curves.items()}
     most = float(measured["peak_memory_bytes"].max()) if "peak_memory_bytes" in measured else 0.0
     speed = float(np.median(measured["tokens_per_sec"])) if "tokens_per_sec" in measured else 0.0
-    best, expected = best_of(run, figures), published(settings)
+    best, expected = best_of(run, figures), published_val_loss(settings)
     rows = [
-        ("memory", size(memory) if memory else "", size(most) if most else "", share(most, memory) if on_gpu else ""),
+        (
+            "memory",
+            size(memory) if memory else "",
+            size(most) if most else "",
+            format_ratio(most, memory) if on_gpu else "",
+        ),
         (
             "tokens a second",
             f"{pace:,.0f}" if pace else "",
             f"{speed:,.0f}, the median" if speed else "",
-            share(speed, pace),
+            format_ratio(speed, pace),
         ),
         (
             f"time for {run.step:,} steps",
             duration(run.tokens / pace) if pace else "",
             duration(run.seconds) if run.seconds else "",
-            share(run.seconds, run.tokens / pace) if pace else "",
+            format_ratio(run.seconds, run.tokens / pace) if pace else "",
         ),
         (
             "best val_loss",
@@ -216,7 +223,7 @@ def planned_and_measured(run: Run, plan: dict[str, Any], settings: dict[str, Any
     return [table(head, rows), tag("p", note, class_="note")]
 
 
-def published(settings: dict[str, Any]) -> float | None:
+def published_val_loss(settings: dict[str, Any]) -> float | None:
     """The val_loss that is expected of a run with these settings; None where it is of another text or network."""
     expected = settings.get("expected_val_loss")
     if not isinstance(expected, int | float):
@@ -224,23 +231,25 @@ def published(settings: dict[str, Any]) -> float | None:
     shipped_with_it = [
         own for path in SHIPPED.glob("*.yaml") if (own := read_yaml(path)).get("expected_val_loss") == expected
     ]
-    alike = [all(settings.get(key) == own[key] for key in COMPARED if key in own) for own in shipped_with_it]
+    alike = [
+        all(settings.get(key) == own[key] for key in PUBLISHED_RESULT_KEYS if key in own) for own in shipped_with_it
+    ]
     return expected if any(alike) or not alike else None
 
 
-def share(measured: float, planned: float) -> str:
+def format_ratio(measured: float, planned: float) -> str:
     """A ratio, where both are known."""
     return f"{measured / planned:.2f}" if measured and planned else ""
 
 
-def samples(folder: Path) -> list[Html]:
+def samples_section(folder: Path) -> list[Html]:
     """Texts of the run, some of many, the first and the last among them."""
     found = sorted((folder / "samples").glob("step-*.txt"))
-    kept = sorted({round(i * (len(found) - 1) / (SAMPLES - 1)) for i in range(SAMPLES)}) if found else []
+    kept = sorted({round(i * (len(found) - 1) / (MAX_SAMPLES - 1)) for i in range(MAX_SAMPLES)}) if found else []
     texts = (
-        [(path_title(found[i]), found[i], "") for i in kept]
-        if len(found) > SAMPLES
-        else [(path_title(path), path, "") for path in found]
+        [(sample_title(found[i]), found[i], "") for i in kept]
+        if len(found) > MAX_SAMPLES
+        else [(sample_title(path), path, "") for path in found]
     )
     for name, title, look in (("best", "of the best weights", ""), ("before-after", "before and after", "columns")):
         path = folder / "samples" / f"{name}.txt"
@@ -249,40 +258,43 @@ def samples(folder: Path) -> list[Html]:
     if not texts:
         return [tag("p", "No samples: --sample-tokens was 0, or no evaluation has been done yet.", class_="note")]
     said = []
-    if len(found) > len(kept) > 0 and len(found) > SAMPLES:
+    if len(found) > len(kept) > 0 and len(found) > MAX_SAMPLES:
         said.append(tag("p", f"{len(kept)} of {len(found):,}; all are in {shown(folder / 'samples')}.", class_="note"))
     for number, (title, path, look) in enumerate(texts, 1):
         opened = {"open_": "open"} if number == len(texts) else {}
-        text = tag("pre", excerpt(path), class_=look) if look else tag("pre", excerpt(path))
+        text = tag("pre", read_sample_excerpt(path), class_=look) if look else tag("pre", read_sample_excerpt(path))
         said.append(tag("details", tag("summary", title), text, **opened))
     return said
 
 
-def path_title(path: Path) -> str:
+def sample_title(path: Path) -> str:
     """step 1,500, of step-00001500.txt."""
     number = path.stem.removeprefix("step-")
     return f"step {int(number):,}" if number.isdecimal() else path.stem
 
 
-def excerpt(path: Path) -> str:
+def read_sample_excerpt(path: Path) -> str:
     """A text, or its beginning; nothing of what only links to one."""
     if path.is_symlink():
         return ""
     with open(path, encoding="utf-8", errors="replace", opener=regular) as file:
-        text = file.read(SAMPLE_CHARACTERS + 1)
-    return text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + "…"
+        text = file.read(MAX_SAMPLE_CHARACTERS + 1)
+    return text if len(text) <= MAX_SAMPLE_CHARACTERS else text[:MAX_SAMPLE_CHARACTERS] + "…"
 
 
-def commands(run: Run, folder: Path, dataset: dict[str, Any]) -> list[Html]:
+def next_commands(run: RunSummary, folder: Path, dataset: dict[str, Any]) -> list[Html]:
     """How to go on with the run."""
     in_characters = mapping(dataset.get("tokenizer")).get("kind") == "char"  # for which llama.cpp has no tokenizer
     rows = []
     if run.state in ("stopped", "training"):
         rows.append(
-            ("go on training, once it is stopped" if run.state == "training" else "go on training", resume(folder))
+            (
+                "go on training, once it is stopped" if run.state == "training" else "go on training",
+                resume_command(folder),
+            )
         )
     if run.state == "finished":
-        rows.append(("train further", f"{resume(folder)} --max-steps {2 * max(run.step, 1)}"))
+        rows.append(("train further", f"{resume_command(folder)} --max-steps {2 * max(run.step, 1)}"))
     rows += [
         ("read what it writes", called("sample", run.name)),
         ("measure it", called("eval", run.name)),
@@ -293,6 +305,6 @@ def commands(run: Run, folder: Path, dataset: dict[str, Any]) -> list[Html]:
     return [tag("p", title, tag("pre", command)) for title, command in rows]
 
 
-def resume(folder: Path) -> str:
+def resume_command(folder: Path) -> str:
     """The command that goes on with the run's own settings."""
     return called("train", shown(folder / "config.yaml"))

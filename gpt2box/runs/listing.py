@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from gpt2box.config.loader import read_yaml
 from gpt2box.errors import BadInput
-from gpt2box.runs.metrics import parse
+from gpt2box.runs.metrics import parse_rows
 from gpt2box.runs.plan_file import read_plan
-from gpt2box.runs.tail import newest_run, tail
+from gpt2box.runs.tail import find_newest_run, read_tail
 from gpt2box.utils.files import is_locked, read_object, whole
 from gpt2box.utils.paths import checkpoints, run_dir, run_folders, runs_dir, shown
 from gpt2box.utils.progress import duration, size
@@ -23,7 +23,7 @@ State = Literal["training", "stopped", "finished", "damaged"]
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSummary:
     """A run at a glance. What nothing is known of is None or 0."""
 
     name: str
@@ -56,9 +56,9 @@ def find_run(name: str | None) -> Path:
     Raises:
         BadInput: there is none, with those that there are.
     """
-    names = [path.name for path in folders()]
+    names = [path.name for path in list_run_folders()]
     if name is None:
-        newest = newest_run()
+        newest = find_newest_run()
         if newest is None:
             raise BadInput(f"no run in {shown(runs_dir())} yet", "a run", "gpt2box train demo")
         return newest
@@ -67,12 +67,12 @@ def find_run(name: str | None) -> Path:
     return runs_dir() / name
 
 
-def folders() -> list[Path]:
+def list_run_folders() -> list[Path]:
     """The runs' folders; one in which nothing was begun is none."""
-    return [path for path in run_folders() if begun(path)]
+    return [path for path in run_folders() if is_run_folder(path)]
 
 
-def begun(folder: Path) -> bool:
+def is_run_folder(folder: Path) -> bool:
     """Whether something is there that a training writes, or one is about to."""
     known = ("config.yaml", "plan.json", "metrics.jsonl", "checkpoints")
     try:
@@ -81,16 +81,16 @@ def begun(folder: Path) -> bool:
         return False
 
 
-def look_at(folder: Path) -> Run:
+def summarize_run(folder: Path) -> RunSummary:
     """A run from its small files alone; a checkpoint's are compared by size, not read."""
     plan = read_plan(folder)
-    found, fault = newest_checkpoint(folder)
+    found, fault = read_newest_checkpoint(folder)
     training = is_locked(folder / ".lock")
-    fault = "" if training else (broken_settings(folder, plan) or fault)
+    fault = "" if training else (find_settings_fault(folder, plan) or fault)
     step = whole(found.get("step"))
     best, best_step = found.get("best_val_loss"), found.get("best_step")
     measured = isinstance(best, int | float) and math.isfinite(best)
-    rows = [] if measured and not training else list(parse(tail(folder / "metrics.jsonl").splitlines()))
+    rows = [] if measured and not training else list(parse_rows(read_tail(folder / "metrics.jsonl").splitlines()))
     if training:  # further than its checkpoint
         step = max((row["step"] for row in rows), default=step)
     max_steps = whole(plan.get("max_steps"))
@@ -100,7 +100,7 @@ def look_at(folder: Path) -> Run:
         best, best_step = row.get("val_loss"), row.get("step")
     early = bool(found.get("stopped_early"))
     done = early or (bool(found) and step >= max_steps > 0 and found.get("evaluated_step") == step)
-    return Run(
+    return RunSummary(
         name=folder.name,
         state="training" if training else "damaged" if fault else "finished" if done else "stopped",
         fault=fault,
@@ -110,13 +110,15 @@ def look_at(folder: Path) -> Run:
         best_val_loss=best,
         best_step=None if best is None else whole(best_step),
         tokens=step * whole(plan.get("tokens_per_step")),
-        seconds=round(number(found.get("seconds")) + since(rows, whole(found.get("step")), plan) * training),
-        size_bytes=size_on_disk(folder),
-        changed=last_written(folder),
+        seconds=round(
+            number(found.get("seconds")) + training_seconds_after(rows, whole(found.get("step")), plan) * training
+        ),
+        size_bytes=disk_usage_bytes(folder),
+        changed=last_metrics_time(folder),
     )
 
 
-def since(rows: list[dict[str, Any]], step: int, plan: dict[str, Any]) -> float:
+def training_seconds_after(rows: list[dict[str, Any]], step: int, plan: dict[str, Any]) -> float:
     """Seconds of training in the lines of metrics.jsonl after that step."""
     tokens, seconds = whole(plan.get("tokens_per_step")), 0.0
     for row in rows:
@@ -131,7 +133,7 @@ def number(value: object) -> float:
     return float(value) if isinstance(value, int | float) and abs(value) < 2**63 else 0.0
 
 
-def broken_settings(folder: Path, plan: dict[str, Any]) -> str:
+def find_settings_fault(folder: Path, plan: dict[str, Any]) -> str:
     """What keeps a run's settings from being read."""
     try:
         if not read_yaml(folder / "config.yaml"):
@@ -141,7 +143,7 @@ def broken_settings(folder: Path, plan: dict[str, Any]) -> str:
     return "" if plan else f"{shown(folder / 'plan.json')} is missing or no JSON object"
 
 
-def newest_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
+def read_newest_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
     """state.json of the newest checkpoint whose files are all there, at full size; what is wrong where none is."""
     found = [*checkpoints(folder / "checkpoints"), *folder.glob("checkpoints/.step-*.old")]
     for path in sorted(found, key=lambda path: path.name.lstrip("."), reverse=True):
@@ -154,7 +156,7 @@ def newest_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
     return {}, f"no whole checkpoint in {shown(folder / 'checkpoints')}" if found else ""
 
 
-def size_on_disk(folder: Path) -> int:
+def disk_usage_bytes(folder: Path) -> int:
     """Bytes, a link as itself."""
     total = 0
     for place, _, files in os.walk(folder):
@@ -164,17 +166,17 @@ def size_on_disk(folder: Path) -> int:
     return total
 
 
-def last_written(folder: Path) -> float:
+def last_metrics_time(folder: Path) -> float:
     """When a figure was last noted, else when the run was begun."""
     with suppress(FileNotFoundError):
         return (folder / "metrics.jsonl").stat().st_mtime
     return folder.stat().st_mtime
 
 
-def as_lines(runs: list[Run]) -> Iterator[str]:
+def format_table(runs: list[RunSummary]) -> Iterator[str]:
     """A table, newest first; beneath a damaged run what is wrong with it."""
     head = ["run", "state", "step", "best val_loss", "tokens", "time", "disk"]
-    rows = [cells(run) for run in runs]
+    rows = [table_cells(run) for run in runs]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for run, row in zip([None, *runs], [head, *rows], strict=True):
         left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
@@ -184,20 +186,20 @@ def as_lines(runs: list[Run]) -> Iterator[str]:
             yield f"    {run.fault}"
 
 
-def cells(run: Run) -> list[str]:
+def table_cells(run: RunSummary) -> list[str]:
     """A row of it."""
     return [
         run.name,
         run.words(),
         f"{run.step:,} of {run.max_steps:,}" if run.max_steps else f"{run.step:,}",
         "-" if run.best_val_loss is None else f"{run.best_val_loss:.4f}",
-        amount(run.tokens),
+        format_count(run.tokens),
         duration(run.seconds),
         size(run.size_bytes),
     ]
 
 
-def amount(count: float) -> str:
+def format_count(count: float) -> str:
     """A number of tokens: 512, 12.3k, 1.15M, 9.04G."""
     for unit, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= unit:

@@ -18,17 +18,17 @@ from gpt2box.data.downloads import sha256_of
 from gpt2box.data.pretrained import HUB_REVISIONS
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.planner.run_plan import RunPlan
-from gpt2box.runs.sessions import as_of, differences, noted_in, sessions_in
+from gpt2box.runs.sessions import recorded_sessions, session_at_step, session_differences, valid_sessions
 from gpt2box.utils.files import read_json, read_object, write_atomically
 from gpt2box.utils.progress import say, size
 
 FORMAT = 2  # of manifest.json; 1 had neither settings nor weights
-WORTH_A_WORD = 1 << 30  # bytes: a second or more
-ASIDE = "manifest.json.damaged"
-MOST_FILES = 1000  # of a dataset, that are listed one by one
+LARGE_FILE_BYTES = 1 << 30  # bytes: a second or more
+DAMAGED_COPY_NAME = "manifest.json.damaged"
+MAX_LISTED_FILES = 1000  # of a dataset, that are listed one by one
 
 
-def check_unchanged(
+def check_settings_unchanged(
     config: Config, dataset: Dataset, run: Path, allow: Collection[str] = (), step: int = 0
 ) -> dict[str, Any]:
     """A run goes on, from `step`, with the settings and the text it began with, but for settings that do not change
@@ -40,14 +40,14 @@ def check_unchanged(
         BadInput: lists what differs.
         Damaged: nothing says with what settings it began.
     """
-    before = kept_settings(run)
+    before = load_run_settings(run)
     began = read_manifest(run)
     if not began:
         say(
             f"note: {run / 'manifest.json'} is {'damaged' if os.path.lexists(run / 'manifest.json') else 'missing'}: "
             "whether the dataset is the one that the run began with is not known, nor what was noted of its sessions"
         )
-    elif not same_tokens(began["dataset"]["splits"], about_dataset(dataset, began)["splits"]):
+    elif not is_same_dataset(began["dataset"]["splits"], describe_dataset(dataset, began)["splits"]):
         raise BadInput(
             f"the dataset in {dataset.folder} is not the one that the run {config.name} began with",
             f"the same text: {began['dataset']['splits']}",
@@ -73,7 +73,7 @@ def check_unchanged(
     return {key: getattr(before, key) for key in differing}
 
 
-def checked_allowance(given: Sequence[str]) -> tuple[str, ...]:
+def parse_allowed_changes(given: Sequence[str]) -> tuple[str, ...]:
     """The settings of --allow-change.
 
     Raises:
@@ -88,7 +88,7 @@ def checked_allowance(given: Sequence[str]) -> tuple[str, ...]:
     return keys
 
 
-def kept_settings(run: Path) -> Config:
+def load_run_settings(run: Path) -> Config:
     """The settings that a run began or last went on with: config.yaml's, or where that is gone manifest.json's.
 
     Raises:
@@ -118,15 +118,15 @@ def read_manifest(run: Path) -> dict[str, Any]:
         return {}
 
 
-def say_what_may_change_bits(run: Path, session: dict[str, Any]) -> None:
+def warn_if_not_bit_exact(run: Path, session: dict[str, Any]) -> None:
     """Where a session goes on in another way than the one before, or on another machine."""
-    before = sessions_in(read_manifest(run))
-    last = as_of(before, max(session["step"] - 1, 0)) if before else session
-    for line in differences(last, session, of_bits=True):
+    before = valid_sessions(read_manifest(run))
+    last = session_at_step(before, max(session["step"] - 1, 0)) if before else session
+    for line in session_differences(last, session, of_bits=True):
         say(f"note: {line}: from here on not in the bits of an uninterrupted run")
 
 
-def write_records(
+def write_run_records(
     run: Path, config: Config, plan: RunPlan, dataset: Dataset, session: dict[str, Any], weights: Path | None
 ) -> None:
     """manifest.json, plan.json and config.yaml: all that the run follows from, and what each session ran on.
@@ -136,8 +136,8 @@ def write_records(
     path = run / "manifest.json"
     before = read_object(path)
     if os.path.lexists(path) and not read_manifest(run):
-        os.replace(path, run / ASIDE)
-        say(f"note: what is left of manifest.json is kept as {ASIDE}")
+        os.replace(path, run / DAMAGED_COPY_NAME)
+        say(f"note: what is left of manifest.json is kept as {DAMAGED_COPY_NAME}")
     known = before.get("weights") if plan.lora_rank == 0 or session["step"] else None  # read anew with adapters
     manifest = {
         "format": FORMAT,
@@ -145,44 +145,44 @@ def write_records(
         "settings": config.model_dump(mode="json"),
         "seed": config.seed,
         "plan": asdict(plan),
-        "weights": known or weights_source(config.init_from, weights),
-        "dataset": {"folder": str(dataset.folder), **about_dataset(dataset, before)},
-        "checked": stamps_of(dataset),
-        "sessions": [*noted_in(before), session],
+        "weights": known or describe_weights(config.init_from, weights),
+        "dataset": {"folder": str(dataset.folder), **describe_dataset(dataset, before)},
+        "checked": file_stamps(dataset),
+        "sessions": [*recorded_sessions(before), session],
     }
     write_atomically(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     write_atomically(run / "plan.json", json.dumps(asdict(plan), indent=2) + "\n")
     write_atomically(run / "config.yaml", loader.to_yaml(config))
 
 
-def stamps_of(dataset: Dataset) -> dict[str, list[int]]:
+def file_stamps(dataset: Dataset) -> dict[str, list[int]]:
     """Bytes and time of change, in nanoseconds, of a dataset's files: while these stay, so does what was compared."""
     files = sorted([*dataset.folder.glob("*.bin"), *dataset.folder.glob("*.mask")])
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
-def about_dataset(dataset: Dataset, before: dict[str, Any]) -> dict[str, Any]:
+def describe_dataset(dataset: Dataset, before: dict[str, Any]) -> dict[str, Any]:
     """Its manifest, with a long list of files cut to its sha256; of nanoGPT's, which has none, what makes it up.
 
     `before`: a manifest of a run on it, of which checksums are taken as long as the files have not been touched.
     """
     if not dataset.manifest:
         splits: dict[str, Any] = {split: {"tokens": dataset.tokens(split)} for split in SPLITS}
-        splits["train"]["sha256"] = known_train_sha256(dataset, before) or sha256_of_tokens(
-            dataset.folder / "train.bin", *stamps_of(dataset)["train.bin"]
+        splits["train"]["sha256"] = cached_train_sha256(dataset, before) or sha256_of_tokens(
+            dataset.folder / "train.bin", *file_stamps(dataset)["train.bin"]
         )
         return {"source": "a folder as nanoGPT's", "splits": splits | {"val_digest": dataset.digest}}
     about = dict(dataset.manifest)
     files = about.get("documents")
-    if isinstance(files, list) and len(files) > MOST_FILES:
+    if isinstance(files, list) and len(files) > MAX_LISTED_FILES:
         about["documents"] = {"count": len(files), "sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
     return about
 
 
-def known_train_sha256(dataset: Dataset, before: dict[str, Any]) -> str:
+def cached_train_sha256(dataset: Dataset, before: dict[str, Any]) -> str:
     """Of nanoGPT's train.bin, as a run's manifest has it; nothing where the files have been touched since."""
     try:
-        return str(before["dataset"]["splits"]["train"]["sha256"]) if before["checked"] == stamps_of(dataset) else ""
+        return str(before["dataset"]["splits"]["train"]["sha256"]) if before["checked"] == file_stamps(dataset) else ""
     except (KeyError, TypeError):
         return ""
 
@@ -190,12 +190,12 @@ def known_train_sha256(dataset: Dataset, before: dict[str, Any]) -> str:
 @cache
 def sha256_of_tokens(path: Path, size_bytes: int, changed: int) -> str:
     """Once in a process, as long as size and time of change stay."""
-    if size_bytes > WORTH_A_WORD:
+    if size_bytes > LARGE_FILE_BYTES:
         say(f"taking the checksum of {size(size_bytes)} of tokens")
     return sha256_of(path)
 
 
-def same_tokens(before: dict[str, Any], now: dict[str, Any]) -> bool:
+def is_same_dataset(before: dict[str, Any], now: dict[str, Any]) -> bool:
     """Of what two manifests say of a dataset's splits; an earlier version noted no checksum of nanoGPT's train.bin."""
     train = before.get("train")
     if isinstance(train, dict) and "val_digest" in before:
@@ -203,7 +203,7 @@ def same_tokens(before: dict[str, Any], now: dict[str, Any]) -> bool:
     return before == now
 
 
-def weights_source(init_from: str, folder: Path | None) -> dict[str, Any]:
+def describe_weights(init_from: str, folder: Path | None) -> dict[str, Any]:
     """What the weights that a run begins from are: of the Hub their commit, and of each file the sha256."""
     if folder is None:
         return {"init_from": init_from}

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 from gpt2box.errors import why
-from gpt2box.runs.wandb import Tracker
+from gpt2box.runs.wandb import WandbRun
 from gpt2box.utils.files import parse_json, regular, write_atomically
 from gpt2box.utils.paths import make_writable
 from gpt2box.utils.progress import say
 
-WORDS = ("kind", "digest", "val_set")  # all else that a line holds is a number or nothing
+TEXT_FIELDS = ("kind", "digest", "val_set")  # all else that a line holds is a number or nothing
 
 
-class Metrics:
+class MetricsWriter:
     """Appends to metrics.jsonl; begins by dropping lines from steps that will be done again, and a torn last line.
 
     Every number goes to TensorBoard's events beside it, too, under the same name. With `echo` each line is also
@@ -53,14 +53,14 @@ class Metrics:
         line: Callable[[str], None] = say,
     ) -> None:
         self._echo, self._line = echo, line
-        drop_later(path, step, evaluated_step)
+        drop_rows_after(path, step, evaluated_step)
         self._file = open(path, "a", encoding="utf-8", opener=regular)  # noqa: SIM115, closed with the run
         from torch.utils.tensorboard.writer import SummaryWriter  # a second to import
 
         events = make_writable(path.parent / "tensorboard")  # else a thread of its own would say so
-        threading.excepthook = quiet_about_events
+        threading.excepthook = ignore_tensorboard_thread_errors
         self._events: SummaryWriter | None = SummaryWriter(str(events), purge_step=step + 1)
-        self._tracker = None if wandb == "off" else Tracker(path.parent, wandb)
+        self._tracker = None if wandb == "off" else WandbRun(path.parent, wandb)
 
     def write(self, step: int, kind: str, **values: Any) -> None:
         """Append a line and hand it to the system at once."""
@@ -105,18 +105,18 @@ class Metrics:
             self._line(f"no more events for TensorBoard: {why(error)}")
 
 
-def quiet_about_events(arguments: threading.ExceptHookArgs) -> None:
+def ignore_tensorboard_thread_errors(arguments: threading.ExceptHookArgs) -> None:
     """For threading.excepthook: what TensorBoard's thread meets its caller raises; it need not print it as well."""
     if not type(arguments.thread).__module__.startswith("tensorboard."):
         threading.__excepthook__(arguments)
 
 
-def drop_later(path: Path, step: int, evaluated_step: int) -> None:
+def drop_rows_after(path: Path, step: int, evaluated_step: int) -> None:
     """Leave out what is not of the steps so far, and what is no whole line; line by line, as there may be many."""
 
     def kept(lines: Iterable[str]) -> Iterator[str]:
         for line in lines:
-            if any(row["step"] <= (step if row["kind"] == "train" else evaluated_step) for row in parse([line])):
+            if any(row["step"] <= (step if row["kind"] == "train" else evaluated_step) for row in parse_rows([line])):
                 yield line.rstrip("\n") + "\n"
 
     if path.exists():
@@ -124,43 +124,45 @@ def drop_later(path: Path, step: int, evaluated_step: int) -> None:
             write_atomically(path, kept(file))
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, without a torn one."""
-    return list(stream(path))
+    return list(iter_rows(path))
 
 
-def stream(path: Path) -> Iterator[dict[str, Any]]:
+def iter_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The same, one after the other: a long run has a million. Nothing where there is no such file."""
     if path.is_file():
         with open(path, encoding="utf-8", errors="replace", opener=regular) as file:
-            yield from parse(file)
+            yield from parse_rows(file)
 
 
-def parse(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+def parse_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """The whole lines among those of a piece of a metrics.jsonl."""
     for line in lines:
         try:
             row = parse_json(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and is_whole(row):
+        if isinstance(row, dict) and is_valid_row(row):
             yield row
 
 
-def is_whole(row: dict[str, Any]) -> bool:
+def is_valid_row(row: dict[str, Any]) -> bool:
     """Whether a line says what `Metrics.write` does: a step, a kind, numbers, and words that can be printed."""
     step, kind = row.get("step"), row.get("kind")
     if type(step) is not int or not 0 <= step < 2**53 or not isinstance(kind, str):
         return False
-    return all(value is None or isinstance(value, float | int) or is_word(name, value) for name, value in row.items())
+    return all(
+        value is None or isinstance(value, float | int) or is_valid_text(name, value) for name, value in row.items()
+    )
 
 
-def is_word(name: str, value: object) -> bool:
+def is_valid_text(name: str, value: object) -> bool:
     """Whether it may stand there, and be printed."""
-    return name in WORDS and isinstance(value, str) and value.isascii() and value.isprintable()
+    return name in TEXT_FIELDS and isinstance(value, str) and value.isascii() and value.isprintable()
 
 
-class Interval:
+class LogInterval:
     """Steps, loss and time since the last log line, with evaluation and saving left out of the time."""
 
     def __init__(self) -> None:
@@ -195,14 +197,14 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def reason(skipped: int, spikes: int) -> str:
+def skip_reason(skipped: int, spikes: int) -> str:
     """Why steps were left out, so many of them for a loss that was finite."""
     if not spikes:
         return "loss or gradient not finite"
     return f"loss {'not finite or ' if spikes < skipped else ''}far above the steps before"
 
 
-def left_out(row: dict[str, Any]) -> str:
+def format_skipped_steps(row: dict[str, Any]) -> str:
     """A train line's steps that were left out, in words."""
     skipped = int(row["skipped_steps"])
-    return f"{skipped:,} step{'s' * (skipped > 1)} left out: {reason(skipped, int(row.get('loss_spikes', 0)))}"
+    return f"{skipped:,} step{'s' * (skipped > 1)} left out: {skip_reason(skipped, int(row.get('loss_spikes', 0)))}"

@@ -14,43 +14,43 @@ from gpt2box.runs.plan_file import flatten_plan
 from gpt2box.utils.files import read_object, write_atomically
 
 # How the steps are done: other numbers of these add in another order.
-WAY = (
+EXECUTION_KEYS = (
     "micro_batch_size", "grad_accum_steps", "activation_checkpointing", "loss_chunk_tokens", "compile", "dtype",
     "deterministic", "ranks", "shard",
 )  # fmt: skip
-TAKEN = ("micro_batch_size", "grad_accum_steps", "activation_checkpointing")  # of these, what may change in a session
-OF_BITS = ("way.", "gpu.", "packages.torch", "packages.triton", "environment.", "device_type")
-OF_BITS_ON_CPU = ("cpu.model", "cpu.instructions", "cpu.threads")
-OF_COURSE = {"max_steps", *CHANGEABLE}  # settings that may change, and with them what is learned
-NOT_COMPARED = ("started", "step", "device", "cpu.cores", "ways")
-OF_CUDA = ("environment.CUBLAS_WORKSPACE_CONFIG",)  # says nothing on a CPU; the program sets it there, too
+CHANGEABLE_IN_SESSION = ("micro_batch_size", "grad_accum_steps", "activation_checkpointing")
+BIT_RELEVANT_FACTS = ("way.", "gpu.", "packages.torch", "packages.triton", "environment.", "device_type")
+BIT_RELEVANT_FACTS_ON_CPU = ("cpu.model", "cpu.instructions", "cpu.threads")
+CHANGEABLE_SETTINGS = {"max_steps", *CHANGEABLE}  # settings that may change, and with them what is learned
+IGNORED_FACTS = ("started", "step", "device", "cpu.cores", "ways")
+CUDA_ONLY_FACTS = ("environment.CUBLAS_WORKSPACE_CONFIG",)  # says nothing on a CPU; the program sets it there, too
 
 
-def session_of(facts: dict[str, Any], plan: RunPlan, step: int, changed: dict[str, Any]) -> dict[str, Any]:
+def make_session(facts: dict[str, Any], plan: RunPlan, step: int, changed: dict[str, Any]) -> dict[str, Any]:
     """A session that begins at a step: its facts (machine/provenance.py), its way, the settings it changed."""
-    way = {key: value for key, value in flatten_plan(asdict(plan)).items() if key in WAY}
+    way = {key: value for key, value in flatten_plan(asdict(plan)).items() if key in EXECUTION_KEYS}
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     facts = {"started": started, **facts}
     return {**facts, "device_type": plan.device.partition(":")[0], "step": step, "way": way, "changed": changed}
 
 
-def flat(session: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_facts(session: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A session's facts by dotted names, such as cpu.threads."""
     found: dict[str, Any] = {}
     for key, value in session.items():
         name = f"{prefix}{key}"
-        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        found |= flatten_facts(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return found
 
 
-def differences(before: dict[str, Any], now: dict[str, Any], of_bits: bool = False) -> list[str]:
+def session_differences(before: dict[str, Any], now: dict[str, Any], of_bits: bool = False) -> list[str]:
     """Facts that differ, in words; `of_bits`: only those by which alone a step's bits come out otherwise.
 
     What only one of the two knows of is left out, but for the environment's variables.
     """
-    old, new = flat(before), flat(now)
+    old, new = flatten_facts(before), flatten_facts(now)
     on_cpu = now.get("device_type") == "cpu"
-    wanted, left_out = OF_BITS + OF_BITS_ON_CPU * on_cpu, NOT_COMPARED + OF_CUDA * on_cpu
+    wanted, left_out = BIT_RELEVANT_FACTS + BIT_RELEVANT_FACTS_ON_CPU * on_cpu, IGNORED_FACTS + CUDA_ONLY_FACTS * on_cpu
     lines = []
     for name in sorted(old.keys() | new.keys()):
         variable = name.startswith("environment.") and "environment" in before
@@ -59,34 +59,34 @@ def differences(before: dict[str, Any], now: dict[str, Any], of_bits: bool = Fal
         if of_bits and not name.startswith(wanted):
             continue
         if old.get(name) != new.get(name):
-            lines.append(f"{name}: {shown(old.get(name))} before, {shown(new.get(name))} now")
+            lines.append(f"{name}: {format_fact(old.get(name))} before, {format_fact(new.get(name))} now")
     return lines
 
 
-def shown(value: object) -> str:
+def format_fact(value: object) -> str:
     """A fact in a message."""
     return "nothing" if value in (None, "") else str(value)
 
 
-def noted_in(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def recorded_sessions(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """All sessions of a manifest.json, whatever is said of them."""
     found = manifest.get("sessions")
     return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
-def sessions_in(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def valid_sessions(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """The same without those that an older program wrote or a bad disk damaged."""
-    listed = noted_in(manifest)
+    listed = recorded_sessions(manifest)
     return [each for each in listed if type(each.get("step")) is int and isinstance(each.get("changed"), dict)]
 
 
-def began_at(sessions: list[dict[str, Any]]) -> list[int]:
+def session_start_steps(sessions: list[dict[str, Any]]) -> list[int]:
     """The step from which on each session's changes hold: a later session may have gone on from an earlier step."""
-    steps = [min(step for step, _ in ways_in(each)) for each in sessions]
+    steps = [min(step for step, _ in execution_changes(each)) for each in sessions]
     return [min(steps[index:]) for index in range(len(steps))]
 
 
-def ways_in(session: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+def execution_changes(session: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
     """A session's ways in the order in which it took them, each with the step from which on it held.
 
     A step may be one that was done before: where memory ran out half-way, or numbers were not finite, a run goes back.
@@ -95,34 +95,36 @@ def ways_in(session: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
     found = [(int(session["step"]), way if isinstance(way, dict) else {})]
     for each in later if isinstance(later, list) else []:
         if isinstance(each, dict) and type(each.get("step")) is int:
-            found.append((each["step"], {**found[0][1], **{key: each[key] for key in TAKEN if key in each}}))
+            found.append(
+                (each["step"], {**found[0][1], **{key: each[key] for key in CHANGEABLE_IN_SESSION if key in each}})
+            )
     return found
 
 
-def as_of(sessions: list[dict[str, Any]], step: int) -> dict[str, Any]:
+def session_at_step(sessions: list[dict[str, Any]], step: int) -> dict[str, Any]:
     """The session that did the step after `step`, for the last time if several did, with the way that it did it in."""
-    began = began_at(sessions)
+    began = session_start_steps(sessions)
     index = max((index for index, first in enumerate(began) if first <= step), default=0)
-    held = [way for first, way in ways_in(sessions[index]) if first <= step]
+    held = [way for first, way in execution_changes(sessions[index]) if first <= step]
     return {**sessions[index], "way": held[-1] if held else {}}
 
 
-def ways_after(sessions: list[dict[str, Any]], step: int) -> dict[int, dict[str, Any]]:
+def execution_changes_after(sessions: list[dict[str, Any]], step: int) -> dict[int, dict[str, Any]]:
     """The ways that the steps after `step` were done in, where another than before, by the step from which on."""
-    found, before = {}, as_of(sessions, step)["way"]
-    for later in sorted({first for each in sessions for first, _ in ways_in(each) if first > step}):
-        way = as_of(sessions, later)["way"]
-        if taken(way) != taken(before):
+    found, before = {}, session_at_step(sessions, step)["way"]
+    for later in sorted({first for each in sessions for first, _ in execution_changes(each) if first > step}):
+        way = session_at_step(sessions, later)["way"]
+        if changeable_execution(way) != changeable_execution(before):
             found[later] = before = way
     return found
 
 
-def taken(way: dict[str, Any]) -> dict[str, Any]:
+def changeable_execution(way: dict[str, Any]) -> dict[str, Any]:
     """Of a way what may change inside a session."""
-    return {key: way[key] for key in TAKEN if key in way}
+    return {key: way[key] for key in CHANGEABLE_IN_SESSION if key in way}
 
 
-def keep_way(run: Path, plan: RunPlan, step: int) -> None:
+def record_execution(run: Path, plan: RunPlan, step: int) -> None:
     """Note in a run's manifest.json that the session does its steps in this way from `step` on, unless it says so.
 
     Raises:
@@ -130,12 +132,12 @@ def keep_way(run: Path, plan: RunPlan, step: int) -> None:
     """
     path = run / "manifest.json"
     manifest = read_object(path)
-    sessions = sessions_in(manifest)
+    sessions = valid_sessions(manifest)
     if not sessions:
         return  # it never said what the session ran on
-    now, session = taken(flatten_plan(asdict(plan))), sessions[-1]
-    steps, ways = zip(*ways_in(session), strict=True)
-    if max(steps) <= step and taken(ways[-1]) == now:
+    now, session = changeable_execution(flatten_plan(asdict(plan))), sessions[-1]
+    steps, ways = zip(*execution_changes(session), strict=True)
+    if max(steps) <= step and changeable_execution(ways[-1]) == now:
         return
     earlier = session.get("ways")
     session["ways"] = [*(earlier if isinstance(earlier, list) else []), {"step": step, **now}]

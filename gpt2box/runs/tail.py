@@ -7,20 +7,20 @@ import secrets
 import time
 from pathlib import Path
 
-from gpt2box.runs.history import PIECE_BYTES, Figures
+from gpt2box.runs.history import READ_CHUNK_BYTES, CurveBuffer
 from gpt2box.utils.files import regular
 from gpt2box.utils.paths import run_folders
 
 TAIL_BYTES = 1 << 20  # of metrics.jsonl: enough for the last line of each kind, whatever the length of the run
-SECONDS = 0.5  # of reading before an answer; the rest of a long file is read at the next
+MAX_READ_SECONDS = 0.5  # of reading before an answer; the rest of a long file is read at the next
 
 
-class Follower:
+class MetricsTail:
     """A metrics.jsonl, read on from where the last reading ended; from its beginning where another took its place."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.figures = Figures()
+        self.figures = CurveBuffer()
         self.generation = ""  # what was handed out of an earlier one is void
         self.share = 1.0  # read, of the file
         self._inode = self._offset = 0
@@ -33,9 +33,9 @@ class Follower:
                 if found.st_ino != self._inode or found.st_size < self._offset:  # a resumed run writes it anew
                     self._begin_anew(found.st_ino)
                 file.seek(self._offset)
-                end = time.monotonic() + SECONDS
+                end = time.monotonic() + MAX_READ_SECONDS
                 self.share = 1.0
-                while lines := whole_lines(file.read(PIECE_BYTES) + file.readline()):
+                while lines := complete_lines(file.read(READ_CHUNK_BYTES) + file.readline()):
                     self.figures.add(lines)
                     self._offset += len(lines)
                     if time.monotonic() > end and self._offset < found.st_size:
@@ -46,23 +46,23 @@ class Follower:
                 self._begin_anew(0)
 
     def _begin_anew(self, inode: int) -> None:
-        self.figures, self._inode, self._offset = Figures(), inode, 0
+        self.figures, self._inode, self._offset = CurveBuffer(), inode, 0
         self.generation = secrets.token_hex(4)
 
 
-def whole_lines(piece: bytes) -> bytes:
+def complete_lines(piece: bytes) -> bytes:
     """Up to the last line's end."""
     return piece[: piece.rfind(b"\n") + 1]
 
 
-def newest_run() -> Path | None:
+def find_newest_run() -> Path | None:
     """The run that was written to last."""
     found = [path / "metrics.jsonl" for path in run_folders() if (path / "metrics.jsonl").exists()]
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
     return newest.parent if newest else None
 
 
-def tail(path: Path, most_bytes: int = TAIL_BYTES) -> str:
+def read_tail(path: Path, most_bytes: int = TAIL_BYTES) -> str:
     """The end of a file that may be long or not there; begins at a line's start."""
     try:
         with open(path, "rb", opener=regular) as file:

@@ -21,7 +21,7 @@ from gpt2box.utils.files import read_object, write_atomically
 from gpt2box.utils.paths import in_image
 
 
-def check(mode: str) -> None:
+def check_available(mode: str) -> None:
     """Whether W&B can be had; to be asked before anything starts.
 
     Raises:
@@ -37,7 +37,7 @@ def check(mode: str) -> None:
             "the package wandb, or --wandb off; metrics.jsonl and TensorBoard have the same figures",
             "an image with it: FROM gpt2box, USER root, RUN pip install wandb" if in_image() else "pip install wandb",
         )
-    if mode == "online" and not has_key():
+    if mode == "online" and not has_api_key():
         raise BadInput(
             "wandb is online, and there is no key",
             "WANDB_API_KEY, or what `wandb login` writes",
@@ -45,7 +45,7 @@ def check(mode: str) -> None:
         )
 
 
-def has_key() -> bool:
+def has_api_key() -> bool:
     """In one of the places where W&B looks for it, too."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
@@ -61,7 +61,7 @@ def has_key() -> bool:
     return False
 
 
-class Tracker:
+class WandbRun:
     """A W&B run that is open."""
 
     def __init__(self, folder: Path, mode: str) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 from gpt2box.planner.run_plan import RunPlan
-from gpt2box.runs.metrics import left_out
+from gpt2box.runs.metrics import format_skipped_steps
 from gpt2box.system.gpu import Card, card_of
 from gpt2box.utils.progress import LINE_SECONDS, Aside, duration, note, say, size, text_to
 
@@ -60,7 +60,7 @@ class Display:
             return
         self._printed = now
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-        news = f"  {left_out(row)}" if row["skipped_steps"] > self._said_left_out else ""
+        news = f"  {format_skipped_steps(row)}" if row["skipped_steps"] > self._said_left_out else ""
         self._said_left_out = row["skipped_steps"]
         shown_otherwise = self._live is not None or self.plan.log_format == "json"
         (note if shown_otherwise else say)(
@@ -142,7 +142,7 @@ class Display:
             norm = "not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.3g}"
             found["optimizer"] = f"learning rate {row['learning_rate']:.3g}, gradient norm {norm}"
             if row["skipped_steps"]:
-                found["optimizer"] += f", {left_out(row)}"
+                found["optimizer"] += f", {format_skipped_steps(row)}"
             found["speed"] = f"{row['tokens_per_sec']:,.0f} tokens/s"
             if row["mfu"] is not None:
                 found["speed"] += f", MFU {row['mfu']:.0%} of {self.plan.peak_tflops:g} TFLOPS"

@@ -12,7 +12,7 @@ from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.memory import Memory
 from gpt2box.planner.run_plan import RunPlan, in_this_way
 from gpt2box.planner.search import next_smaller_plan
-from gpt2box.runs.sessions import keep_way
+from gpt2box.runs.sessions import record_execution
 from gpt2box.system.device import card_memory_named
 from gpt2box.system.host import memory_bytes
 from gpt2box.training.console import Display
@@ -117,7 +117,7 @@ def note_way(job: Job, display: Display) -> None:
     if not job.group.is_rank_0:
         return
     try:
-        keep_way(job.run, job.plan, job.state.step)
+        record_execution(job.run, job.plan, job.state.step)
     except OSError as error:
         display.line(
             f"note: manifest.json does not say that steps are done with {way_of(job.plan).describe()} after step "

@@ -25,8 +25,15 @@ from gpt2box.model.gpt2 import GPT2
 from gpt2box.optim.factory import Optimizer
 from gpt2box.preflight.requirements import bring, has_dataset
 from gpt2box.runs import metrics
-from gpt2box.runs.manifest import WORTH_A_WORD, about_dataset, check_unchanged, read_manifest, same_tokens, stamps_of
-from gpt2box.runs.sessions import as_of, sessions_in
+from gpt2box.runs.manifest import (
+    LARGE_FILE_BYTES,
+    check_settings_unchanged,
+    describe_dataset,
+    file_stamps,
+    is_same_dataset,
+    read_manifest,
+)
+from gpt2box.runs.sessions import session_at_step, valid_sessions
 from gpt2box.utils.files import locked, mark, read_object, regular, whole
 from gpt2box.utils.paths import dataset_dir, make_writable, shown
 from gpt2box.utils.progress import kept_log, say, size
@@ -71,13 +78,13 @@ def take(config: Config, run: Path, held: ExitStack) -> str:
 
 def begin(config: Config, dataset: Dataset, run: Path, allow: Sequence[str]) -> tuple[Found | None, dict[str, Any]]:
     """The checkpoint to go on from, if there is one, and the settings that were changed."""
-    if stamps_of(dataset) != read_manifest(run).get("checked"):
+    if file_stamps(dataset) != read_manifest(run).get("checked"):
         check_dataset(dataset)
     found, changed = retention.find_newest_checkpoint(run / "checkpoints"), {}
     if not found:
         check_none_lost(run)
     else:
-        changed = check_unchanged(config, dataset, run, allow, found[1].step)
+        changed = check_settings_unchanged(config, dataset, run, allow, found[1].step)
         check_network(run, found[0], dataset)
         if changed.keys() & set(CHANGEABLE):
             forget_losses(found[0])
@@ -93,8 +100,8 @@ def check_dataset(dataset: Dataset) -> None:
     Raises:
         Damaged: one is not.
     """
-    size_bytes = sum(count for count, _ in stamps_of(dataset).values())
-    if dataset.manifest and size_bytes > WORTH_A_WORD:
+    size_bytes = sum(count for count, _ in file_stamps(dataset).values())
+    if dataset.manifest and size_bytes > LARGE_FILE_BYTES:
         say(f"comparing {size(size_bytes)} of tokens with their checksums")
     check_content(dataset.folder, dataset.manifest)
 
@@ -105,18 +112,20 @@ def unchanged(dataset: Dataset, run: Path) -> Callable[[], None]:
     Raises:
         Damaged: its files were touched, and are not what they were.
     """
-    known = stamps_of(dataset)
+    known = file_stamps(dataset)
 
     def check() -> None:
         nonlocal known
-        now = stamps_of(dataset)
+        now = file_stamps(dataset)
         if now == known:
             return
         noted = read_manifest(run).get("dataset")
         if now and dataset.manifest:
             check_content(dataset.folder, dataset.manifest)
         elif not (
-            now and noted and same_tokens(noted["splits"], about_dataset(open_dataset(dataset.folder), {})["splits"])
+            now
+            and noted
+            and is_same_dataset(noted["splits"], describe_dataset(open_dataset(dataset.folder), {})["splits"])
         ):
             raise Damaged(
                 f"the dataset {dataset.folder} was changed or removed while the run trained",
@@ -135,12 +144,12 @@ def check_none_lost(run: Path) -> None:
         Damaged: it went so far that the first had been written.
     """
     interval, step, best = save_interval_of(run), 0, set()
-    for row in metrics.stream(run / "metrics.jsonl"):
+    for row in metrics.iter_rows(run / "metrics.jsonl"):
         step = max(step, row["step"] if row["kind"] == "train" else 0)
         if row.get("best") and row["step"] % interval:
             best.add(row["step"])
     saves = (step - 1) // interval + sum(0 < each < step for each in best)
-    began = max((session["step"] for session in sessions_in(read_object(run / "manifest.json"))), default=0)
+    began = max((session["step"] for session in valid_sessions(read_object(run / "manifest.json"))), default=0)
     if saves < 2 and not began and not ended_with_one(run):  # the second save waits for the first
         return
     reached = f"to step {max(step, began):,}" if step or began else "before"
@@ -191,10 +200,10 @@ def check_is_this_runs(run: Path, folder: Path, step: int, model: GPT2, optimize
     Raises:
         Damaged: they are others.
     """
-    sessions = sessions_in(read_manifest(run))
-    if not sessions or as_of(sessions, step - 1)["way"].get("shard"):
+    sessions = valid_sessions(read_manifest(run))
+    if not sessions or session_at_step(sessions, step - 1)["way"].get("shard"):
         return  # ranks that share a tensor may come to another sum
-    rows = metrics.stream(run / "metrics.jsonl")
+    rows = metrics.iter_rows(run / "metrics.jsonl")
     noted = {row.get("digest") for row in rows if row["kind"] == "train" and row["step"] == step} - {None}
     if noted and fingerprint_run_state(model, optimizer) not in noted:
         raise not_this_runs(

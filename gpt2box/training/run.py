@@ -30,11 +30,11 @@ from gpt2box.optim.factory import Optimizer, make_optimizer
 from gpt2box.planner.run_plan import RunPlan, make_plan
 from gpt2box.planner.search import check_ranks_divide_step
 from gpt2box.preflight.preflight import check_gpu
-from gpt2box.report.loss_plot import loss_png
-from gpt2box.report.page import published, report_page
+from gpt2box.report.loss_plot import plot_loss
+from gpt2box.report.page import published_val_loss, write_report
 from gpt2box.runs import wandb
-from gpt2box.runs.manifest import checked_allowance, say_what_may_change_bits, write_records
-from gpt2box.runs.sessions import session_of
+from gpt2box.runs.manifest import parse_allowed_changes, warn_if_not_bit_exact, write_run_records
+from gpt2box.runs.sessions import make_session
 from gpt2box.system.determinism import make_deterministic
 from gpt2box.system.device import card_memory_named, choose_compile, choose_device, choose_dtype
 from gpt2box.system.host import memory_while
@@ -59,7 +59,7 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest, allo
     Raises:
         Gpt2boxError: see errors.py; nothing is written before settings, dataset and device are checked.
     """
-    allowed = checked_allowance(allow)
+    allowed = parse_allowed_changes(allow)
     with join_rank_group() as group:
         config, notes = group.run_on_rank0(lambda: loader.load(argument, flags))
         run_in(group, config, notes, text_path(str(flags.get("dataset") or "")), argument, stop, allowed)
@@ -84,7 +84,7 @@ def run_in(
     group.run_on_rank0(lambda: check_ranks_divide_step(config, group.ranks.count))
     wanted = device_of(config.device, group.ranks)
     check_gpu(wanted)
-    group.run_on_rank0(lambda: wandb.check(config.wandb))
+    group.run_on_rank0(lambda: wandb.check_available(config.wandb))
     dataset = bring_dataset(config, text, group)
     device = choose_device(wanted)
     compile_model, note = choose_compile(config.compile if config.may_compile else False, device)
@@ -128,10 +128,10 @@ def run_in(
 
                 fill(model, optimizer, plan, group, values)
             if group.is_rank_0:
-                session = session_of(provenance(device), plan, state.step, changed)
+                session = make_session(provenance(device), plan, state.step, changed)
                 if found:
-                    say_what_may_change_bits(run, session)
-                write_records(run, config, plan, dataset, session, weights)
+                    warn_if_not_bit_exact(run, session)
+                write_run_records(run, config, plan, dataset, session, weights)
             sampler: Any = Sampler(config, model, dataset, run) if group.is_rank_0 and not plan.shard else NoOp()
             pretrained = config.init_from != "scratch"
             ways = ways_down(config, shape, place)
@@ -313,7 +313,7 @@ def report(
         say(f"{config.name}: {ended} at step {state.step:,} before; nothing is left to do")
         say(f"  to train longer {again(argument, plan, *more)}")
         return
-    picture = loss_png(run)
+    picture = plot_loss(run)
     if stop:
         retention = "saved" if (run / "checkpoints" / "last").exists() else "with nothing to save yet"
         say(f"stopped by {stop.name} at step {state.step:,} of {plan.max_steps:,}, {retention}")
@@ -324,13 +324,13 @@ def report(
     estimate = f" ({kind}: {duration(state.step * plan.tokens_per_step / pace)})" if pace else ""
     say(f"{config.name}: {ended} at step {state.step:,} after {duration(state.seconds)} of training{estimate}")
     if state.best_val_loss is not None:
-        expected = published(config.model_dump())
+        expected = published_val_loss(config.model_dump())
         of_others = "" if expected is None else f" (published for this config: {expected:g})"
         say(f"  best val_loss   {state.best_val_loss:.4f} at step {state.best_step:,}{of_others}")
     if memorization := read_memorization(run, kept_step(run, state)):
         say(f"  memorized       {memorization.describe()}")
     say(f"  loss curve      {shown(picture)}")
-    say(f"  report          {shown(report_page(run))} (opens in a browser)")
+    say(f"  report          {shown(write_report(run))} (opens in a browser)")
     best = run / "checkpoints" / "best"
     model = best if best.exists() else run / "checkpoints" / "last"
     if model.exists():

@@ -32,7 +32,7 @@ from gpt2box.optim.low_memory_adamw import LowMemoryAdamW
 from gpt2box.optim.schedule import learning_rate_at
 from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.run_plan import RunPlan
-from gpt2box.runs.metrics import Interval, Metrics, finite_or_none
+from gpt2box.runs.metrics import LogInterval, MetricsWriter, finite_or_none
 from gpt2box.system.device import card_memory_named, peak_memory_bytes
 from gpt2box.training.console import Display
 from gpt2box.training.evaluate import autocast, evaluate
@@ -102,7 +102,7 @@ def train(job: Job) -> None:
         update = make_optimizer_step(
             job.optimizer, plan, BadStepCounter.from_plan(plan, state.bad_steps, state.recent_losses)
         )
-        interval = Interval()
+        interval = LogInterval()
         stack.callback(lambda: batches.close())
         stack.callback(lambda: update.close())
 
@@ -219,13 +219,13 @@ def open_display(job: Job) -> Display:
     return Display(job.run.name, job.state.step, job.plan) if job.group.is_rank_0 else cast(Display, NoOp())
 
 
-def open_metrics(job: Job, display: Display) -> Metrics:
+def open_metrics(job: Job, display: Display) -> MetricsWriter:
     """Where the run's figures go."""
     if not job.group.is_rank_0:
-        return cast(Metrics, NoOp())
+        return cast(MetricsWriter, NoOp())
     state, echo = job.state, job.plan.log_format == "json"
     path = job.run / "metrics.jsonl"
-    return Metrics(path, state.step, state.evaluated_step, echo, job.plan.wandb, display.line)
+    return MetricsWriter(path, state.step, state.evaluated_step, echo, job.plan.wandb, display.line)
 
 
 @card_memory_named()
@@ -268,9 +268,9 @@ def target_shares(of_step: list[Tensor], group: RankGroup) -> list[float]:
 
 def log(
     job: Job,
-    metrics: Metrics,
+    metrics: MetricsWriter,
     display: Display,
-    interval: Interval,
+    interval: LogInterval,
     update: Update,
     lr: float,
     grad_norm: Tensor,
@@ -324,7 +324,7 @@ def evaluation_due(job: Job) -> bool:
     return at_interval and state.evaluated_step != state.step
 
 
-def evaluate_and_note(job: Job, metrics: Metrics, display: Display) -> bool:
+def evaluate_and_note(job: Job, metrics: MetricsWriter, display: Display) -> bool:
     """Evaluate, update the state's best, write metrics and a sample; returns whether it is the best so far."""
     state, plan = job.state, job.plan
     job.check_dataset()

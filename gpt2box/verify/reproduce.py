@@ -13,8 +13,15 @@ from gpt2box.data.prepare import Options, prepare
 from gpt2box.data.pretrained import pretrained_folder
 from gpt2box.errors import BadInput, why
 from gpt2box.preflight.requirements import corpus_of, has_dataset, words_for
-from gpt2box.runs.manifest import about_dataset, same_tokens, weights_source
-from gpt2box.runs.sessions import OF_COURSE, as_of, differences, sessions_in, taken, ways_after
+from gpt2box.runs.manifest import describe_dataset, describe_weights, is_same_dataset
+from gpt2box.runs.sessions import (
+    CHANGEABLE_SETTINGS,
+    changeable_execution,
+    execution_changes_after,
+    session_at_step,
+    session_differences,
+    valid_sessions,
+)
 from gpt2box.system.determinism import make_deterministic
 from gpt2box.system.device import choose_device
 from gpt2box.system.provenance import provenance
@@ -55,7 +62,7 @@ def read(path: Path) -> dict[str, Any]:
         if path.stat().st_size > LARGEST:
             raise ValueError(f"{path.stat().st_size:,} bytes")
         manifest = read_json(path)
-        sessions = sessions_in(manifest)
+        sessions = valid_sessions(manifest)
         whole = isinstance(manifest["settings"], dict) and isinstance(manifest["dataset"]["splits"], dict) and sessions
         if not whole:
             raise ValueError("no settings, dataset or sessions")
@@ -75,18 +82,18 @@ def settings_in(manifest: dict[str, Any], path: Path, name: str | None, device: 
         BadInput: what is wrong with them.
     """
     values = {**manifest["settings"], "wandb": "off"}  # who runs it again did not ask to send anything
-    sessions = sessions_in(manifest)
-    way = as_of(sessions, 0)["way"]
+    sessions = valid_sessions(manifest)
+    way = session_at_step(sessions, 0)["way"]
     values |= {key: way[key] for key in ("micro_batch_size", "activation_checkpointing") if key in way}
     if device:
         values["device"] = device
     config = validate(values, str(path))
     name = checked_name(name or f"{config.name}{SUFFIX}", "run")
     for session in sessions[1:]:
-        for key in sorted(OF_COURSE & session["changed"].keys()):
+        for key in sorted(CHANGEABLE_SETTINGS & session["changed"].keys()):
             say(f"note: the run changed {key} at step {session['step']:,}; this one has the last value all along")
-    for step, later in ways_after(sessions, 0).items():
-        words = ", ".join(f"{key} {value}" for key, value in taken(later).items())
+    for step, later in execution_changes_after(sessions, 0).items():
+        words = ", ".join(f"{key} {value}" for key, value in changeable_execution(later).items())
         say(f"note: the run went on from step {step:,} with {words}; this one does not: from there on the bits differ")
     return config.model_copy(update={"name": name})
 
@@ -110,8 +117,8 @@ def bring_dataset(config: Config, wanted: dict[str, Any]) -> None:
         with raised():
             prepare(given, asked, folder=dataset_dir(config.dataset))
     dataset = open_dataset(dataset_dir(config.dataset))
-    found = about_dataset(dataset, {})
-    if not same_tokens(wanted["splits"], found["splits"]):
+    found = describe_dataset(dataset, {})
+    if not is_same_dataset(wanted["splits"], found["splits"]):
         lines = [
             f"{split}: {wanted['splits'].get(split)} then, {found['splits'].get(split)} now"
             for split in SPLITS
@@ -192,18 +199,18 @@ def check_weights(config: Config, manifest: dict[str, Any]) -> None:
     repo, commit = wanted.get("repo"), wanted.get("commit")
     of_hub = repo and commit and HUB_NAME.fullmatch(config.init_from)
     folder = pretrained_folder(f"{repo}@{commit}" if of_hub else config.init_from)
-    found = weights_source(config.init_from, folder)["sha256"]
+    found = describe_weights(config.init_from, folder)["sha256"]
     if found != wanted["sha256"]:
         raise BadInput(f"the weights in {folder} are {found}", f"those that the run began from: {wanted['sha256']}")
 
 
 def say_what_differs(config: Config, manifest: dict[str, Any]) -> None:
     """Between the run's first session and this machine; what alone changes bits, and the rest."""
-    then = {key: value for key, value in sessions_in(manifest)[0].items() if key != "way"}
+    then = {key: value for key, value in valid_sessions(manifest)[0].items() if key != "way"}
     device = choose_device(config.device)
     if config.deterministic is True:
         make_deterministic(compiled=False)  # as it then will be: among others a variable of the environment
     now = {**provenance(device), "device_type": device.type}
-    of_bits = differences(then, now, of_bits=True)
-    for line in differences(then, now):
+    of_bits = session_differences(then, now, of_bits=True)
+    for line in session_differences(then, now):
         say(f"note: {line}" + (": the bits may differ" if line in of_bits else ""))

@@ -36,8 +36,8 @@ from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.run_plan import RunPlan, make_plan
 from gpt2box.planner.search import list_execution_plans
 from gpt2box.preflight.preflight import check_gpu
-from gpt2box.runs.manifest import about_dataset, read_manifest, same_tokens, weights_source
-from gpt2box.runs.sessions import differences, session_of
+from gpt2box.runs.manifest import describe_dataset, describe_weights, is_same_dataset, read_manifest
+from gpt2box.runs.sessions import make_session, session_differences
 from gpt2box.system.device import choose_compile, choose_device
 from gpt2box.system.provenance import provenance
 from gpt2box.training.execution import place_of
@@ -100,7 +100,7 @@ def verify(run: Path, start_at: str | None, steps: int | None) -> Verdict:
     stretch = stretch_of(run, start_at, steps)
     job, ways, now = job_of(stretch)
     verdict = Verdict(run.name, stretch.start, stretch.start, same_up_to=stretch.start)
-    verdict.environment = differences(stretch.session, now)
+    verdict.environment = session_differences(stretch.session, now)
     for step in again(job, ways, stretch.end):
         if step not in stretch.steps:
             continue
@@ -123,7 +123,7 @@ def verify(run: Path, start_at: str | None, steps: int | None) -> Verdict:
 
 def with_as_many_threads(stretch: Stretch, now: dict[str, Any]) -> str:
     """The same once more with as many threads as then, where nothing else differs that would change bits."""
-    cpu, of_bits = stretch.session.get("cpu"), differences(stretch.session, now, of_bits=True)
+    cpu, of_bits = stretch.session.get("cpu"), session_differences(stretch.session, now, of_bits=True)
     threads = cpu.get("threads") if isinstance(cpu, dict) else None
     known = ("cpu.threads", "environment.OMP_NUM_THREADS")
     if type(threads) is not int or threads == now["cpu"]["threads"] or not all(x.startswith(known) for x in of_bits):
@@ -143,7 +143,7 @@ def job_of(stretch: Stretch) -> tuple[Job, dict[int, ExecutionPlan], dict[str, A
     check_gpu(config.device)
     manifest = read_manifest(run)
     dataset = open_dataset(dataset_dir(config.dataset))
-    if not same_tokens(manifest["dataset"]["splits"], now := about_dataset(dataset, manifest)["splits"]):
+    if not is_same_dataset(manifest["dataset"]["splits"], now := describe_dataset(dataset, manifest)["splits"]):
         raise Damaged(
             f"the dataset in {dataset.folder} is {now}", f"what the run began with: {manifest['dataset']['splits']}"
         )
@@ -169,7 +169,7 @@ def job_of(stretch: Stretch) -> tuple[Job, dict[int, ExecutionPlan], dict[str, A
         restore_checkpoint(folder, model, optimizer, state)
     alone, quiet = RankGroup(ALONE), NoOp()
     job = Job(run, plan, model, optimizer, dataset, dataset.tokenizer, state, StopRequest(), quiet, False, alone, [])
-    return job, ways, session_of(provenance(device), plan, start, {})
+    return job, ways, make_session(provenance(device), plan, start, {})
 
 
 def with_way(stretch: Stretch, way: dict[str, Any]) -> Config:
@@ -187,7 +187,7 @@ def first_weights(config: Config, manifest: dict[str, Any]) -> Path:
     folder = pretrained_folder(config.init_from)
     expected = manifest.get("weights")
     expected = expected.get("sha256") if isinstance(expected, dict) else None
-    if expected and (found := weights_source(config.init_from, folder)["sha256"]) != expected:
+    if expected and (found := describe_weights(config.init_from, folder)["sha256"]) != expected:
         raise Damaged(f"the weights in {folder} are {found}", f"those that the run began from: {expected}")
     return folder
 

@@ -13,7 +13,16 @@ from gpt2box.config.schema import Config, validate
 from gpt2box.errors import BadInput
 from gpt2box.runs import metrics
 from gpt2box.runs.manifest import read_manifest
-from gpt2box.runs.sessions import OF_COURSE, as_of, began_at, differences, sessions_in, taken, ways_after, ways_in
+from gpt2box.runs.sessions import (
+    CHANGEABLE_SETTINGS,
+    changeable_execution,
+    execution_changes,
+    execution_changes_after,
+    session_at_step,
+    session_differences,
+    session_start_steps,
+    valid_sessions,
+)
 from gpt2box.utils.paths import checkpoints, step_of
 
 FIRST_STEPS = 20  # where neither --from nor --steps says how many
@@ -57,7 +66,7 @@ def stretch_of(run: Path, start_at: str | None, steps: int | None) -> Stretch:
         end = min(start + steps, limit)
     else:
         end = later[0] if start_at is not None and later else min(start + FIRST_STEPS, limit)
-    rows = metrics.stream(run / "metrics.jsonl")
+    rows = metrics.iter_rows(run / "metrics.jsonl")
     digests = {row["step"]: str(row["digest"]) for row in rows if row["kind"] == "train" and row.get("digest")}
     recorded = sorted(digests.keys() | folders.keys())
     digests = {step: digest for step, digest in digests.items() if start < step <= end}
@@ -83,21 +92,21 @@ def then(run: Path, start: int) -> tuple[Config, dict[str, Any], dict[int, dict[
     Raises:
         BadInput: the run keeps no account of its sessions.
     """
-    sessions = sessions_in(read_manifest(run))
+    sessions = valid_sessions(read_manifest(run))
     if not sessions or not (run / "config.yaml").is_file():
         raise BadInput(
             f"{run} does not say what its steps were done with", "config.yaml and manifest.json of this version"
         )
-    began, session = began_at(sessions), as_of(sessions, start)
+    began, session = session_start_steps(sessions), session_at_step(sessions, start)
     values = loader.read_yaml(run / "config.yaml")
     limit = int(validate(values, str(run / "config.yaml")).max_steps)
     for each, step in reversed(list(zip(sessions, began, strict=True))):
         if step > start:
             values |= each["changed"]
-            same_way = {**each, "way": ways_in(each)[0][1] | taken(session["way"])}
-            if differences(session, same_way, of_bits=True) or OF_COURSE & each["changed"].keys():
+            same_way = {**each, "way": execution_changes(each)[0][1] | changeable_execution(session["way"])}
+            if session_differences(session, same_way, of_bits=True) or CHANGEABLE_SETTINGS & each["changed"].keys():
                 limit = step
-    return validate(values, str(run / "manifest.json")), session, ways_after(sessions, start), limit
+    return validate(values, str(run / "manifest.json")), session, execution_changes_after(sessions, start), limit
 
 
 def that_works(run: Path, starts: list[int], recorded: list[int]) -> str:

@@ -133,7 +133,7 @@ def test_deterministic_runs_come_to_the_same_bits(
         assert json.loads((run / "manifest.json").read_text())["sessions"][0]["environment"][
             "CUBLAS_WORKSPACE_CONFIG"
         ].startswith(":4096")
-        rows = [row for row in metrics.read(run / "metrics.jsonl") if row["kind"] == "train"]
+        rows = [row for row in metrics.read_rows(run / "metrics.jsonl") if row["kind"] == "train"]
         assert [row["step"] for row in rows] == list(range(1, 11)) and rows[-1]["skipped_steps"] == 0
         digests.append([row["digest"] for row in rows])
         files.append(json.loads((run / "checkpoints/last/state.json").read_text())["digest"])

@@ -54,7 +54,7 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(volumes: Path, compile
     ends = [volumes / "runs" / name / "checkpoints/last/state.json" for name in ("run", "straight")]
     states = [json.loads(path.read_text()) for path in ends]
     assert states[0]["digest"] == states[1]["digest"] and states[0]["step"] == 60
-    rows = [metrics.read(volumes / "runs" / name / "metrics.jsonl") for name in ("run", "straight")]
+    rows = [metrics.read_rows(volumes / "runs" / name / "metrics.jsonl") for name in ("run", "straight")]
     first, second = ({row["step"]: row["digest"] for row in each if row["kind"] == "train"} for each in rows)
     assert first == second and len(first) == 60
 

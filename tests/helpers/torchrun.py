@@ -38,7 +38,7 @@ def rank_of(launcher: subprocess.Popen[str], rank: int) -> int:
 
 
 def rows(volumes: Path, name: str, key: str) -> dict[int, float]:
-    lines: list[dict[str, Any]] = metrics.read(volumes / "runs" / name / "metrics.jsonl")
+    lines: list[dict[str, Any]] = metrics.read_rows(volumes / "runs" / name / "metrics.jsonl")
     return {row["step"]: row[key] for row in lines if key in row}
 
 

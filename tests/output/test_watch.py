@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import uvicorn
 
-from gpt2box.dashboard.server import app, door
-from gpt2box.dashboard.state import Known, Watch
-from gpt2box.report.page import report_page
-from gpt2box.runs.history import Figures, history
+from gpt2box.dashboard.server import create_app, make_access_policy
+from gpt2box.dashboard.state import ClientState, DashboardState
+from gpt2box.report.page import write_report
+from gpt2box.runs.history import CurveBuffer, read_history
 from gpt2box.utils.files import locked, write_atomically
 from tests.helpers.browser import Browser, chromium
 from tests.helpers.commands import Command
@@ -69,12 +69,14 @@ def steps(answer: dict[str, Any]) -> list[int]:
 
 
 def test_only_what_is_new_is_handed_out_also_when_the_trainer_begins_anew(runs: Path) -> None:
-    watch = Watch()
-    assert watch.now(Known()) == {"runs": [], "cards": watch.cards(), "run": None}
+    watch = DashboardState()
+    assert watch.now(ClientState()) == {"runs": [], "cards": watch.cards(), "run": None}
     folder = run_of(runs, "a", 3)
-    first = watch.now(Known())["run"]
+    first = watch.now(ClientState())["run"]
     assert first["curves"]["whole"] and steps({"run": first}) == [1, 2, 3] and "it began" in first["log"]["text"]
-    known = Known(curves=first["curves"]["version"], log=first["log"]["version"], samples=first["samples"]["version"])
+    known = ClientState(
+        curves=first["curves"]["version"], log=first["log"]["version"], samples=first["samples"]["version"]
+    )
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(line(4) + line(5)[:20])
         file.flush()
@@ -82,14 +84,14 @@ def test_only_what_is_new_is_handed_out_also_when_the_trainer_begins_anew(runs: 
         second = watch.now(known)["run"]
         assert not second["curves"]["whole"] and steps({"run": second}) == [4], "not the line that is being written"
         assert second["log"] is None and second["samples"]["text"] == "To be\n"
-        known = Known(curves=second["curves"]["version"])
+        known = ClientState(curves=second["curves"]["version"])
         file.write(line(5)[20:])
     assert steps(watch.now(known)) == [5]
     write_atomically(folder / "metrics.jsonl", line(1) + line(2))  # as a run that goes on from step 2 does
     again = watch.now(known)
     assert again["run"]["curves"]["whole"] and steps(again) == [1, 2]
     shutil.rmtree(folder)
-    assert watch.now(Known(run="a"))["run"] is None and watch.now(known)["runs"] == []
+    assert watch.now(ClientState(run="a"))["run"] is None and watch.now(known)["runs"] == []
 
 
 def test_the_run_that_is_trained_comes_first_and_a_torn_one_is_shown(runs: Path) -> None:
@@ -98,19 +100,19 @@ def test_the_run_that_is_trained_comes_first_and_a_torn_one_is_shown(runs: Path)
     (runs / "torn/plan.json").write_text('{"max_st')
     (runs / "torn/metrics.jsonl").write_bytes(b'{"step": 1, "kind": "train", "lo\n\xff\0\n[]\n' + line(7).encode())
     (runs / "torn/samples/step-00000007.txt").write_bytes(b"\xff</script>")
-    watch = Watch()
+    watch = DashboardState()
     with locked(runs / "going/.lock", "it"):
-        answer = watch.now(Known())
+        answer = watch.now(ClientState())
         assert (
             answer["run"]["name"] == answer["runs"][0]["name"] == "going" and answer["runs"][0]["state"] == "training"
         )
         figures = dict(answer["run"]["figures"])
     assert figures["step"] == "2 of 100,000" and figures["loss"] == "3.9980" and figures["time left"] == "21m 20s"
     assert "ago" in figures["last figure"], "it was long ago"
-    assert {run["name"]: run["state"] for run in watch.now(Known())["runs"]}["going"] == "stopped"
-    torn = watch.now(Known(run="torn"))
+    assert {run["name"]: run["state"] for run in watch.now(ClientState())["runs"]}["going"] == "stopped"
+    torn = watch.now(ClientState(run="torn"))
     assert torn["run"]["state"] == "damaged" and steps(torn) == [7] and "</script>" in torn["run"]["samples"]["text"]
-    assert watch.now(Known(run="../old"))["run"] is None
+    assert watch.now(ClientState(run="../old"))["run"] is None
 
 
 def test_a_long_file_is_read_as_line_by_line_only_faster(tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_a_long_file_is_read_as_line_by_line_only_faster(tmp_path: Path) -> None
     for text in ("".join(lines), "".join([*lines[:50], '{"step": 5, "ki\n', line(51, loss=float("nan")), *lines[51:]])):
         assert len(text) > 1 << 20
         (tmp_path / "metrics.jsonl").write_text(text)
-        fast, slow = history(tmp_path / "metrics.jsonl"), Figures()
+        fast, slow = read_history(tmp_path / "metrics.jsonl"), CurveBuffer()
         slow._add_each(text.encode())
         other = slow.history()
         assert (fast.lines, fast.left_out, fast.val_sets) == (other.lines, other.left_out, other.val_sets)
@@ -136,7 +138,9 @@ def serve(runs: Path) -> Iterator[Any]:
     def start(token: str | None = None) -> int:
         listening = socket.create_server(("127.0.0.1", 0))
         port: int = listening.getsockname()[1]
-        settings = uvicorn.Config(app(door("127.0.0.1", port, token, False)), log_level="warning", access_log=False)
+        settings = uvicorn.Config(
+            create_app(make_access_policy("127.0.0.1", port, token, False)), log_level="warning", access_log=False
+        )
         server = uvicorn.Server(settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -217,7 +221,7 @@ def test_in_a_browser_the_page_lives_and_reads_on_a_phone_and_in_the_dark(
 ) -> None:
     folder = run_of(runs, "a", 50)
     (folder / "samples/step-00000050.txt").write_text("<b>To be</b>" + " or not to be" * 40)
-    page = report_page(folder)
+    page = write_report(folder)
     port = serve()
     browser = Browser(tmp_path / "home")
     ask_now = "document.dispatchEvent(new Event('visibilitychange')); "

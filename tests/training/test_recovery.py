@@ -56,7 +56,7 @@ def test_a_run_goes_back_and_passes_over_the_data_that_led_to_bad_steps(
     assert "step-00000020, passing over the data of 8 steps" in said  # of 20 to 27: 23 was the first, 27 the fifth
     state = parse_state(checkpoints(volumes) / "last")[0]
     assert [(back.step, back.left_out) for back in state.rollbacks] == [(20, 8)] * 1 and state.step == 40
-    rows = [row for row in metrics.read(volumes / "runs/run/metrics.jsonl") if row["kind"] == "train"]
+    rows = [row for row in metrics.read_rows(volumes / "runs/run/metrics.jsonl") if row["kind"] == "train"]
     assert [row["step"] for row in rows] == [7, 14, 21, 28, 35, 40]
 
 

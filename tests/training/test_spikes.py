@@ -66,7 +66,7 @@ def end(volumes: Path, name: str, step: int | None = None) -> list[str]:
 
 
 def last_row(volumes: Path, name: str = "run") -> dict[str, float]:
-    return [row for row in metrics.read(volumes / "runs" / name / "metrics.jsonl") if row["kind"] == "train"][-1]
+    return [row for row in metrics.read_rows(volumes / "runs" / name / "metrics.jsonl") if row["kind"] == "train"][-1]
 
 
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "muon"}, {**IN_BACKWARD, "micro_batch_size": 8}])

@@ -57,7 +57,7 @@ def test_a_killed_run_ends_in_the_same_bits(volumes: Path, straight: list[str], 
     _, errors = again.communicate()
     assert again.returncode == 0 and "resuming from" in errors, errors
     assert digests(volumes) == straight
-    steps = [row["step"] for row in metrics.read(volumes / "runs/run/metrics.jsonl") if row["kind"] == "train"]
+    steps = [row["step"] for row in metrics.read_rows(volumes / "runs/run/metrics.jsonl") if row["kind"] == "train"]
     assert steps == list(range(1, 61))
 
 
@@ -205,7 +205,7 @@ def test_the_micro_batch_size_does_not_change_the_training(volumes: Path) -> Non
     losses = []
     for size in (1, 2, 8):
         train(f"size{size}", micro_batch_size=size, log_interval=1)
-        rows = metrics.read(volumes / f"runs/size{size}/metrics.jsonl")
+        rows = metrics.read_rows(volumes / f"runs/size{size}/metrics.jsonl")
         losses.append(torch.tensor([row["loss"] for row in rows if row["kind"] == "train"]))
     assert (losses[0] - losses[1]).abs().max() < 1e-5 and (losses[0] - losses[2]).abs().max() < 1e-5
     assert losses[0][-1] < losses[0][0] - 0.1
@@ -269,7 +269,7 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew(volumes: P
     settings = {"name": "run", "max_steps": 100_000, "log_interval": 1, "eval_interval": 100_000}
     running = process(volumes, **settings, save_interval=100_000)
     wait_for(volumes / "runs/run/metrics.jsonl", running)
-    while not metrics.read(volumes / "runs/run/metrics.jsonl")[-1:]:
+    while not metrics.read_rows(volumes / "runs/run/metrics.jsonl")[-1:]:
         time.sleep(0.005)
     running.kill()
     running.communicate()
@@ -309,7 +309,7 @@ def test_it_stops_when_validation_gets_no_better(volumes: Path, capsys: pytest.C
 
 def test_one_text_is_learned_by_heart(volumes: Path) -> None:
     train(max_steps=400, tokens_per_step=128, learning_rate=3e-3, n_embd=64, eval_interval=400)
-    rows = metrics.read(volumes / "runs/run/metrics.jsonl")
+    rows = metrics.read_rows(volumes / "runs/run/metrics.jsonl")
     assert rows[1]["loss"] > 4 and rows[-2]["loss"] < 2.6
 
 
@@ -352,7 +352,7 @@ def test_training_goes_on_from_a_hugging_face_folder(volumes: Path, capsys: pyte
     flags |= {"batch_size": "2", "block_size": "32", "tokens_per_step": "128", "eval_iters": "4", "device": "cpu"}
     run_job(None, flags, StopRequest())
     assert "gpt2-medium-bpe: finished at step 4" in capsys.readouterr().err
-    rows = [row for row in metrics.read(volumes / "runs/gpt2-medium-bpe/metrics.jsonl") if row["kind"] == "eval"]
+    rows = [row for row in metrics.read_rows(volumes / "runs/gpt2-medium-bpe/metrics.jsonl") if row["kind"] == "eval"]
     assert rows[0]["step"] == 0 and rows[-1]["val_loss"] < rows[0]["val_loss"]
     flags |= {"block_size": "128", "tokens_per_step": "256", "data_dir": str(volumes / "data/text"), "name": "other"}
     with pytest.raises(BadInput) as raised:
@@ -364,7 +364,7 @@ def test_training_goes_on_from_a_hugging_face_folder(volumes: Path, capsys: pyte
 @pytest.mark.parametrize("way", ["selective", "full"])
 def test_recomputing_and_bfloat16_train(volumes: Path, way: str) -> None:
     train(activation_checkpointing=way, dtype="bfloat16", loss_chunk_tokens=50)
-    rows = metrics.read(volumes / "runs/run/metrics.jsonl")
+    rows = metrics.read_rows(volumes / "runs/run/metrics.jsonl")
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.1
 
 
@@ -397,7 +397,7 @@ def test_two_trainers_on_one_run_are_refused(volumes: Path) -> None:
 
 def test_eval_only_trains_nothing(volumes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train()
-    rows = metrics.read(volumes / "runs/run/metrics.jsonl")
+    rows = metrics.read_rows(volumes / "runs/run/metrics.jsonl")
     capsys.readouterr()
     train(eval_only=True)
     assert "checkpoints/best" in capsys.readouterr().out
@@ -474,7 +474,7 @@ def test_a_compiled_run_trains_like_an_eager_one(volumes: Path) -> None:
     train("eager")
     train("compiled", compile=True, dropout=0.0)
     eager, compiled = (
-        [r["loss"] for r in metrics.read(volumes / f"runs/{name}/metrics.jsonl") if r["kind"] == "train"]
+        [r["loss"] for r in metrics.read_rows(volumes / f"runs/{name}/metrics.jsonl") if r["kind"] == "train"]
         for name in ("eager", "compiled")
     )
     assert eager == pytest.approx(compiled, abs=1e-4)

@@ -15,7 +15,7 @@ from gpt2box.data import dataloader
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.runs import metrics
 from gpt2box.runs.listing import find_run
-from gpt2box.runs.sessions import as_of, sessions_in, ways_after
+from gpt2box.runs.sessions import execution_changes_after, session_at_step, valid_sessions
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
 from gpt2box.verify.reproduce import reproduce
@@ -96,7 +96,7 @@ def test_a_run_that_goes_on_after_memory_ran_out_says_in_what_it_differs_and_is_
     content = manifest(volumes)
     content["sessions"][1]["changed"] = {}  # as if the first had only been stopped
     (volumes / "runs/run/manifest.json").write_text(json.dumps(content))
-    assert ways_after(sessions_in(content), 0).keys() == {1, 8}
+    assert execution_changes_after(valid_sessions(content), 0).keys() == {1, 8}
     verdict = verify(find_run("run"), None, None)
     assert verdict.same and verdict.end == 12
 
@@ -142,11 +142,11 @@ def test_going_back_in_the_way_of_before_ends_what_was_noted_of_later_steps(volu
         return {"step": step, "way": {"micro_batch_size": micro, "compile": False}, "ways": noted, "changed": {}}
 
     sessions = [session(0, 8, (12, 4), (14, 8), (10, 8)), session(20, 8, (25, 2)), session(22, 8)]
-    held = [as_of(sessions, step)["way"]["micro_batch_size"] for step in range(30)]
-    assert held == [8] * 30 and ways_after(sessions, 0) == {}
+    held = [session_at_step(sessions, step)["way"]["micro_batch_size"] for step in range(30)]
+    assert held == [8] * 30 and execution_changes_after(sessions, 0) == {}
     sessions.append(session(24, 8, (26, 1)))
-    assert ways_after(sessions, 0) == {26: {"micro_batch_size": 1, "compile": False}}
-    assert as_of(sessions, 23)["step"] == 22 and as_of(sessions, 21)["step"] == 20
+    assert execution_changes_after(sessions, 0) == {26: {"micro_batch_size": 1, "compile": False}}
+    assert session_at_step(sessions, 23)["step"] == 22 and session_at_step(sessions, 21)["step"] == 20
 
 
 class RefuseBoth(Refuse):
@@ -179,7 +179,7 @@ def test_reproduce_says_that_the_run_went_on_in_another_way(volumes: Path, capsy
     reproduce(volumes / "runs/run/manifest.json", "again", None, StopRequest())
     said = capsys.readouterr().err
     assert "note: the run went on from step 1 with micro_batch_size 2, grad_accum_steps 4" in said
-    rows = [metrics.read(volumes / "runs" / name / "metrics.jsonl") for name in ("run", "again")]
+    rows = [metrics.read_rows(volumes / "runs" / name / "metrics.jsonl") for name in ("run", "again")]
     first, again = ({row["step"]: row["digest"] for row in each if row["kind"] == "train"} for each in rows)
     assert first[1] == again[1] and first[2] != again[2]
 
