@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from gpt2box.config.schema import MODEL_SHAPES
-from gpt2box.model.decoder import WEIGHT_FORMATS, Decoder
+from gpt2box.model.decoder import PACKERS, Decoder
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.hf_weights import hf_state_dict
 from gpt2box.model.sampling import SamplingParams, generate_batch
@@ -45,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     on_gpu = arguments.device == "cuda"
-    kinds = WEIGHT_FORMATS[:2] if on_gpu else WEIGHT_FORMATS
+    kinds = [*PACKERS][:2] if on_gpu else [*PACKERS]
     shape = ModelShape(**MODEL_SHAPES[arguments.model], block_size=1024, vocab_size=50_257, bias=True)
     model = GPT2(shape).to(arguments.device).eval()
     model.init_weights(1)
@@ -141,14 +141,11 @@ def bandwidth_of_gpu() -> float:
 
 def bandwidth(weights: str) -> float:
     """Bytes a second of matrices that a product with one row reads; larger in all than the processor's caches."""
-    from gpt2box.model.decoder import _in_8_bits, _in_16_bits, _transposed
-
     layers = [torch.nn.Linear(1024, 4096, bias=False) for _ in range(24)]
     size = len(layers) * 1024 * 4096 * BYTES[weights]
-    pack = {"float32": _transposed, "float16": _in_16_bits, "int8": _in_8_bits}[weights]
     x, best = torch.randn(1, 1024), 0.0
     with torch.inference_mode():
-        products = [pack(layer) for layer in layers]
+        products = [PACKERS[weights](layer) for layer in layers]
         for _ in range(15):
             begun = time.perf_counter()
             for product in products:

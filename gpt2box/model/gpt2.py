@@ -1,7 +1,7 @@
 """GPT-2 as published: learned positions, pre-norm blocks, tanh GELU, tied embeddings.
 
-No I/O, no settings: what is not in the shape is an argument. Parameter names are those of Hugging
-Face's GPT-2, so that weights.py has little to do.
+No I/O and no settings: what the shape does not define is an argument. Parameter names are those of Hugging Face's
+GPT-2, so that hf_weights.py has little to convert.
 
     B  sequences     T  tokens of a sequence     C  n_embd     H  heads     D  C / H
     M  B · T         V  vocab_size               P  V padded to a multiple of 64
@@ -31,7 +31,7 @@ class Attention(nn.Module):
         self.n_head, self.dropout = shape.n_head, dropout
 
     def forward(self, projected: Tensor) -> Tensor:
-        """Of c_attn's output (B, T, 3 · C); returns (B, T, C)."""
+        """Compute attention and output projection from c_attn's output (B, T, 3 · C); returns (B, T, C)."""
         B, T, C = projected.size(0), projected.size(1), projected.size(2) // 3
         heads = projected.view(B, T, 3, self.n_head, C // self.n_head)
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
@@ -43,7 +43,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward part, four times as wide inside."""
+    """Feed-forward network with a hidden width of 4 · C."""
 
     def __init__(self, shape: ModelShape, dropout: float) -> None:
         super().__init__()
@@ -51,17 +51,17 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * shape.n_embd, shape.n_embd, bias=shape.bias)
         self.dropout, self.gelu = dropout, shape.gelu
 
-    def forward(self, widened: Tensor, selective: bool) -> Tensor:
-        """Of c_fc's output (B, T, 4 · C); returns (B, T, C)."""
+    def forward(self, hidden: Tensor, selective: bool) -> Tensor:
+        """Compute GELU and output projection from c_fc's output (B, T, 4 · C); returns (B, T, C)."""
         if selective:
-            x = gelu_linear(widened, self.c_proj, self.gelu)
+            x = gelu_linear(hidden, self.c_proj, self.gelu)
         else:
-            x = linear(F.gelu(widened, approximate=self.gelu), self.c_proj)
+            x = linear(F.gelu(hidden, approximate=self.gelu), self.c_proj)
         return F.dropout(x, self.dropout, self.training)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with layer norm before and residual around."""
+    """Attention and MLP, each after a layer norm and inside a residual connection."""
 
     def __init__(self, shape: ModelShape, dropout: float) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Block(nn.Module):
         self.mlp = MLP(shape, dropout)
 
     def forward(self, x: Tensor, selective: bool = False) -> Tensor:
-        """`selective`: norms and GELU are made again in the backward pass instead of kept."""
+        """Map the residual stream (B, T, C) to the next. `selective`: recompute norms and GELU in the backward pass."""
         project = norm_linear if selective else _norm_then_linear
         x = x + self.attn(project(x, self.ln_1, self.attn.c_attn))
         out: Tensor = x + self.mlp(project(x, self.ln_2, self.mlp.c_fc), selective)
@@ -83,7 +83,7 @@ def _norm_then_linear(x: Tensor, norm: nn.LayerNorm, layer: nn.Linear) -> Tensor
 
 
 class GPT2(nn.Module):
-    """The network. Rows of `wte` beyond vocab_size are padding: zero, never in the loss, never sampled."""
+    """GPT-2. Rows of `wte` beyond vocab_size are padding: zero, excluded from loss and sampling."""
 
     def __init__(self, shape: ModelShape, dropout: float = 0.0) -> None:
         super().__init__()
@@ -99,26 +99,26 @@ class GPT2(nn.Module):
     def empty(
         cls, shape: ModelShape, dropout: float, device: torch.device | str, matrices: torch.dtype = torch.float32
     ) -> GPT2:
-        """On a device, without values: for weights that are read or drawn right after. Vectors stay in float32."""
+        """Allocate the network without values, for weights that are loaded or drawn next. Vectors stay float32."""
         return cls.on_meta_device(shape, dropout, matrices).to_empty(device=device)
 
     @classmethod
     def on_meta_device(cls, shape: ModelShape, dropout: float, matrices: torch.dtype = torch.float32) -> GPT2:
-        """The same on no device at all."""
+        """Make the network on the meta device, without memory."""
         with torch.device("meta"):
             model = cls(shape, dropout)
             model.cast_matrices(matrices)
         return model
 
     def cast_matrices(self, dtype: torch.dtype) -> None:
-        """Biases and norms stay as they are."""
+        """Convert matrices to `dtype`; biases and norms keep theirs."""
         for parameter in self.parameters():
             if parameter.dim() >= 2:
                 parameter.data = parameter.data.to(dtype)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal(0, 0.02), residual projections scaled down by √(2·n_layer) (Radford et al. 2019, 2.3)."""
+        """Draw weights from Normal(0, 0.02), divide residual projections by √(2·n_layer) (Radford et al. 2019, 2.3)."""
         generator = torch.Generator().manual_seed(seed)
         scaled = 0.02 / math.sqrt(2 * self.shape.n_layer)
         for name, parameter in self.named_parameters():
@@ -126,13 +126,13 @@ class GPT2(nn.Module):
                 parameter.zero_()
             elif ".ln_" in name or name.startswith("ln_f"):
                 parameter.fill_(1.0)
-            else:  # drawn on the CPU: a seed gives the same weights on any device
+            else:  # drawn on the CPU, so that a seed gives the same weights on any device
                 deviation = scaled if name.endswith("c_proj.weight") else 0.02
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator))
         self.wte.weight[self.shape.vocab_size :].zero_()
 
     def hidden_states(self, ids: Tensor) -> Tensor:
-        """Final hidden states (B, T, C) of token ids (B, T)."""
+        """Return the final hidden states (B, T, C) of token ids (B, T)."""
         positions = torch.arange(ids.size(1), device=ids.device)
         embedded = self.wte(ids).to(self.residual_dtype) + self.wpe(positions).to(self.residual_dtype)
         x = F.dropout(embedded, self.dropout, self.training)  # (B, T, C)
@@ -145,7 +145,7 @@ class GPT2(nn.Module):
         return out
 
     def forward(self, ids: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
-        """Mean cross-entropy of targets (B, T), those of -1 left out, times `scale`; float32 scalar."""
+        """Return the mean cross-entropy of targets (B, T), ignoring those of -1, times `scale`; float32 scalar."""
         return self.loss(self.hidden_states(ids), targets, scale)
 
     def loss(self, hidden: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
@@ -156,10 +156,10 @@ class GPT2(nn.Module):
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (…, V) of hidden states (…, C)."""
+        """Return the logits (…, V) of hidden states (…, C)."""
         return F.linear(hidden, self.wte.weight.to(hidden.dtype))[..., : self.shape.vocab_size]
 
     @property
     def residual_dtype(self) -> torch.dtype:
-        """Of the residual stream and of keys and values: float32 also where matrices are bfloat16."""
+        """Dtype of the residual stream, keys and values: float32 also with bfloat16 matrices."""
         return self.ln_f.weight.dtype

@@ -1,9 +1,8 @@
-"""Weights in and out in the Hugging Face layout.
+"""Conversion of weights from and to the layout of Hugging Face's GPT-2.
 
-On disk: names begin with `transformer.` (the published files leave it out; both are read), the
-linear layers of a block are stored transposed (Hugging Face's Conv1D), the embedding has
-vocab_size rows, the output layer is the embedding. A model without biases is written with zero
-biases, which are the same function; config.json then says so for our own reading.
+On disk, names begin with `transformer.` (the published files omit it; both are read), the linear layers of a block are
+transposed (Hugging Face's Conv1D), the embedding has vocab_size rows and is also the output layer. A model without
+biases is stored with biases of zero, which is the same function; config.json records it for loading.
 """
 
 from __future__ import annotations
@@ -24,13 +23,12 @@ from gpt2box.utils.files import check_regular, read_json
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 PREFIX = "transformer."
-# The causal mask, which old versions of transformers stored with the weights.
-IGNORED_SUFFIXES = (".attn.bias", ".attn.masked_bias")
-OUTPUT_LAYER = "lm_head.weight"  # the embedding once more, where it is stored
+IGNORED_SUFFIXES = (".attn.bias", ".attn.masked_bias")  # causal masks, stored by old versions of transformers
+OUTPUT_LAYER = "lm_head.weight"  # a second copy of the embedding in some files
 
 
 def hf_config(shape: ModelShape, dropout: float, end_of_text: int | None, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of a checkpoint."""
+    """Return the content of config.json."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -55,13 +53,8 @@ def hf_config(shape: ModelShape, dropout: float, end_of_text: int | None, dtype:
     }
 
 
-def to_hf(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
-    """A parameter (or a tensor of its shape, as an optimizer's average) as it is stored."""
-    return hf_view(name, tensor, vocab_size).cpu().contiguous()
-
-
 def hf_view(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
-    """The same without a copy: where it lies, with its own strides."""
+    """Return a view of a parameter, or of optimizer state of its shape, in the layout on disk."""
     if name == "wte.weight":
         tensor = tensor[:vocab_size]
     if name.endswith(TRANSPOSED):
@@ -70,7 +63,7 @@ def hf_view(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
 
 
 def copy_from_hf(name: str, target: Tensor, stored: Tensor) -> None:
-    """The reverse of `to_hub`, into an existing tensor; padding rows become zero."""
+    """Copy a stored tensor into an existing one; rows of padding become zero."""
     if name.endswith(TRANSPOSED):
         stored = stored.t()
     target[: stored.size(0)].copy_(stored)
@@ -78,14 +71,14 @@ def copy_from_hf(name: str, target: Tensor, stored: Tensor) -> None:
 
 
 def hf_state_dict(model: GPT2) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, copied; adapters are added in."""
+    """Return copies of all tensors of model.safetensors, with adapters merged."""
     return {name: tensor.cpu().contiguous() for name, tensor in hf_tensors(model)}
 
 
 def hf_tensors(model: GPT2, get: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Iterator[tuple[str, Tensor]]:
-    """The same one after the other, not copied, numbers of more bytes first; with adapters, each sum is made here.
+    """Yield views of all tensors of model.safetensors, larger dtypes first; merges adapters one tensor at a time.
 
-    `get`: what is taken of a parameter, where it is split over several ranks.
+    `get` is applied to each parameter, to gather one that is sharded.
     """
     for name, parameter in sorted(base_parameters(model).items(), key=lambda item: -item[1].element_size()):
         tensor = hf_view(name, get(merge_adapter(model, name, parameter)), model.shape.vocab_size)
@@ -98,20 +91,20 @@ def hf_tensors(model: GPT2, get: Callable[[Tensor], Tensor] = lambda tensor: ten
 def load_hf_weights(
     model: GPT2, folder: Path, rows: int | None = None, tensors: Iterable[tuple[str, Tensor]] | None = None
 ) -> None:
-    """Copy the weights in `folder` into the model, one tensor at a time. A shorter context takes the first positions.
+    """Copy the weights in `folder` into the model, one tensor at a time. A shorter context uses the first positions.
 
-    `rows`: tokens of the stored embedding, if not the model's. Rows that are too many are left out; those that lack
-    become the mean of the others, so that new tokens begin as likely as the average one (Hewitt 2021). `tensors`: of
-    a checkpoint of ours, read in another way; each need only be valid until the next.
+    `rows`: rows of the stored embedding, if not the model's vocab_size. Surplus rows are dropped; missing rows become
+    the mean of the others, so that new tokens start as likely as the average token (Hewitt 2021).
+    `tensors`: the tensors of a verified checkpoint; each is used before the next is read.
 
     Raises:
         BadInput: pickled weights, or tensors that do not fit: which, expected, found.
         Damaged: a file is not safetensors, or has numbers that are not finite.
     """
-    wanted = base_parameters(model)
+    parameters = base_parameters(model)
     faults = []
     seen = set()
-    ends: dict[str, Tensor] = {}  # the embedding and the output layer, mapped and not copied
+    ends: dict[str, Tensor] = {}  # embedding and output layer, memory-mapped
     for key, tensor in tensors or stored_tensors(folder):
         name = key.removeprefix(PREFIX)
         if tensors is None and name in ("wte.weight", OUTPUT_LAYER):
@@ -121,15 +114,15 @@ def load_hf_weights(
         if name.endswith(IGNORED_SUFFIXES):
             continue
         if not model.shape.bias and name.endswith("bias"):
-            continue  # written as zeros, see above
-        target = wanted.get(name)
+            continue  # zeros, see the module's docstring
+        target = parameters.get(name)
         if target is None or name in seen:
             faults.append(f"{key}: not in a GPT-2 of {model.shape.n_layer} layers")
             continue
         seen.add(name)
         check_finite(name, tensor, str(folder))
         faults += copy_if_shape_matches(model, name, target.data, tensor, rows or model.shape.vocab_size)
-    faults += [f"{name}: missing" for name in wanted.keys() - seen]
+    faults += [f"{name}: missing" for name in parameters.keys() - seen]
     if len(ends) == 2 and not torch.equal(ends["wte.weight"], ends[OUTPUT_LAYER]):
         faults.append(
             f"{OUTPUT_LAYER}: found other numbers than wte.weight's; the output layer of a GPT-2 is its embedding"
@@ -140,18 +133,18 @@ def load_hf_weights(
 
 
 def check_finite(name: str, tensor: Tensor, where: str) -> None:
-    """Whether all of a tensor are numbers that a network can calculate with.
+    """Check that all values of a tensor are finite.
 
     Raises:
         Damaged: one is not.
     """
-    # A sum is a thirtieth of the work, and finite only where all are; of large numbers it may be endless all the same.
+    # The sum takes a thirtieth of the time. It is finite only if all values are, but large values may overflow it.
     if not tensor.sum().isfinite() and not tensor.isfinite().all():
-        raise Damaged(f"{where}: {name} has numbers that are not finite", "weights of a training that went well")
+        raise Damaged(f"{where}: {name} has numbers that are not finite", "weights without NaN or infinity")
 
 
 def copy_if_shape_matches(model: GPT2, name: str, target: Tensor, stored: Tensor, rows: int) -> list[str]:
-    """Copy one tensor if its shape is right; returns the fault if not."""
+    """Copy a stored tensor into a parameter if shape and dtype fit; otherwise return why not."""
     expected = list(target.t().shape if name.endswith(TRANSPOSED) else target.shape)
     if name == "wte.weight":
         expected[0] = rows
@@ -163,15 +156,20 @@ def copy_if_shape_matches(model: GPT2, name: str, target: Tensor, stored: Tensor
         return [
             f"{name}: found numbers of type {str(stored.dtype).removeprefix('torch.')}, expected float32 or shorter"
         ]
-    wanted = model.shape.vocab_size
-    copy_from_hf(name, target, stored[:wanted] if name == "wte.weight" else stored)
-    if name == "wte.weight" and wanted > rows:
-        target[rows:wanted] = stored.float().mean(0).to(target)
+    vocab_size = model.shape.vocab_size
+    copy_from_hf(name, target, stored[:vocab_size] if name == "wte.weight" else stored)
+    if name == "wte.weight" and vocab_size > rows:
+        target[rows:vocab_size] = stored.float().mean(0).to(target)
     return []
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of model.safetensors, or of its shards, memory-mapped."""
+    """Yield name and memory-mapped tensor of model.safetensors or its shards.
+
+    Raises:
+        BadInput: there are no weights, or they are pickled.
+        Damaged: a file is not safetensors.
+    """
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():
         files = [folder / "model.safetensors"]
@@ -201,4 +199,4 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         except PermissionError:
             raise
         except (SafetensorError, OSError, ValueError) as error:
-            raise Damaged(f"{file} cannot be read: {error}", "a whole safetensors file", f"replace {file}") from error
+            raise Damaged(f"{file} cannot be read: {error}", "an intact safetensors file", f"replace {file}") from error

@@ -1,9 +1,9 @@
-"""Cross-entropy of a tied output layer without ever holding all logits.
+"""Cross-entropy of a tied output layer without all logits in memory.
 
 The logits of GPT-2 are by far its largest activation: a micro-batch of 4 × 1024 tokens has 824 MB
-of them in float32, and autograd keeps several copies. Here a chunk of tokens at a time goes to
-logits, loss and gradient, all in the forward pass, so a chunk's logits are the most that exists and
-no product is done twice. (The idea is public, e.g. in Liger Kernel's fused linear cross-entropy.)
+of them in float32, and autograd keeps several copies. Here the forward pass computes logits, loss and gradient for one
+chunk of tokens at a time, so that only a chunk's logits exist and no product is computed twice. (The idea is public,
+e.g. in Liger Kernel's fused linear cross-entropy.)
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -1  # a target that counts for nothing
-VOCAB_CHUNK = 16_384  # rows of the output layer whose gradient is formed at a time
+IGNORE_INDEX = -1  # a target that is excluded from the loss
+VOCAB_CHUNK = 16_384  # rows of the output layer whose gradient is computed at a time
 
 
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk_tokens: int, scale: float = 1.0
 ) -> Tensor:
-    """scale × mean cross-entropy of softmax(hidden · weightᵀ), a float32 (float64 for float64) scalar.
+    """Return scale × mean cross-entropy of softmax(hidden · weightᵀ), a float32 (float64 for float64) scalar.
 
-    hidden (M, C), weight (P, C) of which rows from vocab_size on are padding, targets (M,) of ids
-    or -1. Under autocast the products run in its dtype, sums in float32. With nothing but ignored
-    targets the loss is 0.
+    hidden (M, C); weight (P, C), with padding in the rows from vocab_size on; targets (M,) of ids or -1. Under autocast
+    the products run in its dtype, sums in float32. If all targets are -1, the loss is 0.
     """
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
@@ -35,7 +34,7 @@ def chunked_cross_entropy(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Gradients are formed beside the loss; backward only hands them out."""
+    """Computes the gradients in the forward pass; backward only returns them."""
 
     @staticmethod
     def forward(
@@ -50,13 +49,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_enabled: bool,
     ) -> Tensor:
         sums = torch.promote_types(torch.float32, hidden.dtype)
-        wanted = grad_enabled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
-        trained = wanted and ctx.needs_input_grad[1]  # else the weight is frozen
+        needs_grad = grad_enabled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
+        needs_weight_grad = needs_grad and ctx.needs_input_grad[1]  # False for a frozen weight
         counted = targets != IGNORE_INDEX  # (M,)
         factor = scale / counted.sum().clamp(min=1).to(sums)  # of each token's loss
         weight_low = weight.to(dtype)
         loss = torch.zeros((), device=hidden.device, dtype=sums)
-        grad_hidden = torch.empty_like(hidden) if wanted else None
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight: Tensor | None = None
         for begin in range(0, hidden.size(0), chunk_tokens):
             rows = slice(begin, begin + chunk_tokens)
@@ -72,22 +71,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss += ((total.log() - at_target) * share).sum()
             if grad_hidden is None:
                 continue
-            exp.mul_(share / total).scatter_add_(1, target, -share)  # softmax, weighted, less the target
+            exp.mul_(share / total).scatter_add_(1, target, -share)  # share × (softmax - one_hot(target))
             grad = exp.to(dtype)
-            del logits, exp  # else they would live on beside those of the next chunk
+            del logits, exp  # free them before the next chunk allocates its own
             grad_hidden[rows] = grad @ weight_low
-            if not trained:
+            if not needs_weight_grad:
                 continue
             if grad_weight is None:
                 grad_weight = torch.zeros_like(weight, dtype=sums)
             if dtype == sums:
                 grad_weight.addmm_(grad.t(), chunk)
-            else:  # a part of the vocabulary at a time: the product is a matrix of its own
+            else:  # in chunks of the vocabulary, because the product needs a matrix of its own
                 for begin_row in range(0, weight.size(0), VOCAB_CHUNK):
                     part = slice(begin_row, begin_row + VOCAB_CHUNK)
                     grad_weight[part] += grad[:, part].t() @ chunk
             del grad
-        if wanted:
+        if needs_grad:
             ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return loss
 
@@ -95,17 +94,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         outer = grad_outputs[0]
-        if not torch.compiler.is_compiling() and outer.device.type == "cpu" and outer == 1:
-            return (
-                grad_hidden,
-                grad_weight,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-            )  # spares a pass over the largest gradient
-        if grad_weight is not None:
-            grad_weight.mul_(outer)
-        return grad_hidden.mul_(outer), grad_weight, None, None, None, None, None, None
+        # On a CPU, where the test costs no synchronization, skip a pass over the largest gradient.
+        if torch.compiler.is_compiling() or outer.device.type != "cpu" or outer != 1:
+            grad_hidden.mul_(outer)
+            if grad_weight is not None:
+                grad_weight.mul_(outer)
+        return grad_hidden, grad_weight, None, None, None, None, None, None

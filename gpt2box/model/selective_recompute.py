@@ -1,10 +1,9 @@
-"""Linear layers that keep less for the backward pass: what is cheap to make again is made again.
+"""Selective activation checkpointing: linear layers that recompute the norm or GELU before them in the backward pass.
 
-The product of `Linear(f(x))` needs f(x) for the weights' gradient. Here x alone is kept (it is kept
-anyway, for f's own gradient) and f(x), a norm or a GELU, is computed a second time. Of a block's
-36·C bytes a token under bfloat16 autocast, 24·C stay; no product is done twice. Written with the
-operators autograd itself uses, so that torch.compile traces them; torch 2.4 has no public selective
-checkpointing.
+`Linear(f(x))` needs f(x) for the gradient of its weights. Here autograd saves only x, which f's own gradient needs
+anyway, and f(x), a norm or a GELU, is computed again. Under bfloat16 autocast a block saves 24·C bytes per token, not
+36·C; no matrix product is computed twice. It uses the operators of autograd itself, so that torch.compile can trace it;
+torch 2.4 has no public API for selective checkpointing.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ aten = torch.ops.aten
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """layer(x) and what its adapter (lora.py), if it has one, adds.
+    """Return layer(x) plus the output of its LoRA adapter, if it has one.
 
-    A copy of the weight in another dtype is not kept but made again in the backward pass.
+    If the weight has another dtype, its cast copy is not saved but made again in the backward pass.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     if autocast:
@@ -35,35 +34,35 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
-    """linear(norm(x)), keeping x and the norm's mean and deviation."""
+    """Return linear(norm(x)), saving x and the norm's mean and deviation."""
     out: Tensor = _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias)  # type: ignore[no-untyped-call]
     return out
 
 
 def gelu_linear(x: Tensor, linear: nn.Linear, approximate: str) -> Tensor:
-    """linear(gelu(x)), keeping x."""
+    """Return linear(gelu(x)), saving x."""
     out: Tensor = _GeluLinear.apply(x, linear.weight, linear.bias, approximate)  # type: ignore[no-untyped-call]
     return out
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """In autocast's dtype, or that of x."""
+    """Return x · weightᵀ + bias in the dtype of autocast, or of x."""
     return F.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype), bias)
 
 
 def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, weight and bias; products in the dtype of `grad`, which autocast chose."""
+    """Return the gradients of x, weight and bias, with products in the dtype of `grad`, which autocast chose."""
     rows = grad.flatten(0, -2)  # (M, out)
     grad_x = grad @ weight.to(grad.dtype)
     grad_weight = (rows.t() @ x.to(grad.dtype).flatten(0, -2)).to(weight.dtype)
-    # Biases are float32 also where matrices are bfloat16.
+    # Biases are float32 also with bfloat16 matrices.
     return grad_x, grad_weight, rows.sum(0).to(torch.promote_types(weight.dtype, torch.float32)) if has_bias else None
 
 
 class _CastLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.frozen = not weight.requires_grad  # then x is not needed
+        ctx.frozen = not weight.requires_grad  # its gradient, the only use of x, is not needed
         ctx.save_for_backward(None if ctx.frozen else x, weight)
         ctx.has_bias = bias is not None
         return _product(x, weight, bias)

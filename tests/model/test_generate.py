@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 
 from gpt2box.model.decoder import Decoder, KVCache
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.sampling import SamplingParams, generate, generate_batch, prefill_inputs, sample_token
+from gpt2box.model.sampling import SamplingParams, generate, generate_batch, pad_prompts, sample_token
 from tests.helpers.models import saved, tiny_model
 
 PROMPTS = torch.randint(0, 101, (4, 5), generator=torch.Generator().manual_seed(3)).tolist()
@@ -70,7 +70,7 @@ def test_each_step_has_the_logits_of_the_plain_network(bias: bool, weights: str 
     decoder = Decoder(copy.deepcopy(model), weights)
     cache = KVCache(model, len(UNEVEN), 24)
     rows = [list(row) for row in UNEVEN]
-    new = prefill_inputs(cache, rows, torch.device("cpu"))
+    new = pad_prompts(cache, rows, torch.device("cpu"))
     for step in range(8):
         logits = decoder(new, cache)
         wanted = torch.stack([plain_logits(model, row) for row in rows])
