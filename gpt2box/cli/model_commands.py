@@ -231,14 +231,14 @@ def export(model: str | None, form: str, dtype: str | None, out: Path | None, li
 
     A checkpoint is a Hugging Face folder already; this leaves out what only training needs and adds a model card.
     """
-    from gpt2box.export.export import export as write
+    from gpt2box.export.export import export_model
     from gpt2box.inference.model_loader import find_model
     from gpt2box.utils.paths import shown
     from gpt2box.utils.progress import say
 
     folder = find_model(model, checkpoint)
     say(f"from {folder}")
-    print(shown(write(folder, form, dtype, out, licence)))
+    print(shown(export_model(folder, form, dtype, out, licence)))
 
 
 @click.command(short_help="Upload a model to the Hugging Face Hub.")
@@ -290,7 +290,7 @@ def import_checkpoint(checkpoint: Path, name: str | None, out: Path | None, text
 
     From there: gpt2box sample FOLDER, gpt2box train CONFIG --init-from NAME. Weights alone; AdamW's averages stay.
     """
-    from gpt2box.export.nanogpt_import import import_nanogpt
+    from gpt2box.export.nanogpt import import_nanogpt
     from gpt2box.utils.paths import checked_name, make_writable, model_dir, shown
 
     place = out or model_dir(checked_name(name or checkpoint.resolve().parent.name, "model"))

@@ -21,7 +21,7 @@ from gpt2box.data.hf_tokenizer import BpeTokenizer
 from gpt2box.data.prepare import Options, prepare
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.export.export import export
+from gpt2box.export.export import export_model
 from gpt2box.inference.model_loader import load_model
 from tests.helpers.commands import Command
 from tests.helpers.settings import TINYSHAKESPEARE, options
@@ -186,7 +186,7 @@ def test_a_model_with_its_own_vocabulary_is_tuned_sampled_evaluated_and_exported
     assert text.returncode == 0 and text.stdout.startswith("Ay, naïve"), text.stderr
     figures = gpt2box("eval", "tuned", "--text", str(tmp_path / "book.txt"), "--max-tokens", "64", "--json")
     assert json.loads(figures.stdout)["tokens"] == 64, figures.stderr
-    made = export(best, "huggingface", None, tmp_path / "out", "")
+    made = export_model(best, "huggingface", None, tmp_path / "out", "")
     exported, model = AutoModelForCausalLM.from_pretrained(made).eval(), load_model(best, "cpu")[0].eval()
     ids_of_text = torch.tensor([AutoTokenizer.from_pretrained(made)("To be, or not").input_ids])
     with torch.inference_mode():
@@ -199,7 +199,8 @@ def test_gguf_has_the_models_own_vocabulary(tmp_path: Path) -> None:
     as_transformers_saves_gpt2s(tmp_path / "german")
     base = model_folder(tmp_path / "german", 600)
     fields = {
-        n: f.contents() for n, f in gguf.GGUFReader(export(base, "gguf", None, tmp_path / "g.gguf", "")).fields.items()
+        n: f.contents()
+        for n, f in gguf.GGUFReader(export_model(base, "gguf", None, tmp_path / "g.gguf", "")).fields.items()
     }
     words = AutoTokenizer.from_pretrained(base)
     assert fields["tokenizer.ggml.tokens"] == words.convert_ids_to_tokens(range(600))

@@ -1,4 +1,4 @@
-"""`gpt2box import`: a checkpoint as nanoGPT writes it, in, and the same network out."""
+"""nanoGPT's ckpt.pt: `gpt2box import`, and `gpt2box export --format nanogpt`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from transformers import AutoModelForCausalLM
 
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.export.export import export
-from gpt2box.export.nanogpt_import import import_nanogpt
+from gpt2box.export.export import export_model
+from gpt2box.export.nanogpt import import_nanogpt
 from gpt2box.inference.model_loader import load_model
 from gpt2box.model.gpt2 import GPT2
 from tests.helpers.commands import Command
+from tests.helpers.exports import save_random_model
 from tests.helpers.settings import TINYSHAKESPEARE, options
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
 
 
 def nanogpt_state(vocab_size: int, bias: bool, prefix: str = "") -> dict[str, Tensor]:
-    """Weights by nanoGPT's names, large enough for GELU's two forms to differ."""
+    """Return weights by nanoGPT's names, large enough for exact and tanh GELU to differ."""
     generator = torch.Generator().manual_seed(5)
 
     def drawn(*size: int) -> Tensor:
@@ -54,7 +55,7 @@ def nanogpt_state(vocab_size: int, bias: bool, prefix: str = "") -> dict[str, Te
     return found | {f"{prefix}lm_head.weight": state["wte.weight"]}
 
 
-def checkpoint(path: Path, vocab_size: int, bias: bool = True, prefix: str = "", **changes: Any) -> Path:
+def write_checkpoint(path: Path, vocab_size: int, bias: bool = True, prefix: str = "", **changes: Any) -> Path:
     content = {
         "model": nanogpt_state(vocab_size, bias, prefix),
         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3}]},
@@ -68,7 +69,7 @@ def checkpoint(path: Path, vocab_size: int, bias: bool = True, prefix: str = "",
 
 
 def reference(state: dict[str, Tensor], ids: Tensor, approximate: str) -> Tensor:
-    """Logits by the definition, with nothing of ours."""
+    """Compute logits from the definition of GPT-2, without code of gpt2box."""
     w = {name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor for name, tensor in state.items()}
     T = ids.size(1)
     x = w["wte.weight"][ids] + w["wpe.weight"][:T]
@@ -89,29 +90,31 @@ def reference(state: dict[str, Tensor], ids: Tensor, approximate: str) -> Tensor
 @pytest.mark.parametrize("vocab_size", [50_257, 50_304])
 @pytest.mark.parametrize("bias, prefix, gelu", [(True, "", "none"), (False, "_orig_mod.", "none"), (True, "", "tanh")])
 @torch.inference_mode()
-def test_the_network_is_the_same_for_us_and_for_transformers(
+def test_an_imported_model_has_the_same_logits_in_gpt2box_and_transformers(
     tmp_path: Path, volumes: Path, vocab_size: int, bias: bool, prefix: str, gelu: str
 ) -> None:
-    path = checkpoint(tmp_path / "ckpt.pt", vocab_size, bias, prefix)
+    path = write_checkpoint(tmp_path / "ckpt.pt", vocab_size, bias, prefix)
     folder = import_nanogpt(path, tmp_path / "out", None, gelu)
-    model, words = load_model(folder, "cpu")
+    model, tokenizer = load_model(folder, "cpu")
     ids = torch.randint(0, 50_257, (2, 20), generator=torch.Generator().manual_seed(1))
-    wanted = reference(nanogpt_state(vocab_size, bias), ids, gelu)[..., :50_257]
-    assert isinstance(words, Gpt2Tokenizer)
+    expected = reference(nanogpt_state(vocab_size, bias), ids, gelu)[..., :50_257]
+    assert isinstance(tokenizer, Gpt2Tokenizer)
     model.eval()
-    assert (model.logits(model.hidden_states(ids)) - wanted).abs().max() < 1e-4
-    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert (theirs(ids).logits - wanted).abs().max() < 1e-4
+    assert (model.logits(model.hidden_states(ids)) - expected).abs().max() < 1e-4
+    hf_model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert (hf_model(ids).logits - expected).abs().max() < 1e-4
     other = reference(nanogpt_state(vocab_size, bias), ids, {"none": "tanh", "tanh": "none"}[gelu])[..., :50_257]
-    assert (other - wanted).abs().max() > 2e-4  # so that the test can tell
+    assert (other - expected).abs().max() > 2e-4  # so the two forms of GELU are distinguishable
 
 
-@pytest.mark.parametrize("way", ["selective", "full"])
-def test_exact_gelu_is_recomputed_exactly(tmp_path: Path, volumes: Path, way: str) -> None:
-    folder = import_nanogpt(checkpoint(tmp_path / "ckpt.pt", 50_257), tmp_path / "out", None, "none")
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activation_checkpointing_of_exact_gelu_gives_the_same_gradients(
+    tmp_path: Path, volumes: Path, mode: str
+) -> None:
+    folder = import_nanogpt(write_checkpoint(tmp_path / "ckpt.pt", 50_257), tmp_path / "out", None, "none")
     grads = []
     ids = torch.arange(40).view(2, 20)
-    for setting in ("none", way):
+    for setting in ("none", mode):
         model: GPT2 = load_model(folder, "cpu")[0].double().train()
         model.activation_checkpointing = setting
         model(ids, ids.roll(-1, 1)).backward()
@@ -119,10 +122,10 @@ def test_exact_gelu_is_recomputed_exactly(tmp_path: Path, volumes: Path, way: st
     assert all((a - b).abs().max() < 1e-15 for a, b in zip(*grads, strict=True))
 
 
-def test_a_model_in_characters_goes_on_training_and_comes_out_again(
+def test_an_imported_character_model_trains_and_exports_the_same_weights(
     volumes: Path, tmp_path: Path, gpt2box: Command
 ) -> None:
-    path = checkpoint(tmp_path / "ckpt.pt", 65)
+    path = write_checkpoint(tmp_path / "ckpt.pt", 65)
     done = gpt2box("import", str(path), "--name", "nano", "--text", str(TINYSHAKESPEARE))
     folder = volumes / "models" / "nano"
     assert done.returncode == 0 and str(folder) in done.stdout, done.stderr
@@ -131,21 +134,42 @@ def test_a_model_in_characters_goes_on_training_and_comes_out_again(
     assert tuned.returncode == 0, tuned.stderr
     best = volumes / "runs" / "tuned" / "checkpoints" / "last"
     assert json.loads((best / "config.json").read_text())["activation_function"] == "gelu"
-    back = torch.load(export(folder, "nanogpt", None, tmp_path / "back.pt", ""), weights_only=True)
+    back = torch.load(export_model(folder, "nanogpt", None, tmp_path / "back.pt", ""), weights_only=True)
     before = torch.load(path, weights_only=True)
     assert back["model_args"] == {**before["model_args"], "dropout": 0.0}
     assert back["model"].keys() == before["model"].keys()
     assert all(torch.equal(back["model"][name], tensor) for name, tensor in before["model"].items())
 
 
+def test_an_exported_checkpoint_has_nanogpts_names_and_sizes(tmp_path: Path, gpt2_tokenizer: Gpt2Tokenizer) -> None:
+    model, folder = save_random_model(tmp_path / "model", gpt2_tokenizer, bias=False)
+    exported = export_model(folder, "nanogpt", None, tmp_path / "ckpt.pt", "")
+    content = torch.load(exported, weights_only=True)
+    sizes = {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 64,
+        "block_size": 48,
+        "vocab_size": 50_257,
+        "bias": False,
+        "dropout": 0.0,
+    }
+    assert content["model_args"] == sizes
+    state = content["model"]
+    assert torch.equal(
+        state["transformer.h.1.attn.c_attn.weight"], dict(model.named_parameters())["h.1.attn.c_attn.weight"]
+    )
+    assert state["lm_head.weight"].shape == (50_257, 64) and "transformer.ln_f.bias" not in state
+
+
 class Rogue:
-    """A pickle that would run code."""
+    """Object whose pickle runs code when it is loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (print, ("ran",))
 
 
-def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path: Path, volumes: Path) -> None:
+def test_a_file_that_does_not_fit_is_refused_and_nothing_is_written(tmp_path: Path, volumes: Path) -> None:
     out = tmp_path / "out"
 
     def refused(path: Path, kind: type[BadInput] | type[Damaged], part: str, text: Path | None = None) -> None:
@@ -154,7 +178,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path: Path, volum
         assert part in str(raised.value), raised.value
         assert not out.exists()
 
-    good = checkpoint(tmp_path / "good.pt", 65)
+    good = write_checkpoint(tmp_path / "good.pt", 65)
     refused(good, BadInput, "a vocabulary of 65")
     (tmp_path / "other.txt").write_text("abc")
     refused(good, BadInput, "3 different characters", tmp_path / "other.txt")
@@ -162,7 +186,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path: Path, volum
     state["transformer.h.0.attn.c_attn.weight"] = torch.zeros(4, 4)
     state["transformer.h.7.extra"] = torch.zeros(1)
     del state["transformer.ln_f.bias"]
-    wrong = checkpoint(tmp_path / "wrong.pt", 65, model=state)
+    wrong = write_checkpoint(tmp_path / "wrong.pt", 65, model=state)
     refused(wrong, BadInput, "h.0.attn.c_attn.weight: found [4, 4], expected [96, 32]", TINYSHAKESPEARE)
     refused(wrong, BadInput, "h.7.extra: not in this network", TINYSHAKESPEARE)
     refused(wrong, BadInput, "ln_f.bias: missing", TINYSHAKESPEARE)
@@ -172,11 +196,11 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path: Path, volum
     refused(tmp_path / "foreign.pt", BadInput, "no model and model_args")
     torch.save({"model": Rogue(), "model_args": {}}, tmp_path / "rogue.pt")
     refused(tmp_path / "rogue.pt", BadInput, "no checkpoint, or holds more than tensors")
-    older = tmp_path / "older.pt"  # the form before PyTorch 1.6, which cannot be mapped
+    older = tmp_path / "older.pt"  # the format before PyTorch 1.6, which cannot be mapped
     torch.save({"weights": 1}, older, _use_new_zipfile_serialization=False)
     refused(older, BadInput, "no model and model_args")
     for key, value in (("n_layer", 10**9), ("n_embd", math.inf), ("block_size", "32"), ("n_head", 3), ("n_layer", 0)):
-        odd = checkpoint(tmp_path / "odd.pt", 65, model={}, model_args={**SIZES, "vocab_size": 65, key: value})
+        odd = write_checkpoint(tmp_path / "odd.pt", 65, model={}, model_args={**SIZES, "vocab_size": 65, key: value})
         refused(odd, BadInput, key, TINYSHAKESPEARE)
     odd_ones: list[Any] = [
         [],
@@ -190,14 +214,14 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path: Path, volum
         {"a": torch.zeros(1, dtype=torch.complex64)},
     ]
     for model in odd_ones:
-        refused(checkpoint(tmp_path / "odd.pt", 65, model=model), BadInput, "tensor", TINYSHAKESPEARE)
+        refused(write_checkpoint(tmp_path / "odd.pt", 65, model=model), BadInput, "tensor", TINYSHAKESPEARE)
     twice = nanogpt_state(65, True) | nanogpt_state(65, True, "_orig_mod.")
-    refused(checkpoint(tmp_path / "odd.pt", 65, model=twice), BadInput, "tensors twice", TINYSHAKESPEARE)
+    refused(write_checkpoint(tmp_path / "odd.pt", 65, model=twice), BadInput, "tensors twice", TINYSHAKESPEARE)
     (tmp_path / "passwd").write_bytes(Path("/etc/passwd").read_bytes())
     refused(tmp_path / "passwd", BadInput, "no checkpoint")
     state = nanogpt_state(65, True)
     state["transformer.ln_f.bias"][3] = math.nan
-    endless = checkpoint(tmp_path / "endless.pt", 65, model=state)
+    endless = write_checkpoint(tmp_path / "endless.pt", 65, model=state)
     refused(endless, Damaged, "ln_f.bias has numbers that are not finite", TINYSHAKESPEARE)
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"model": 1}))
     with pytest.raises((BadInput, Damaged)):

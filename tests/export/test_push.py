@@ -1,4 +1,4 @@
-"""`gpt2box push`: the Hub's own client, against a server on the loopback that answers as the Hub does."""
+"""`gpt2box push`: the Hub's own client against a local stand-in for the Hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import load
 
 from gpt2box.data.tokenizer import from_texts
 from gpt2box.errors import BadInput, Gpt2boxError, TryAgain
-from gpt2box.export.export import export
+from gpt2box.export.export import export_model
 from gpt2box.export.push import check_name, push
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
@@ -28,20 +28,20 @@ TOKEN = "hf_secret0123456789"
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Repositories: whether each is private, and its files."""
+    """Stand-in for the Hub: repositories with their visibility and files."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answers)
+        super().__init__(("127.0.0.1", 0), HubHandler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.private: dict[str, bool] = {}
         self.files: dict[str, bytes] = {}
         self.stored: dict[str, bytes] = {}  # by sha256
         self.tokens: set[str | None] = set()
         self.requests: list[str] = []
-        self.failing: dict[str, int] = {}  # what a path ends in, and the status that it is answered with
+        self.failing: dict[str, int] = {}  # HTTP status by the end of the path
 
 
-class Answers(http.server.BaseHTTPRequestHandler):
+class HubHandler(http.server.BaseHTTPRequestHandler):
     server: Hub
 
     def answer(self) -> None:
@@ -57,7 +57,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
             return self.send({})
         if path == "/api/validate-yaml":
             return self.send({"errors": [], "warnings": []})
-        if path.startswith(("/api/models/", "/api/repos/", "/alice/")):  # else the client sends no token
+        if path.startswith(("/api/models/", "/api/repos/", "/alice/")):  # the client sends its token to these only
             hub.tokens.add(self.headers.get("Authorization"))
         if path == "/api/repos/create":
             asked = json.loads(content)
@@ -113,8 +113,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     thread.start()
     monkeypatch.setenv("HF_ENDPOINT", running.url)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))  # without a token that is kept there
-    # Without the Hub's newer storage, for which there is no stand-in; the client may have read the variable already.
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))  # hides a token saved there
+    # The stand-in lacks the Hub's Xet storage. The client may have read the variable already.
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", running.url)
@@ -124,35 +124,37 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     running.server_close()
 
 
-def test_a_run_is_uploaded_as_its_export_and_private_unless_asked(volumes: Path, gpt2box: Command, hub: Hub) -> None:
+def test_push_uploads_the_export_of_a_run_to_a_private_repository(volumes: Path, gpt2box: Command, hub: Hub) -> None:
     run_job(None, {key: str(value) for key, value in {**TINY, "name": "run", "max_steps": 5}.items()}, StopRequest())
     done = gpt2box("push", "run", "alice/small", "--license", "mit", "--dtype", "float16")
     assert done.returncode == 0 and done.stdout == f"{hub.url}/alice/small\n", done.stderr
     assert hub.private == {"alice/small": True} and hub.tokens == {f"Bearer {TOKEN}"}
-    made = export(volumes / "runs" / "run" / "checkpoints" / "best", "huggingface", "float16", None, "mit")
-    exported = {path.name: path.read_bytes() for path in made.iterdir()}
+    exported_folder = export_model(
+        volumes / "runs" / "run" / "checkpoints" / "best", "huggingface", "float16", None, "mit"
+    )
+    exported = {path.name: path.read_bytes() for path in exported_folder.iterdir()}
     assert hub.files.keys() == exported.keys()
     assert [name for name in exported if hub.files[name] != exported[name]] == ["README.md"]
     card = hub.files["README.md"].decode()
     assert "# alice/small" in card and 'model="alice/small"' in card and 'license: "mit"' in card
-    assert "| val_loss |" in card and str(volumes) not in card  # the text's name, not where it lay
+    assert "| val_loss |" in card and str(volumes) not in card  # the text's name without its folder
     assert load(hub.files["model.safetensors"])["transformer.wte.weight"].shape == (65, 32)
     assert f"{len(exported)} files" in done.stderr and f"{len(exported['model.safetensors']):,} bytes" in done.stderr
     assert TOKEN not in done.stdout + done.stderr
-    assert [path.name for path in made.parent.iterdir()] == ["run-float16"]
+    assert [path.name for path in exported_folder.parent.iterdir()] == ["run-float16"]
 
 
 @pytest.fixture
 def model(volumes: Path) -> Path:
-    """A small model's folder."""
+    """Write a small model and return its folder."""
     folder = volumes / "models" / "small"
     folder.mkdir(parents=True)
-    network, words = tiny_model(), from_texts([string.printable], end_of_text=True)
-    write_checkpoint(folder, network, words)
+    network, tokenizer = tiny_model(), from_texts([string.printable], end_of_text=True)
+    write_checkpoint(folder, network, tokenizer)
     return folder
 
 
-def test_what_is_public_is_never_filled_unasked_nor_what_is_private_shown(
+def test_push_needs_public_for_a_public_repository_and_keeps_a_private_one_private(
     model: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     push(model, "alice/seen", "float32", "", public=True)
@@ -173,7 +175,7 @@ def test_what_is_public_is_never_filled_unasked_nor_what_is_private_shown(
         ("/new", 502, TryAgain),
     ],
 )
-def test_what_the_hub_refuses_is_said_without_the_token(
+def test_an_error_from_the_hub_is_reported_without_the_token(
     model: Path, hub: Hub, end: str, status: int, kind: type[Gpt2boxError]
 ) -> None:
     hub.failing = {end: status}
@@ -191,7 +193,7 @@ def test_what_the_hub_refuses_is_said_without_the_token(
         ({"HF_ENDPOINT": "http://127.0.0.1:9"}, TryAgain, "http://127.0.0.1:9: .*refused"),
     ],
 )
-def test_what_stands_in_the_way_is_said_before_anything_is_written(
+def test_a_missing_token_or_network_fails_before_the_export(
     tmp_path: Path,
     hub: Hub,
     monkeypatch: pytest.MonkeyPatch,
@@ -209,7 +211,7 @@ def test_what_stands_in_the_way_is_said_before_anything_is_written(
 @pytest.mark.parametrize(
     "name", ["small", "a/b/c", "alice/", "alice/a--b", "-a/b", "alice/a..b", "alice/x.git", "a/ b"]
 )
-def test_names_that_the_hub_would_refuse_are_refused(name: str) -> None:
+def test_invalid_repository_names_are_refused(name: str) -> None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id  # type: ignore[attr-defined]
 
     with pytest.raises(BadInput, match="no repository can be called"):
