@@ -19,7 +19,7 @@ from gpt2box.data.dataset_folder import damaged_splits
 from gpt2box.data.pretrained import shape_in
 from gpt2box.errors import LONGEST, BadInput, Gpt2boxError
 from gpt2box.inference.model_loader import load_model
-from gpt2box.runs.listing import summarize_run
+from gpt2box.runs.view import RunView
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
 from gpt2box.verify.reproduce import read, settings_in
@@ -176,7 +176,7 @@ def test_any_value_anywhere_in_what_is_read_is_used_or_refused(
             else:
                 settings_in(read(file), file, None, None)
         if name == "manifest.json":
-            summarize_run(run)
+            assert RunView(run).summary
             with contextlib.suppress(Gpt2boxError):
                 stretch = stretch_of(run, None, 1000)
                 for way in (stretch.session["way"], *stretch.ways.values()):

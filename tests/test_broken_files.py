@@ -29,7 +29,7 @@ from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.hf_weights import load_hf_weights
 from gpt2box.report.page import write_report
 from gpt2box.runs import metrics
-from gpt2box.runs.listing import summarize_run
+from gpt2box.runs.view import RunView
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
 from tests.helpers.settings import TINY
@@ -192,7 +192,7 @@ def test_a_run_is_looked_at(trained: Path, tmp_path: Path, monkeypatch: pytest.M
 
     def read() -> None:
         list(metrics.iter_rows(folder / "metrics.jsonl"))
-        run = summarize_run(folder)
+        run = RunView(folder).summary
         json.dumps(run.as_dict())
         write_report(folder)
 

@@ -48,19 +48,21 @@ def runs(names: tuple[str, ...], compare: bool, out: Path | None, as_json: bool)
     if compare and len(names) < 2:
         raise BadInput("--compare with less than two runs", "two or more", "gpt2box runs lists them")
     from gpt2box.report import compare as comparison
-    from gpt2box.runs.listing import find_run, format_table, list_run_folders, summarize_run
+    from gpt2box.runs.listing import find_run, format_table, list_run_folders
+    from gpt2box.runs.view import RunView
     from gpt2box.utils.paths import runs_dir, shown
 
-    found = [summarize_run(folder) for folder in (map(find_run, names) if names else list_run_folders())]
+    views = [RunView(folder) for folder in (map(find_run, names) if names else list_run_folders())]
     if compare:
         page = out or runs_dir() / "compare.html"
-        compared = comparison.compare_runs(found)
+        compared = comparison.compare_runs(views)
         comparison.write_comparison(compared, page)
         if as_json:
             print(json.dumps({**compared.as_dict(), "page": shown(page)}, indent=2))
         else:
             print(harmless_lines("\n".join([*compared.lines(), f"curves: {shown(page)}"])))
         return
+    found = [view.summary for view in views]
     if not names:
         found.sort(key=lambda run: run.changed, reverse=True)
     if as_json:

@@ -133,12 +133,12 @@ def browser_url(entrance: AccessPolicy) -> str:
 
 def create_app(entrance: AccessPolicy) -> Starlette:
     """The pages: the one that is looked at, its files, and what it asks for."""
-    watch = DashboardState()
+    state = DashboardState()
 
     def now(request: Request) -> JSONResponse:  # not async: it reads files, in a thread
         asked = request.query_params
         return JSONResponse(
-            watch.now(ClientState(**{name: asked.get(name, "") for name in ClientState.__dataclass_fields__}))
+            state.updates(ClientState(**{name: asked.get(name, "") for name in ClientState.__dataclass_fields__}))
         )
 
     def page(request: Request) -> FileResponse:

@@ -1,4 +1,4 @@
-"""`gpt2box runs --compare`: what runs differ in, in settings and in outcome, and their curves over each other."""
+"""`gpt2box runs --compare`: compare settings and results of runs, and draw their curves together."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ import numpy as np
 
 from gpt2box.errors import BadInput
 from gpt2box.report.html import Chart, Line, plots_html, render_document, section, table, tag
-from gpt2box.report.page import mapping, read_settings
-from gpt2box.runs.history import History, read_history
-from gpt2box.runs.listing import RunSummary, format_count
-from gpt2box.runs.plan_file import read_plan
-from gpt2box.utils.files import read_object, whole, write_atomically
-from gpt2box.utils.paths import make_writable, run_dir
+from gpt2box.runs.formatting import format_count, format_loss, format_step
+from gpt2box.runs.view import RunView, as_mapping
+from gpt2box.utils.files import write_atomically
+from gpt2box.utils.paths import make_writable
 from gpt2box.utils.progress import duration, size
 
 Rows = dict[str, list[str]]  # by name, a cell for each run
@@ -28,21 +26,19 @@ UNKNOWN = "-"
 class Comparison:
     """Runs side by side."""
 
-    runs: list[RunSummary]
+    runs: list[RunView]
     settings: Rows  # those that differ
     figures: Rows
-    notes: list[str]  # what does not compare
-    histories: list[History]
-    tokens_per_step: list[int]
+    notes: list[str]  # warnings about what does not compare
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the comparison for `--json`."""
         names = [run.name for run in self.runs]
         differing = {key: dict(zip(names, values, strict=True)) for key, values in self.settings.items()}
-        return {"settings": differing, "runs": [run.as_dict() for run in self.runs], "notes": self.notes}
+        return {"settings": differing, "runs": [run.summary.as_dict() for run in self.runs], "notes": self.notes}
 
     def lines(self) -> Iterator[str]:
-        """For a terminal."""
+        """Format the comparison for a terminal."""
         head = ["", *(run.name for run in self.runs)]
         parts = [("settings that differ", self.settings), ("figures", self.figures)]
         cells = [head, *([key, *row] for _, rows in parts for key, row in rows.items())]
@@ -58,70 +54,67 @@ class Comparison:
         yield from (f"note: {note}" for note in self.notes)
 
 
-def compare_runs(runs: list[RunSummary]) -> Comparison:
-    """Read what there is to compare. Nothing is refused: what is missing or damaged is a dash."""
-    places = [run_dir(run.name) for run in runs]
-    histories = [read_history(place / "metrics.jsonl") for place in places]
-    tokens = [whole(read_plan(place).get("tokens_per_step")) for place in places]
-    settings = differing_settings([read_settings(place) for place in places])
-    return Comparison(
-        runs, settings, key_figures(runs, histories), comparison_warnings(places, histories), histories, tokens
-    )
+def compare_runs(runs: list[RunView]) -> Comparison:
+    """Compare runs. What is missing or damaged is shown as a dash."""
+    return Comparison(runs, differing_settings(runs), key_figures(runs), comparison_warnings(runs))
 
 
-def differing_settings(settings: list[dict[str, Any]]) -> Rows:
-    """The settings that are not the same in all, but for the runs' names."""
-    keys = dict.fromkeys(key for each in settings for key in each if key != "name")
-    rows = {key: [str(each.get(key, UNKNOWN)) for each in settings] for key in keys}
+def differing_settings(runs: list[RunView]) -> Rows:
+    """Return the settings, other than the name, that differ between runs."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings if key != "name")
+    rows = {key: [str(run.settings.get(key, UNKNOWN)) for run in runs] for key in keys}
     return {key: row for key, row in rows.items() if len(set(row)) > 1}
 
 
-def key_figures(runs: list[RunSummary], histories: list[History]) -> Rows:
-    """How far, how good, how fast."""
-    rows: list[list[str]] = []
-    for run, past in zip(runs, histories, strict=True):
-        value = {name: curve.value for name, curve in past.curves.items()}
-        best = past.best()
-        rows.append(
-            [
-                run.words(),
-                f"{run.step:,} of {run.max_steps:,}",
-                f"{best[0]:.4f}" if best else UNKNOWN,
-                f"{best[1]:,}" if best else UNKNOWN,
-                f"{value['loss'][-1]:.4f}" if "loss" in value else UNKNOWN,
-                format_count(run.tokens),
-                duration(run.seconds),
-                f"{np.median(value['tokens_per_sec']):,.0f}" if "tokens_per_sec" in value else UNKNOWN,
-                size(float(value["peak_memory_bytes"].max())) if "peak_memory_bytes" in value else UNKNOWN,
-                size(run.size_bytes),
-            ]
+def key_figures(runs: list[RunView]) -> Rows:
+    """Return each run's progress, losses, speed and sizes."""
+    columns = []
+    for view in runs:
+        run, best = view.summary, view.best
+        values = {name: curve.value for name, curve in view.history.curves.items()}
+        columns.append(
+            {
+                "state": run.state_label,
+                "step": format_step(run.step, run.max_steps),
+                "best val_loss": format_loss(best[0]) if best else UNKNOWN,
+                "at step": f"{best[1]:,}" if best else UNKNOWN,
+                "last train loss": format_loss(values["loss"][-1]) if "loss" in values else UNKNOWN,
+                "tokens seen": format_count(run.tokens),
+                "time in training": duration(run.seconds),
+                "tokens a second": f"{np.median(values['tokens_per_sec']):,.0f}"
+                if "tokens_per_sec" in values
+                else UNKNOWN,
+                "peak memory": size(float(values["peak_memory_bytes"].max()))
+                if "peak_memory_bytes" in values
+                else UNKNOWN,
+                "on disk": size(run.size_bytes),
+            }
         )
-    names = ["state", "step", "best val_loss", "at step", "last train loss", "tokens seen", "time in training"]
-    names += ["tokens a second", "most memory", "on disk"]
-    return {name: list(cells) for name, cells in zip(names, zip(*rows, strict=True), strict=True)}
+    return {name: [column[name] for column in columns] for name in columns[0]}
 
 
-def comparison_warnings(places: list[Path], histories: list[History]) -> list[str]:
-    """Why figures of these runs may not compare."""
+def comparison_warnings(runs: list[RunView]) -> list[str]:
+    """Explain which figures of these runs do not compare."""
     notes = []
-    sets = {past.val_sets[-1] for past in histories if past.val_sets}
-    if len(sets) > 1:
-        notes.append(f"val_loss does not compare: it is over different validation windows ({', '.join(sorted(sets))})")
-    trained = []
-    for place in places:
-        dataset = mapping(read_object(place / "manifest.json").get("dataset"))
-        trained.append(mapping(mapping(dataset.get("splits")).get("train")).get("sha256"))
-    if len({digest for digest in trained if digest}) > 1:
+    val_sets = {run.history.val_sets[-1] for run in runs if run.history.val_sets}
+    if len(val_sets) > 1:
+        listed = ", ".join(sorted(val_sets))
+        notes.append(f"val_loss does not compare: it is over different validation windows ({listed})")
+    checksums = set()
+    for run in runs:
+        splits = as_mapping(as_mapping(run.manifest.get("dataset")).get("splits"))
+        checksums.add(as_mapping(splits.get("train")).get("sha256"))
+    if len({checksum for checksum in checksums if checksum}) > 1:
         notes.append("they were trained on different texts")
     return notes
 
 
 def write_comparison(compared: Comparison, path: Path) -> None:
-    """The same as a page, with the curves of all runs over each other.
+    """Write a comparison as an HTML page, each chart with the curves of all runs.
 
     Raises:
-        BadInput: it is not a file's place.
-        VolumeUnwritable: no page can be written there.
+        BadInput: `path` cannot be a file.
+        VolumeUnwritable: its folder cannot be written.
     """
     if not path.name or (path.exists() and not path.is_file()):
         raise BadInput(f"{path} is not a file", "a place for a page, or an earlier page's", "--out PAGE.html")
@@ -137,7 +130,7 @@ def write_comparison(compared: Comparison, path: Path) -> None:
     body = [
         tag("h1", " · ".join(names)),
         *(tag("p", note, class_="bad") for note in compared.notes),
-        section("Curves", plots_html(charts) if charts else tag("p", "Not one figure has been noted yet.")),
+        section("Curves", plots_html(charts) if charts else tag("p", "No metrics yet.")),
         section("Settings that differ", table_html(names, compared.settings) if compared.settings else none),
         section("Figures", table_html(names, compared.figures)),
         tag("p", f"Written by gpt2box on {time.strftime('%Y-%m-%d at %H:%M')}.", class_="note"),
@@ -147,16 +140,17 @@ def write_comparison(compared: Comparison, path: Path) -> None:
 
 
 def overlay_chart(compared: Comparison, name: str, title: str) -> Chart:
-    """A chart with a curve for each run that has one."""
-    runs = zip(compared.runs, compared.histories, compared.tokens_per_step, strict=True)
-    lines = [
-        Line(run.name, past.curves[name], tokens, name == "val_loss")
-        for run, past, tokens in runs
-        if name in past.curves
-    ]
-    return Chart(title, lines)
+    """Build a chart of one metric with a line for each run that has it."""
+    return Chart(
+        title,
+        [
+            Line(run.name, run.history.curves[name], run.tokens_per_step, name == "val_loss")
+            for run in compared.runs
+            if name in run.history.curves
+        ],
+    )
 
 
 def table_html(names: list[str], rows: Rows) -> str:
-    """A column for each run."""
+    """Render a table with a column for each run."""
     return table(["", *names], ([key, *cells] for key, cells in rows.items()))

@@ -101,7 +101,7 @@ def chart_data(chart: Chart) -> dict[str, object]:
     """What web/page.js reads."""
     lines = []
     for line in chart.lines:
-        curve = line.curve.thinned()
+        curve = line.curve.downsampled()
         lines.append(
             {
                 "label": line.label,

@@ -16,7 +16,7 @@ def plot_loss(run: Path) -> Path:
     from matplotlib import pyplot
 
     curves = read_history(run / "metrics.jsonl").curves
-    train, val = (curves[name].thinned() if name in curves else None for name in ("loss", "val_loss"))
+    train, val = (curves[name].downsampled() if name in curves else None for name in ("loss", "val_loss"))
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
     if train:
         axes.plot(train.step, train.value, color="#9bb7d4", linewidth=1, label="train")

@@ -1,4 +1,4 @@
-"""What the user sees of a run while it goes: a panel on a terminal, sober lines in a log."""
+"""Show a run's progress: a live panel on a terminal, plain lines elsewhere and in log.txt."""
 
 from __future__ import annotations
 
@@ -12,73 +12,75 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 from gpt2box.planner.run_plan import RunPlan
-from gpt2box.runs.metrics import format_skipped_steps
+from gpt2box.runs.formatting import format_figures, format_log_line, format_loss, format_step
 from gpt2box.system.gpu import Card, card_of
 from gpt2box.utils.progress import LINE_SECONDS, Aside, duration, note, say, size, text_to
 
-TREND = 48  # logged losses that the panel draws
+TREND_LENGTH = 48  # logged losses in the panel's curve
 BARS = "▁▂▃▄▅▆▇█"
-CARD_SECONDS = 2.0  # between questions to the driver
+GPU_QUERY_SECONDS = 2.0  # between queries of the driver
 
 
 class Display:
-    """Begins with nothing to show; each call says what is new."""
+    """The console output of one training session. Each call reports news."""
 
     def __init__(self, name: str, step: int, plan: RunPlan) -> None:
         self.name, self.step, self.plan = name, step, plan
-        self.losses: deque[tuple[int, float]] = deque(maxlen=TREND)
-        self.row: dict[str, Any] = {}  # as in metrics.jsonl
+        self.losses: deque[tuple[int, float]] = deque(maxlen=TREND_LENGTH)
+        self.figures: dict[str, str] = {}  # of the newest train row
         self.seconds_left = 0.0
-        self.val = ""
-        self.sampled: list[str] = []
-        self.card: Card | None = None
-        self._asked = self._printed = 0.0
-        self._said_left_out = 0
+        self.val_loss = ""
+        self.sample_lines: list[str] = []
+        self.gpu: Card | None = None
+        self._queried_at = self._printed_at = 0.0
+        self._skipped_reported = ""
         self._live: Any = None
         if plan.log_format == "auto" and sys.stderr.isatty():
             from rich.console import Console
             from rich.live import Live
 
-            # What others write to standard error, warnings too, then appears above the panel.
+            # Warnings and whatever else is written to standard error then appears above the panel.
             self._aside = Aside()
             self._console = Console(file=text_to(os.dup(self._aside.terminal), closefd=True))
             self._width = self._console.width
             self._live = Live(get_renderable=self.panel, console=self._console, refresh_per_second=2, transient=True)
             self._live.start()
 
-    def train(self, step: int, row: dict[str, Any], seconds_left: float) -> None:
-        """Show the figures of a line of metrics.jsonl; a log has one every few seconds."""
-        self.step, self.row, self.seconds_left = step, row, seconds_left
+    def show_train_row(self, step: int, row: dict[str, Any], seconds_left: float) -> None:
+        """Show a train row of metrics.jsonl; as a line at most every LINE_SECONDS."""
+        self.step, self.seconds_left = step, seconds_left
+        self.figures = format_figures(row, peak_tflops=self.plan.peak_tflops)
         if row["loss"] is not None:
             self.losses.append((step, row["loss"]))
         now = time.monotonic()
         if self._live is not None:
-            self.tidy()
-            if now - self._asked >= CARD_SECONDS:
-                self._asked, self.card = now, card_of(self.plan.device)
-        if now - self._printed < LINE_SECONDS and step != self.plan.max_steps:
+            self.flush_stderr()
+            if now - self._queried_at >= GPU_QUERY_SECONDS:
+                self._queried_at, self.gpu = now, card_of(self.plan.device)
+        if now - self._printed_at < LINE_SECONDS and step != self.plan.max_steps:
             return
-        self._printed = now
-        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-        news = f"  {format_skipped_steps(row)}" if row["skipped_steps"] > self._said_left_out else ""
-        self._said_left_out = row["skipped_steps"]
-        shown_otherwise = self._live is not None or self.plan.log_format == "json"
-        (note if shown_otherwise else say)(
-            f"step {step:,}/{self.plan.max_steps:,}  loss {loss}  {row['tokens_per_sec']:,.0f} tokens/s  "
-            f"{size(row['peak_memory_bytes'])}  {duration(seconds_left)} left{news}"
+        self._printed_at = now
+        figures = dict(self.figures)
+        if (skipped := figures.get("skipped", "")) == self._skipped_reported:
+            figures.pop("skipped", None)
+        self._skipped_reported = skipped
+        is_shown_elsewhere = self._live is not None or self.plan.log_format == "json"
+        line = format_log_line(step, self.plan.max_steps, figures, duration(seconds_left))
+        (note if is_shown_elsewhere else say)(line)
+
+    def show_evaluation(self, step: int, val_loss: float, is_best: bool, best: float | None, best_step: int) -> None:
+        """Print an evaluation as a permanent line, and show it in the panel."""
+        compared = "the best so far" if is_best else f"best {format_loss(best, best_step)}" if best is not None else ""
+        self.val_loss = f"{format_loss(val_loss, step)}, {compared}".rstrip(", ")
+        self.print_line(
+            format_log_line(step, self.plan.max_steps, {"val_loss": f"{val_loss:.4f}{'  best' if is_best else ''}"})
         )
 
-    def evaluated(self, step: int, val_loss: float, improved: bool, best: float | None, best_step: int) -> None:
-        """A line that stays, and a line of the panel."""
-        of_all = "the best so far" if improved else f"best {best:.4f} at step {best_step:,}" if best is not None else ""
-        self.val = f"{val_loss:.4f} at step {step:,}, {of_all}".rstrip(", ")
-        self.line(f"step {step:,}/{self.plan.max_steps:,}  val_loss {val_loss:.4f}{'  best' if improved else ''}")
-
-    def sample(self, lines: list[str]) -> None:
-        """The beginning of a text that the network wrote."""
-        # A network of bytes may write what a terminal takes for an order.
+    def show_sample(self, lines: list[str]) -> None:
+        """Print the beginning of a generated text."""
+        # A byte-level model may generate a terminal's control sequences.
         lines = ["".join(c if c.isprintable() or c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in x) for x in lines]
-        self.sampled = lines[:3]
+        self.sample_lines = lines[:3]
         if self._live is not None:
             from rich.text import Text
 
@@ -86,18 +88,18 @@ class Display:
             lines = [
                 part.plain.rstrip() for x in lines for part in Text(x or " ").wrap(console, max(console.width - 6, 20))
             ]
-        self.line("\n".join(f"    | {line}" for line in lines))
+        self.print_line("\n".join(f"    | {line}" for line in lines))
 
-    def line(self, text: str) -> None:
-        """A line that stays, above the panel where there is one."""
+    def print_line(self, text: str) -> None:
+        """Print a permanent line, above the panel if there is one."""
         if self._live is not None:
             self._console.print(text, markup=False, highlight=False)
             note(text)
         else:
             say(text)
 
-    def tidy(self) -> None:
-        """Bring above the panel what went past it, and begin on a clean screen where a narrower one broke its lines."""
+    def flush_stderr(self) -> None:
+        """Print standard error's lines above the panel. Clear a screen that became narrower: its lines broke."""
         console = self._console
         if console.width < self._width:
             console.clear()
@@ -106,14 +108,15 @@ class Display:
             console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
+        """Remove the panel and restore standard error."""
         if self._live is not None:
-            self.tidy()
+            self.flush_stderr()
             self._live.stop()
             self._console.file.close()
             self._aside.close()
 
     def panel(self) -> RenderableType:
-        """All that is known now."""
+        """Render the panel."""
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -122,48 +125,47 @@ class Display:
         grid = Table.grid(padding=(0, 2), expand=True)
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(ratio=1)
-        grid.add_row("step", f"{self.step:,} of {self.plan.max_steps:,}{self.to_the_end()}")
+        grid.add_row("step", self._format_progress())
         grid.add_row("", ProgressBar(total=max(self.plan.max_steps, 1), completed=self.step))
         if self._aside.request:
             grid.add_row("stopping", Text(self._aside.request, style="bold"))
-        for name, text in self.lines().items():
+        for name, text in self.panel_lines().items():
             grid.add_row(name, Text(text))
-        width = max(self._console.width - 3, 20)  # or the ^C of who stops it moves the cursor down
+        width = max(
+            self._console.width - 3, 20
+        )  # leaves room for the ^C that a terminal echoes, which would wrap the line
         return Panel(grid, title=Text(self.name), title_align="left", border_style="dim", width=width)
 
-    def lines(self) -> dict[str, str]:
-        """The panel's text, by what it is about."""
-        row, found = self.row, {}
+    def panel_lines(self) -> dict[str, str]:
+        """Format the panel's lines, by name."""
+        figures, lines = self.figures, {}
         if self.losses:
-            found["loss"] = f"{self.losses[-1][1]:.4f}  {spark([loss for _, loss in self.losses])}{self.trend()}"
-        if self.val:
-            found["val_loss"] = self.val
-        if row:
-            norm = "not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.3g}"
-            found["optimizer"] = f"learning rate {row['learning_rate']:.3g}, gradient norm {norm}"
-            if row["skipped_steps"]:
-                found["optimizer"] += f", {format_skipped_steps(row)}"
-            found["speed"] = f"{row['tokens_per_sec']:,.0f} tokens/s"
-            if row["mfu"] is not None:
-                found["speed"] += f", MFU {row['mfu']:.0%} of {self.plan.peak_tflops:g} TFLOPS"
-            found["memory"] = f"{size(row['peak_memory_bytes'])} at most"
-        if card := self.card:
-            if card.total_bytes and card.free_bytes is not None:
-                used = card.total_bytes - card.free_bytes
-                found["memory"] += f"; the card: {size(used)} of {size(card.total_bytes)} in use"
-            heat = [f"{card.temperature_c} °C"] if card.temperature_c is not None else []
-            heat += [f"{card.power_w:.0f} W"] if card.power_w is not None else []
-            found["card"] = ", ".join([card.name, *heat])
-        if self.sampled:
-            found["sample"] = "\n".join(self.sampled)
-        return found
+            lines["loss"] = f"{format_loss(self.losses[-1][1])}  {sparkline([x for _, x in self.losses])}{self.trend()}"
+        if self.val_loss:
+            lines["val_loss"] = self.val_loss
+        if figures:
+            names = [f"{name} {figures[name]}" for name in ("learning rate", "gradient norm")]
+            lines["optimizer"] = ", ".join([*names, *([figures["skipped"]] if "skipped" in figures else [])])
+            lines["speed"] = figures["speed"] + (f", MFU {figures['MFU']}" if "MFU" in figures else "")
+            lines["memory"] = f"{figures['peak memory']} at most"
+        if gpu := self.gpu:
+            if gpu.total_bytes and gpu.free_bytes is not None:
+                lines["memory"] += (
+                    f"; the GPU: {size(gpu.total_bytes - gpu.free_bytes)} of {size(gpu.total_bytes)} in use"
+                )
+            sensors = [f"{gpu.temperature_c} °C"] if gpu.temperature_c is not None else []
+            sensors += [f"{gpu.power_w:.0f} W"] if gpu.power_w is not None else []
+            lines["GPU"] = ", ".join([gpu.name, *sensors])
+        if self.sample_lines:
+            lines["sample"] = "\n".join(self.sample_lines)
+        return lines
 
-    def to_the_end(self) -> str:
-        """Once there is a rate."""
-        return f", {duration(self.seconds_left)} left" if self.row and self.step < self.plan.max_steps else ""
+    def _format_progress(self) -> str:
+        left = f", {duration(self.seconds_left)} left" if self.figures and self.step < self.plan.max_steps else ""
+        return format_step(self.step, self.plan.max_steps) + left
 
     def trend(self) -> str:
-        """How the second half of what is drawn differs from the first."""
+        """Format the difference of the mean losses in the second and first half of the curve."""
         losses = [loss for _, loss in self.losses]
         half = len(losses) // 2
         if not half:
@@ -172,8 +174,8 @@ class Display:
         return f"  {change:+.4f} in {self.losses[-1][0] - self.losses[0][0]:,} steps"
 
 
-def spark(values: list[float]) -> str:
-    """A curve of one line."""
+def sparkline(values: list[float]) -> str:
+    """Draw a curve in one line of text."""
     low, high = min(values), max(values)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((value - low) * scale)] for value in values)

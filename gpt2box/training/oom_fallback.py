@@ -37,7 +37,7 @@ def step_down(job: Job, display: Display) -> None:
     job.retry_steps = max(2 * job.retry_steps, RETRY_STEPS)
     job.retry_at = job.state.step + job.retry_steps
     take_way(job, way)
-    display.line(
+    display.print_line(
         f"out of memory in step {job.state.step + 1:,}: doing it again with {way.describe()}; "
         f"a step stays {job.plan.tokens_per_step:,} tokens"
     )
@@ -86,7 +86,7 @@ def rehearse(job: Job, forward: Any, display: Display) -> None:
             job.optimizer.zero_grad(set_to_none=False)
             return
         take_way(job, next_way(job))
-        display.line(f"out of memory: going on with {way_of(job.plan).describe()} on all ranks")
+        display.print_line(f"out of memory: going on with {way_of(job.plan).describe()} on all ranks")
 
 
 def step_up(job: Job, display: Display) -> None:
@@ -100,7 +100,7 @@ def step_up(job: Job, display: Display) -> None:
         return
     job.left.pop()
     take_way(job, way)
-    display.line(f"memory is free again: from step {job.state.step + 1:,} with {way.describe()}")
+    display.print_line(f"memory is free again: from step {job.state.step + 1:,} with {way.describe()}")
 
 
 def take_way(job: Job, way: ExecutionPlan) -> None:
@@ -119,7 +119,7 @@ def note_way(job: Job, display: Display) -> None:
     try:
         record_execution(job.run, job.plan, job.state.step)
     except OSError as error:
-        display.line(
+        display.print_line(
             f"note: manifest.json does not say that steps are done with {way_of(job.plan).describe()} after step "
             f"{job.state.step:,}, so `gpt2box verify` cannot do them in the same bits: {error.strerror}"
         )

@@ -14,7 +14,7 @@ from gpt2box.model.gpt2 import GPT2
 from gpt2box.optim.factory import Optimizer
 from gpt2box.optim.loss_spikes import MAX_CONSECUTIVE_BAD_STEPS
 from gpt2box.planner.run_plan import RunPlan
-from gpt2box.runs.metrics import skip_reason
+from gpt2box.runs.formatting import skip_reason
 from gpt2box.system.host import memory_ran_out
 from gpt2box.training.model_setup import fill
 from gpt2box.utils.files import check_mark

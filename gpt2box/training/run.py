@@ -282,7 +282,7 @@ class Sampler:
         write_atomically(folder / f"step-{step:08d}.txt", text + "\n")
         first_or_last = step == 0 or step >= self.config.max_steps
         shown = text.strip().splitlines()[: None if first_or_last else 3]
-        display.sample(shown)
+        display.show_sample(shown)
 
 
 def look_back(config: Config, job: Job) -> None:

@@ -32,7 +32,7 @@ from gpt2box.optim.low_memory_adamw import LowMemoryAdamW
 from gpt2box.optim.schedule import learning_rate_at
 from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.run_plan import RunPlan
-from gpt2box.runs.metrics import LogInterval, MetricsWriter, finite_or_none
+from gpt2box.runs.metrics import LogInterval, MetricsWriter, to_number
 from gpt2box.system.device import card_memory_named, peak_memory_bytes
 from gpt2box.training.console import Display
 from gpt2box.training.evaluate import autocast, evaluate
@@ -133,7 +133,7 @@ def train(job: Job) -> None:
                 consensus.wait()
                 saver.wait()
                 break
-            interval.leave_out(time.monotonic() - begun)
+            interval.exclude_seconds(time.monotonic() - begun)
 
             done = None
             with suppress(torch.cuda.OutOfMemoryError):  # while it is handled, it holds on to the step's tensors
@@ -153,7 +153,7 @@ def train(job: Job) -> None:
             else:
                 loss, lr, grad_norm = done
                 state.step += 1
-                interval.add(loss)
+                interval.add_step(loss)
             if done is not None and job.left and state.step >= job.retry_at:
                 if isinstance(job.optimizer, LowMemoryAdamW) and state.step != saved_step:
                     save()  # if it fails half-way, back to here
@@ -178,7 +178,7 @@ def open_saver(job: Job, display: Display) -> AsyncCheckpointWriter:
         return cast(AsyncCheckpointWriter, ShardContributor(job.model, job.optimizer) if job.plan.shard else NoOp())
     folder = job.run / "checkpoints"
     saver = AsyncCheckpointWriter(
-        folder, job.model, job.optimizer, job.tokenizer, job.plan, display.line, job.mark, job.snapshot
+        folder, job.model, job.optimizer, job.tokenizer, job.plan, display.print_line, job.mark, job.snapshot
     )
     job.snapshot = saver.staging_buffer
     return saver
@@ -225,7 +225,7 @@ def open_metrics(job: Job, display: Display) -> MetricsWriter:
         return cast(MetricsWriter, NoOp())
     state, echo = job.state, job.plan.log_format == "json"
     path = job.run / "metrics.jsonl"
-    return MetricsWriter(path, state.step, state.evaluated_step, echo, job.plan.wandb, display.line)
+    return MetricsWriter(path, state.step, state.evaluated_step, echo, job.plan.wandb, display.print_line)
 
 
 @card_memory_named()
@@ -277,14 +277,14 @@ def log(
 ) -> None:
     """Note the interval's figures; here, and only here, the loop waits for the device."""
     plan, state = job.plan, job.state
-    loss, steps, seconds = interval.take()
+    loss, steps, seconds = interval.finish()
     check_bad_steps(job, update)
     state.seconds += seconds
     tokens_per_sec = steps * plan.tokens_per_step / max(seconds, 1e-9)
     row = {
-        "loss": finite_or_none(loss),
+        "loss": to_number(loss),
         "learning_rate": lr,
-        "grad_norm": finite_or_none(float(grad_norm)),
+        "grad_norm": to_number(float(grad_norm)),
         "tokens_per_sec": round(tokens_per_sec, 1),
         "peak_memory_bytes": peak_memory_bytes(torch.device(plan.device)),
         "skipped_steps": int(update.bad_steps.total),
@@ -293,7 +293,7 @@ def log(
         "digest": fingerprint_run_state(job.model, job.optimizer),
     }
     metrics.write(state.step, "train", **row)
-    display.train(state.step, row, (plan.max_steps - state.step) * interval.step_seconds())
+    display.show_train_row(state.step, row, (plan.max_steps - state.step) * interval.mean_step_seconds())
 
 
 def check_bad_steps(job: Job, update: Update) -> None:
@@ -336,12 +336,12 @@ def evaluate_and_note(job: Job, metrics: MetricsWriter, display: Display) -> boo
     else:
         state.evaluations_without_best += 1
         state.stopped_early = 0 < plan.patience <= state.evaluations_without_best
-    metrics.write(state.step, "eval", val_loss=finite_or_none(val_loss), val_set=val_set, best=improved)
-    display.evaluated(state.step, val_loss, improved, state.best_val_loss, state.best_step)
+    metrics.write(state.step, "eval", val_loss=to_number(val_loss), val_set=val_set, best=improved)
+    display.show_evaluation(state.step, val_loss, improved, state.best_val_loss, state.best_step)
     if math.isfinite(val_loss):
         try:
             with card_memory_named():
                 job.sample(display, state.step)
         except torch.cuda.OutOfMemoryError:
-            display.line("no sample this time: out of memory")
+            display.print_line("no sample this time: out of memory")
     return improved

@@ -9,7 +9,9 @@ from typing import Any
 
 from tests.helpers.nvml import Scene
 
-CODE = "import json; from gpt2box.dashboard.state import Watch; print(json.dumps(Watch().cards()))"
+CODE = (
+    "import json; from gpt2box.dashboard.state import DashboardState; print(json.dumps(DashboardState().read_gpus()))"
+)
 
 
 def cards() -> dict[str, Any]:

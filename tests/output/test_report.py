@@ -16,7 +16,7 @@ import pytest
 from gpt2box.config import loader
 from gpt2box.report.page import published_val_loss
 from gpt2box.runs.history import read_history
-from gpt2box.runs.listing import training_seconds_after
+from gpt2box.runs.view import training_seconds_after
 from tests.helpers.commands import Command
 from tests.helpers.settings import options
 
@@ -160,7 +160,7 @@ def test_no_peak_of_a_long_run_is_lost(tmp_path: Path) -> None:
             loss = 99.0 if step == 31_234 else -5.0 if step == 40_321 else 3.0
             file.write(json.dumps({"step": step, "kind": "train", "time": step, "loss": loss}) + "\n")
     curve = read_history(path).curves["loss"]
-    thin = curve.thinned(2000)
+    thin = curve.downsampled(2000)
     assert len(curve.step) == 50_000 and len(thin.step) <= 2002
     assert (thin.step[0], thin.step[-1]) == (1, 50_000)
     assert {31_234.0, 40_321.0} <= set(thin.step.tolist()) and np.all(np.diff(thin.step) > 0)
@@ -180,14 +180,8 @@ def test_what_was_published_is_said_of_the_same_text_and_network(
 
 def test_the_time_of_a_run_that_is_trained_now_is_counted_past_its_checkpoint() -> None:
     rows = [{"kind": "train", "step": step, "tokens_per_sec": 50.0} for step in (10, 20, 30)]
-    assert (
-        training_seconds_after(rows, 10, {"tokens_per_step": 100}) == 40
-        and training_seconds_after(rows, 30, {"tokens_per_step": 100}) == 0
-    )
-    assert (
-        training_seconds_after([{"kind": "train", "step": 40, "tokens_per_sec": None}], 30, {"tokens_per_step": 100})
-        == 0
-    )
+    assert training_seconds_after(rows, 10, 100) == 40 and training_seconds_after(rows, 30, 100) == 0
+    assert training_seconds_after([{"kind": "train", "step": 40, "tokens_per_sec": None}], 30, 100) == 0
 
 
 def test_a_backend_of_matplotlib_that_is_none_ends_nothing(started: Command, volumes: Path) -> None:

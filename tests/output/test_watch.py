@@ -70,9 +70,9 @@ def steps(answer: dict[str, Any]) -> list[int]:
 
 def test_only_what_is_new_is_handed_out_also_when_the_trainer_begins_anew(runs: Path) -> None:
     watch = DashboardState()
-    assert watch.now(ClientState()) == {"runs": [], "cards": watch.cards(), "run": None}
+    assert watch.updates(ClientState()) == {"runs": [], "cards": watch.read_gpus(), "run": None}
     folder = run_of(runs, "a", 3)
-    first = watch.now(ClientState())["run"]
+    first = watch.updates(ClientState())["run"]
     assert first["curves"]["whole"] and steps({"run": first}) == [1, 2, 3] and "it began" in first["log"]["text"]
     known = ClientState(
         curves=first["curves"]["version"], log=first["log"]["version"], samples=first["samples"]["version"]
@@ -81,17 +81,17 @@ def test_only_what_is_new_is_handed_out_also_when_the_trainer_begins_anew(runs: 
         file.write(line(4) + line(5)[:20])
         file.flush()
         (folder / "samples/step-00000004.txt").write_text("To be\n")
-        second = watch.now(known)["run"]
+        second = watch.updates(known)["run"]
         assert not second["curves"]["whole"] and steps({"run": second}) == [4], "not the line that is being written"
         assert second["log"] is None and second["samples"]["text"] == "To be\n"
         known = ClientState(curves=second["curves"]["version"])
         file.write(line(5)[20:])
-    assert steps(watch.now(known)) == [5]
+    assert steps(watch.updates(known)) == [5]
     write_atomically(folder / "metrics.jsonl", line(1) + line(2))  # as a run that goes on from step 2 does
-    again = watch.now(known)
+    again = watch.updates(known)
     assert again["run"]["curves"]["whole"] and steps(again) == [1, 2]
     shutil.rmtree(folder)
-    assert watch.now(ClientState(run="a"))["run"] is None and watch.now(known)["runs"] == []
+    assert watch.updates(ClientState(run="a"))["run"] is None and watch.updates(known)["runs"] == []
 
 
 def test_the_run_that_is_trained_comes_first_and_a_torn_one_is_shown(runs: Path) -> None:
@@ -102,17 +102,17 @@ def test_the_run_that_is_trained_comes_first_and_a_torn_one_is_shown(runs: Path)
     (runs / "torn/samples/step-00000007.txt").write_bytes(b"\xff</script>")
     watch = DashboardState()
     with locked(runs / "going/.lock", "it"):
-        answer = watch.now(ClientState())
+        answer = watch.updates(ClientState())
         assert (
             answer["run"]["name"] == answer["runs"][0]["name"] == "going" and answer["runs"][0]["state"] == "training"
         )
         figures = dict(answer["run"]["figures"])
     assert figures["step"] == "2 of 100,000" and figures["loss"] == "3.9980" and figures["time left"] == "21m 20s"
     assert "ago" in figures["last figure"], "it was long ago"
-    assert {run["name"]: run["state"] for run in watch.now(ClientState())["runs"]}["going"] == "stopped"
-    torn = watch.now(ClientState(run="torn"))
+    assert {run["name"]: run["state"] for run in watch.updates(ClientState())["runs"]}["going"] == "stopped"
+    torn = watch.updates(ClientState(run="torn"))
     assert torn["run"]["state"] == "damaged" and steps(torn) == [7] and "</script>" in torn["run"]["samples"]["text"]
-    assert watch.now(ClientState(run="../old"))["run"] is None
+    assert watch.updates(ClientState(run="../old"))["run"] is None
 
 
 def test_a_long_file_is_read_as_line_by_line_only_faster(tmp_path: Path) -> None:
@@ -122,9 +122,9 @@ def test_a_long_file_is_read_as_line_by_line_only_faster(tmp_path: Path) -> None
         assert len(text) > 1 << 20
         (tmp_path / "metrics.jsonl").write_text(text)
         fast, slow = read_history(tmp_path / "metrics.jsonl"), CurveBuffer()
-        slow._add_each(text.encode())
-        other = slow.history()
-        assert (fast.lines, fast.left_out, fast.val_sets) == (other.lines, other.left_out, other.val_sets)
+        slow._add_row_by_row(text.encode())
+        other = slow.to_history()
+        assert (fast.rows, fast.non_finite, fast.val_sets) == (other.rows, other.non_finite, other.val_sets)
         assert fast.curves.keys() == other.curves.keys() and len(fast.curves["val_loss"].step) == 9000 // 7
         for name, curve in fast.curves.items():
             assert curve.value.tolist() == other.curves[name].value.tolist()

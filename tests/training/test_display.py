@@ -81,7 +81,7 @@ with kept_log(Path(sys.argv[1])):
     warnings.warn("of Python")
     os.write(2, b"[W of C++]\\n")
     for step in range(1, 4):
-        display.train(step, ROW, 9)
+        display.show_train_row(step, ROW, 9)
     display.close()
 try:
     with kept_log(Path(sys.argv[1])):
@@ -141,22 +141,22 @@ def test_the_share_of_the_peak_is_that_of_the_models_own_arithmetic() -> None:
 
 def test_the_panel_says_what_is_known_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     display = Display("a", 0, plan())
-    assert display.lines() == {}
-    display.train(10, {**ROW, "loss": 4.0}, 100)
-    display.train(20, ROW, 90)
-    display.evaluated(20, 3.2, True, 3.2, 20)
-    display.evaluated(30, 3.5, False, 3.2, 20)
-    display.sample(["To be\x1b[2J"])
-    found = display.lines()
+    assert display.panel_lines() == {}
+    display.show_train_row(10, {**ROW, "loss": 4.0}, 100)
+    display.show_train_row(20, ROW, 90)
+    display.show_evaluation(20, 3.2, True, 3.2, 20)
+    display.show_evaluation(30, 3.5, False, 3.2, 20)
+    display.show_sample(["To be\x1b[2J"])
+    found = display.panel_lines()
     assert found["loss"] == "3.0000  █▁  -1.0000 in 10 steps"
     assert found["val_loss"] == "3.5000 at step 30, best 3.2000 at step 20"
     assert found["speed"] == "10,000 tokens/s, MFU 40% of 58.3 TFLOPS"
     assert found["sample"] == "To be�[2J" and "\x1b" not in capsys.readouterr().err
-    display.train(30, {**ROW, "loss": None, "grad_norm": None, "skipped_steps": 2, "mfu": None}, 80)
-    found = display.lines()
+    display.show_train_row(30, {**ROW, "loss": None, "grad_norm": None, "skipped_steps": 2, "mfu": None}, 80)
+    found = display.panel_lines()
     assert "2 steps left out: loss or gradient not finite" in found["optimizer"] and "MFU" not in found["speed"]
-    display.train(30, {**ROW, "skipped_steps": 3, "loss_spikes": 1}, 80)
-    assert "3 steps left out: loss not finite or far above the steps before" in display.lines()["optimizer"]
+    display.show_train_row(30, {**ROW, "skipped_steps": 3, "loss_spikes": 1}, 80)
+    assert "3 steps left out: loss not finite or far above the steps before" in display.panel_lines()["optimizer"]
 
 
 STOPPED = """
@@ -169,7 +169,7 @@ with kept_log(Path(sys.argv[1])):
     stop = StopRequest().install()
     display = Display("a", 0, plan())
     with stop.awaited():
-        display.train(1, ROW, 9)
+        display.show_train_row(1, ROW, 9)
         for _ in range(int(sys.argv[2])):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
