@@ -38,15 +38,8 @@ class KVCache:
 
     def __init__(self, model: GPT2, batch: int, capacity: int) -> None:
         shape = model.shape
-        size = (
-            shape.n_layer,
-            2,
-            batch,
-            shape.n_head,
-            capacity,
-            shape.n_embd // shape.n_head,
-        )  # (n_layer, 2, B, H, S, D)
-        # (n_layer, 2, B, H, S, D)
+        heads = (shape.n_head, capacity, shape.n_embd // shape.n_head)
+        size = (shape.n_layer, 2, batch, *heads)  # (n_layer, 2, B, H, S, D)
         self.store = torch.empty(size, device=model.wte.weight.device, dtype=model.residual_dtype)
         self.length = 0
         self.padding: Tensor | None = None  # (B,); None if no row has any
