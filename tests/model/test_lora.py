@@ -1,4 +1,4 @@
-"""Adapters: what they compute, what is trained, what is written, what goes on."""
+"""LoRA adapters: their gradients, what training changes, what a checkpoint holds, how a run resumes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def batch(seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
 
-def with_adapters(dtype: torch.dtype = torch.float64) -> GPT2:
+def model_with_adapters(dtype: torch.dtype = torch.float64) -> GPT2:
     model = tiny_model().to(dtype)
     add_adapters(model, 4, 8.0, seed=3)
     for number, parameter in enumerate(lora_parameters(model).values()):
@@ -40,27 +40,27 @@ def with_adapters(dtype: torch.dtype = torch.float64) -> GPT2:
     return model
 
 
-def test_at_the_beginning_nothing_has_changed() -> None:
+def test_new_adapters_do_not_change_the_loss() -> None:
     plain, model = tiny_model(), tiny_model()
     add_adapters(model, 4, 8.0, seed=3)
     assert torch.equal(plain(*batch()), model(*batch()))
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])
-def test_loss_and_gradients_are_those_of_the_merged_weights(mode: str) -> None:
-    model = with_adapters()
+def test_gradients_are_those_of_merged_weights(mode: str) -> None:
+    model = model_with_adapters()
     model.activation_checkpointing = mode
     model.train()
     model(*batch()).backward()
-    # The same function, with the adapters added in by autograd itself.
-    whole = tiny_model().to(torch.float64).train()
-    values: dict[str, torch.Tensor] = dict(whole.named_parameters())
+    # Reference: the same function, with the adapters merged by autograd.
+    reference = tiny_model().to(torch.float64).train()
+    values: dict[str, torch.Tensor] = dict(reference.named_parameters())
     trained = {name: p.detach().clone().requires_grad_() for name, p in lora_parameters(model).items()}
     for name in values:
         layer = name.removesuffix(".weight")
         if f"{layer}.lora.a" in trained:
             values[name] = values[name].detach() + 2.0 * trained[f"{layer}.lora.b"] @ trained[f"{layer}.lora.a"]
-    torch.func.functional_call(whole, values, batch()).backward()
+    torch.func.functional_call(reference, values, batch()).backward()
     for name, parameter in model.named_parameters():
         if name in trained:
             torch.testing.assert_close(parameter.grad, trained[name].grad)
@@ -69,10 +69,10 @@ def test_loss_and_gradients_are_those_of_the_merged_weights(mode: str) -> None:
     assert len(trained) == 2 * 4 * 3
 
 
-def test_frozen_weights_in_bfloat16_give_the_gradients_of_float32() -> None:
+def test_frozen_bfloat16_weights_give_the_gradients_of_float32() -> None:
     grads = []
     for dtype in (torch.float32, torch.bfloat16):
-        model = with_adapters(torch.float32)
+        model = model_with_adapters(torch.float32)
         model.wte.weight.data = model.wte.weight.data.bfloat16().float()
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and ".lora." not in name:
@@ -80,21 +80,21 @@ def test_frozen_weights_in_bfloat16_give_the_gradients_of_float32() -> None:
         model.train()
         model(*batch()).backward()
         grads.append([parameter.grad for parameter in lora_parameters(model).values()])
-    for full, half in zip(*grads, strict=True):
-        torch.testing.assert_close(half, full)
+    for float32, bfloat16 in zip(*grads, strict=True):
+        torch.testing.assert_close(bfloat16, float32)
 
 
-def test_sampling_uses_them_as_training_does() -> None:
-    model = with_adapters(torch.float32).eval()
+def test_decoder_and_merged_weights_compute_what_training_does() -> None:
+    model = model_with_adapters(torch.float32).eval()
     ids = batch()[0]
     hidden = model.hidden_states(ids)
     cache = KVCache(model, 2, ids.size(1))
     with torch.no_grad():
         torch.testing.assert_close(Decoder(model)(ids, cache), model.logits(hidden[:, -1]))
-    whole = tiny_model()
-    for name, parameter in whole.named_parameters():
+    merged = tiny_model()
+    for name, parameter in merged.named_parameters():
         parameter.data = merge_adapter(model, name, base_parameters(model)[name])
-    torch.testing.assert_close(whole.eval().hidden_states(ids), hidden)
+    torch.testing.assert_close(merged.eval().hidden_states(ids), hidden)
 
 
 def train(name: str, **changes: object) -> None:
@@ -102,8 +102,8 @@ def train(name: str, **changes: object) -> None:
 
 
 @pytest.fixture
-def first(volumes: Path) -> Path:
-    """Weights to begin from, in volumes/models/first."""
+def base_weights(volumes: Path) -> Path:
+    """Save weights to start from as volumes/models/first."""
     train("before", max_steps=10)
     folder = volumes / "models" / "first"
     folder.parent.mkdir(exist_ok=True)
@@ -112,8 +112,8 @@ def first(volumes: Path) -> Path:
 
 
 @pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16"])
-def test_a_run_goes_on_in_the_same_bits_and_leaves_the_weights_as_they_are(
-    volumes: Path, first: Path, weights_dtype: str, capsys: pytest.CaptureFixture[str]
+def test_a_resumed_run_is_bit_identical_and_only_adapted_weights_change(
+    volumes: Path, base_weights: Path, weights_dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {**LORA, "weights_dtype": weights_dtype, "dropout": 0.1, "learning_rate": 0.01}
     train("straight", **settings, sample_tokens=10)
@@ -124,7 +124,7 @@ def test_a_run_goes_on_in_the_same_bits_and_leaves_the_weights_as_they_are(
     ends = [volumes / "runs" / name / "checkpoints" / retention.checkpoint_name(10) for name in ("halved", "whole")]
     for file in ("adapters.safetensors", "optimizer.safetensors", "model.safetensors"):
         assert (ends[0] / file).read_bytes() == (ends[1] / file).read_bytes(), file
-    before, after = (load_file(folder / "model.safetensors") for folder in (first, ends[1]))
+    before, after = (load_file(folder / "model.safetensors") for folder in (base_weights, ends[1]))
     rounded = {
         name: t.bfloat16().float() if weights_dtype == "bfloat16" and t.dim() > 1 else t for name, t in before.items()
     }
@@ -137,19 +137,18 @@ def test_a_run_goes_on_in_the_same_bits_and_leaves_the_weights_as_they_are(
     assert val_losses[-1] < val_losses[0]
 
 
-def test_a_checkpoint_is_a_plain_gpt2_for_everyone_else(
-    volumes: Path, first: Path, capsys: pytest.CaptureFixture[str]
+def test_a_checkpoint_loads_as_plain_gpt2(
+    volumes: Path, base_weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train("tuned", **LORA, learning_rate=0.01)
     folder = (volumes / "runs/tuned/checkpoints/best").resolve()
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.arange(20)[None]
-    mine = GPT2.empty(shape_in(folder), 0.0, "cpu")
-    load_weights(folder, mine)
+    loaded = GPT2.empty(shape_in(folder), 0.0, "cpu")
+    load_weights(folder, loaded)
     with torch.no_grad():
-        torch.testing.assert_close(
-            mine.eval().logits(mine.hidden_states(ids)), theirs(ids).logits, rtol=1e-4, atol=1e-4
-        )
+        logits = loaded.eval().logits(loaded.hidden_states(ids))
+        torch.testing.assert_close(logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
     capsys.readouterr()
     train("tuned", **LORA, learning_rate=0.01, eval_only=True)
     state = json.loads((folder / "state.json").read_text())
@@ -157,12 +156,12 @@ def test_a_checkpoint_is_a_plain_gpt2_for_everyone_else(
     assert printed == pytest.approx(state["best_val_loss"], abs=1e-4)
 
 
-def test_other_weights_beneath_them_are_refused(volumes: Path, first: Path) -> None:
+def test_adapters_on_other_base_weights_are_refused(volumes: Path, base_weights: Path) -> None:
     train("tuned", **{**LORA, "max_steps": 5})
-    tensors = load_file(first / "model.safetensors")
+    tensors = load_file(base_weights / "model.safetensors")
     tensors["transformer.ln_f.bias"] = tensors["transformer.ln_f.bias"] + 1e-3
-    save_file(tensors, first / "model.safetensors", metadata={"format": "pt"})
-    (first / "state.json").unlink()  # with which it would be a damaged checkpoint
+    save_file(tensors, base_weights / "model.safetensors", metadata={"format": "pt"})
+    (base_weights / "state.json").unlink()  # otherwise its checksums refuse the changed file first
     with pytest.raises(BadInput, match=r"other weights than these: ln_f\.bias differs"):
         train("tuned", **LORA)
     with pytest.raises(BadInput, match="lora_rank: 3 before, 2 now"):
@@ -170,7 +169,7 @@ def test_other_weights_beneath_them_are_refused(volumes: Path, first: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("settings", "part"),
+    ("settings", "message"),
     [
         ({"lora_rank": 4}, "init_from scratch"),
         ({**LORA, "optimizer_states": "int8"}, "optimizer_states: found with lora_rank"),
@@ -179,6 +178,6 @@ def test_other_weights_beneath_them_are_refused(volumes: Path, first: Path) -> N
         ({"lora_alpha": 3}, "expected none without lora_rank"),
     ],
 )
-def test_what_makes_no_sense_is_refused(settings: dict[str, object], part: str) -> None:
-    with pytest.raises(BadInput, match=part):
+def test_settings_that_contradict_lora_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
         train("x", **settings)

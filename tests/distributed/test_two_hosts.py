@@ -1,4 +1,4 @@
-"""Two machines, each a network namespace with disks of its own, on a cable between them."""
+"""A run on two hosts: two network namespaces with a virtual cable between them, each with a disk of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.training import train
 ADDRESSES = ["10.77.0.1", "10.77.0.2"]
 
 
-BY_ADDRESS = "local_addr" in inspect.signature(RendezvousStoreInfo.build).parameters
+HAS_LOCAL_ADDRESS = "local_addr" in inspect.signature(RendezvousStoreInfo.build).parameters
 
 
 def ip(*words: str) -> None:
@@ -30,11 +30,11 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
-    """Names of two namespaces that see each other and nothing else."""
+    """Create two namespaces that reach only each other; returns their names."""
     if os.geteuid() or not shutil.which("ip"):
         pytest.skip("network namespaces need root and iproute2")
-    mark = uuid.uuid4().hex[:6]
-    names = [f"g2b-{mark}-{side}" for side in "ab"]
+    suffix = uuid.uuid4().hex[:6]
+    names = [f"g2b-{suffix}-{side}" for side in "ab"]
     try:
         for name in names:
             ip("netns", "add", name)
@@ -52,19 +52,19 @@ def hosts() -> Iterator[list[str]]:
             ip("netns", "delete", name)
 
 
-@pytest.mark.skipif(not BY_ADDRESS, reason="this torchrun finds hosts by their names alone, which are equal here")
-def test_two_hosts_without_a_common_disk_learn_what_one_process_learns(
-    volumes: Path, tmp_path: Path, hosts: list[str]
-) -> None:
+@pytest.mark.skipif(
+    not HAS_LOCAL_ADDRESS, reason="this torchrun identifies hosts by name only, and both have this machine's name"
+)
+def test_two_hosts_without_a_shared_disk_match_one_process(volumes: Path, tmp_path: Path, hosts: list[str]) -> None:
     train("straight", **SAME)
     shutil.copytree(volumes / "data", tmp_path / "elsewhere" / "data")
-    meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:29400"]
+    rendezvous = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:29400"]
     program = ["-m", "gpt2box", "train", *options(name="run", **SAME)]
     running = []
     for host, address, folder in zip(hosts, ADDRESSES, (volumes, tmp_path / "elsewhere"), strict=True):
-        # Both have this machine's name, by which torchrun would know who is meant by the address.
-        first = f"--rdzv-conf=is_host={address == ADDRESSES[0]}"
-        launch = ["-m", "torch.distributed.run", *meet, first, f"--local-addr={address}"]
+        # torchrun would find the rendezvous host by name, but both hosts have this machine's name.
+        is_host = f"--rdzv-conf=is_host={address == ADDRESSES[0]}"
+        launch = ["-m", "torch.distributed.run", *rendezvous, is_host, f"--local-addr={address}"]
         own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable", "GPT2BOX_VOLUMES": str(folder)}
         command = ["ip", "netns", "exec", host, sys.executable, *launch, *program]
         running.append(
@@ -78,7 +78,7 @@ def test_two_hosts_without_a_common_disk_learn_what_one_process_learns(
     assert [one.returncode for one in running] == [0, 0], said
     assert "finished at step 20" in said[0] + said[1]
     written = [folder for folder in (volumes, tmp_path / "elsewhere") if (folder / "runs" / "run").exists()]
-    assert len(written) == 1  # by the first rank, which either host may have
+    assert len(written) == 1  # by rank 0, which may be on either host
     if written[0] != volumes:
         shutil.copytree(written[0] / "runs" / "run", volumes / "runs" / "run")
     assert_same(volumes, "run", "straight")

@@ -1,4 +1,4 @@
-"""Weights, gradients and averages split over two ranks by FSDP2: real processes that meet over gloo."""
+"""Weights, gradients and optimizer state sharded over two ranks: real processes, connected over gloo."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ needs_fsdp2 = pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 is not
         {"compile": True, "dataset": "text"},
     ],
 )
-def test_ranks_that_share_the_weights_learn_what_one_learns_and_go_on_from_its_checkpoints(
+def test_sharded_ranks_match_one_and_resume_its_checkpoints(
     volumes: Path, tmp_path: Path, settings: dict[str, object]
 ) -> None:
     records = [{"prompt": f"{i}" + " and what" * (i % 7), "response": " so it is" * (i % 5)} for i in range(1, 400)]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     prepare([str(tmp_path / "chat.jsonl")], Options(), folder=volumes / "data" / "chat")
-    # A validation window fewer for one of them than for the other.
+    # With 9 validation windows, one rank has one window fewer than the other.
     settings = {**SAME, "dataset": "chat", "eval_windows": 9, "micro_batch_size": 2, **settings}
     train("straight", **{**settings, "compile": False})
     train("run", **{**settings, "compile": False, "max_steps": 6})
@@ -49,12 +49,12 @@ def test_ranks_that_share_the_weights_learn_what_one_learns_and_go_on_from_its_c
     assert running.returncode == 0 and "each rank keeps a share" in said, said
     train("run", **{**settings, "compile": False})
     assert len(rows(volumes, "run", "loss")) == 20
-    # A CPU adds up the squares of a large tensor in float32 one by one, so half of it rounds less.
+    # A CPU sums the squares of a tensor in float32 one by one, so the half tensor of a rank rounds less.
     assert_same(volumes, "run", "straight", besides=(6, 14), norm=2e-4)
 
 
 @needs_fsdp2
-def test_interrupted_or_killed_they_end_in_the_same_bits(volumes: Path) -> None:
+def test_interrupted_and_killed_runs_end_bit_identical(volumes: Path) -> None:
     settings = {**LONG, "max_steps": 80, "eval_interval": 40, "save_interval": 20, "shard": True}
     straight = train_on_two("straight", **settings)
     said = straight.communicate()[1]
@@ -76,24 +76,24 @@ def test_interrupted_or_killed_they_end_in_the_same_bits(volumes: Path) -> None:
     assert len(digests[0]) == 80 and digests[0] == digests[1]
 
 
-TROUBLE = """
+FAULTY_RANK_1 = """
 import os
 from gpt2box.cli.main import main
 from tests.helpers.operator_faults import Refuse, Spoil
 
 if os.environ["RANK"] == "0":
     main()
-else:  # gradients that are not finite in steps 11 to 15, then, gone back, no memory
+else:  # non-finite gradients in steps 11 to 15, then, after the rollback, out of memory
     with Spoil("gelu_backward", range(41, 61)), Refuse("gelu_backward", 90):
         main()
 """
 
 
 @needs_fsdp2
-def test_a_bad_gradient_of_one_is_left_out_by_all_they_go_back_together_and_memory_that_runs_out_is_named(
+def test_all_ranks_skip_the_bad_gradients_of_one_and_roll_back_together(
     volumes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "program.py").write_text(TROUBLE)
+    (tmp_path / "program.py").write_text(FAULTY_RANK_1)
     settings = {**SAME, "n_layer": 2, "micro_batch_size": 2, "save_interval": 4, "eval_interval": 100, "shard": True}
     settings |= {"tokens_per_step": 2 * 2 * 32 * 2}
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -106,7 +106,7 @@ def test_a_bad_gradient_of_one_is_left_out_by_all_they_go_back_together_and_memo
     assert found and 8 < found[1].step < 20 and found[1].rollbacks
 
 
-POOR = """
+NO_HOST_MEMORY = """
 import torch
 from gpt2box.cli.main import main
 from gpt2box.model.gpt2 import GPT2
@@ -117,15 +117,15 @@ main()
 
 
 @needs_fsdp2
-def test_a_host_without_memory_for_the_whole_network_is_named(volumes: Path, tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(POOR)
+def test_too_little_host_memory_for_the_unsharded_network_is_reported(volumes: Path, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(NO_HOST_MEMORY)
     running = two_ranks(str(tmp_path / "program.py"), "train", *options(name="run", **SAME, shard=True))
     said = running.communicate()[1]
     assert "own memory ran out while all weights and averages are made, to be dealt out" in said, said
     assert "exitcode  : 3" in said and "DefaultCPUAllocator" not in said, said
 
 
-def test_what_cannot_be_split_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_cannot_be_sharded_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for change in ({"weights_dtype": "bfloat16"}, {"lora_rank": 4, "init_from": "x"}):
         with pytest.raises(BadInput, match="shard: found"):
             validate({**TINY, "shard": True, **change}, "test")
@@ -140,7 +140,7 @@ def test_what_cannot_be_split_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
             check_split(config, shape, 3)
 
 
-def test_xl_fits_four_small_cards_when_they_share_its_weights() -> None:
+def test_gpt2_xl_fits_four_small_gpus_when_sharded() -> None:
     config = validate({"dataset": "any", "model": "gpt2-xl", "tokens_per_step": 262_144}, "test")
     shape = ModelShape(n_layer=48, n_head=25, n_embd=1600, block_size=1024, vocab_size=50_257, bias=True)
     place = TargetDevice("4 × RTX 4070", round(11.3 * 2**30), None, "bfloat16", on_gpu=True, compiled=False, ranks=4)

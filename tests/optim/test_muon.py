@@ -1,4 +1,4 @@
-"""Muon: what an update is, what reaches the weights, what is kept, and what it cannot be combined with."""
+"""Muon: its updates, optimizer state, gradient accumulation, and the settings it excludes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.helpers.models import tiny_model
 from tests.helpers.optimizers import batches, distance, plan, trained
 
 
-def stepped(model: GPT2, steps: int = 1, **flags: str) -> Muon:
-    """A model after some steps with Muon."""
+def train_with_muon(model: GPT2, steps: int = 1, **flags: str) -> Muon:
+    """Take some steps with Muon; returns the optimizer."""
     settings = plan(optimizer="muon", tokens_per_step="1024", **flags)
     optimizer = make_optimizer(model, settings)
     assert isinstance(optimizer, Muon)
@@ -33,21 +33,21 @@ def stepped(model: GPT2, steps: int = 1, **flags: str) -> Muon:
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 96, 32), (1, 32, 96)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_direction_of_an_update_counts_as_much(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_orthogonalized_matrices_have_singular_values_near_one(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * torch.logspace(0, -1, shape[2])
     U, S, V = torch.linalg.svd(x.double(), full_matrices=False)
-    found = orthogonalize(x, dtype).double()
+    result = orthogonalize(x, dtype).double()
     assert (S[:, 0] / S[:, -1]).min() > 5
-    along = (U.mT @ found @ V.mT).diagonal(dim1=-2, dim2=-1)
-    clear = S / S[:, :1] > 0.02  # smaller ones would take a step more
-    assert along[clear].min() > 0.8 and along.max() < 1.2
+    diagonal = (U.mT @ result @ V.mT).diagonal(dim1=-2, dim2=-1)
+    large = S / S[:, :1] > 0.02  # smaller singular values need another step
+    assert diagonal[large].min() > 0.8 and diagonal.max() < 1.2
     assert not orthogonalize(torch.zeros(shape), dtype).any()
 
 
-def test_a_first_update_moves_every_row_by_the_same_and_decays_the_weights() -> None:
+def test_the_first_update_moves_each_row_equally_and_decays_the_weights() -> None:
     model = tiny_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    stepped(model, weight_decay="0.3")
+    train_with_muon(model, weight_decay="0.3")
     for name, parameter in model.named_parameters():
         if name.startswith("h.") and parameter.dim() == 2:
             moved = before[name] * (1 - 3e-4) - parameter.detach()
@@ -55,11 +55,13 @@ def test_a_first_update_moves_every_row_by_the_same_and_decays_the_weights() -> 
             assert torch.allclose(rows, torch.tensor(2e-4), rtol=0.01), name  # UPDATE_RMS × the learning rate
 
 
-def test_queries_keys_and_values_are_matrices_of_their_own() -> None:
+def test_queries_keys_and_values_are_orthogonalized_separately() -> None:
     model = tiny_model()
     weight = model.h[0].attn.c_attn.weight
-    parts = [torch.nn.Parameter(part.clone()) for part in weight.detach().chunk(3)]
-    alone = Muon([{"params": parts, "weight_decay": 0.1, "stacked": 1}], 1e-3, (0.9, 0.95), "float32", 0, torch.float32)
+    separate = [torch.nn.Parameter(part.clone()) for part in weight.detach().chunk(3)]
+    reference = Muon(
+        [{"params": separate, "weight_decay": 0.1, "stacked": 1}], 1e-3, (0.9, 0.95), "float32", 0, torch.float32
+    )
     settings = plan(optimizer="muon", tokens_per_step="1024", grad_clip="0")
     update = make_optimizer_step(make_optimizer(model, settings), settings)
     for step, x in enumerate(batches(3)):
@@ -67,25 +69,25 @@ def test_queries_keys_and_values_are_matrices_of_their_own() -> None:
         update.before_backward(step, 0, 1e-3, loss)
         loss.backward()
         assert weight.grad is not None
-        for part, gradient in zip(parts, weight.grad.chunk(3), strict=True):
+        for part, gradient in zip(separate, weight.grad.chunk(3), strict=True):
             part.grad = gradient.clone()
-        alone.begin_step(step)
-        alone.step()
+        reference.begin_step(step)
+        reference.step()
         update(loss)
-    assert torch.allclose(torch.cat(parts), weight, atol=1e-6)  # of 3e-3 moved
+    assert torch.allclose(torch.cat(separate), weight, atol=1e-6)  # the weights moved by 3e-3
 
 
-def test_one_number_is_kept_for_a_weight_inside_the_blocks_and_two_elsewhere() -> None:
+def test_the_state_has_one_number_per_weight_inside_the_blocks_and_two_elsewhere() -> None:
     model = tiny_model()
-    optimizer = stepped(model)
+    optimizer = train_with_muon(model)
     for name, parameter in model.named_parameters():
-        inside = name.startswith("h.") and parameter.dim() == 2
-        kept = sum(tensor.numel() for tensor in optimizer.state[parameter].values()) - 1  # the step
-        assert kept == (parameter.numel() + parameter.size(0) if inside else 2 * parameter.numel())
+        in_block = name.startswith("h.") and parameter.dim() == 2
+        numbers = sum(tensor.numel() for tensor in optimizer.state[parameter].values()) - 1  # without `step`
+        assert numbers == (parameter.numel() + parameter.size(0) if in_block else 2 * parameter.numel())
 
 
-def test_accumulating_gradients_is_a_larger_batch() -> None:
-    def after(micro_batch: int) -> list[Tensor]:
+def test_gradient_accumulation_equals_a_larger_batch() -> None:
+    def train_micro_batches(micro_batch: int) -> list[Tensor]:
         model = tiny_model(bias=False)
         settings = plan(optimizer="muon", block_size="24", micro_batch_size=str(micro_batch), tokens_per_step="96")
         update = make_optimizer_step(make_optimizer(model, settings), settings)
@@ -99,32 +101,32 @@ def test_accumulating_gradients_is_a_larger_batch() -> None:
             update(total)
         return [p.detach().double() for p in model.parameters()]
 
-    assert distance(after(4), after(1)) < 1e-4  # of 3e-3 moved
+    assert distance(train_micro_batches(4), train_micro_batches(1)) < 1e-4  # the weights moved by 3e-3
 
 
 @pytest.mark.parametrize("flags", [{"optimizer_states": "int8"}, {"weights_dtype": "bfloat16"}])
-def test_low_memory_changes_the_numbers_little_and_by_seed_alone(
+def test_low_memory_settings_stay_close_and_are_deterministic(
     flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (low_memory_adamw, muon):
-        monkeypatch.setattr(module, "CHUNK", 1024)  # several chunks a matrix
-    plain, other, start = (trained(n, optimizer="muon", **more) for n, more in ((8, {}), (8, flags), (0, {})))
-    apart = torch.cat([(a - b).flatten() for a, b in zip(plain, other, strict=True)]).norm()
-    moved = torch.cat([(a - b).flatten() for a, b in zip(plain, start, strict=True)]).norm()
-    assert 0 < apart < 0.6 * moved
+        monkeypatch.setattr(module, "CHUNK", 1024)  # several chunks per matrix
+    full, low_memory, start = (trained(n, optimizer="muon", **more) for n, more in ((8, {}), (8, flags), (0, {})))
+    difference = torch.cat([(a - b).flatten() for a, b in zip(full, low_memory, strict=True)]).norm()
+    moved = torch.cat([(a - b).flatten() for a, b in zip(full, start, strict=True)]).norm()
+    assert 0 < difference < 0.6 * moved
     again = trained(8, optimizer="muon", **flags)
-    assert all(torch.equal(a, b) for a, b in zip(other, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(low_memory, again, strict=True))
 
 
 @pytest.mark.parametrize(
-    ("flags", "part"),
+    ("flags", "message"),
     [
         ({"optimizer_in_backward": "true"}, "optimizer: found muon with optimizer_in_backward; expected adamw"),
         ({"lora_rank": "8", "init_from": "gpt2"}, "optimizer: found muon with lora_rank; expected adamw"),
         ({"optimizer": "nuon"}, "expected [adamw|muon]"),
     ],
 )
-def test_what_it_cannot_be_combined_with_is_said(flags: dict[str, str], part: str) -> None:
-    with pytest.raises(BadInput) as fault:
+def test_incompatible_settings_are_refused(flags: dict[str, str], message: str) -> None:
+    with pytest.raises(BadInput) as raised:
         loader.load(None, {"dataset": "x", "optimizer": "muon", **flags})
-    assert part in str(fault.value)
+    assert message in str(raised.value)

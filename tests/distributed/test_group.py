@@ -1,4 +1,4 @@
-"""Several ranks: real processes, started by torchrun, that meet over gloo."""
+"""Runs of several ranks: real processes, started by torchrun, connected over gloo."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tests.helpers.torchrun import LONG, SAME, assert_same, rank_of, rows, train
 from tests.helpers.training import train, wait_for
 
 
-def test_two_ranks_learn_what_one_learns_and_go_on_from_each_others_checkpoints(volumes: Path, tmp_path: Path) -> None:
+def test_two_ranks_match_one_and_resume_each_others_checkpoints(volumes: Path, tmp_path: Path) -> None:
     records = [{"prompt": f"{i}" + " and what" * (i % 7), "response": " so it is" * (i % 5)} for i in range(1, 400)]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    # The loss is on responses alone, of which no two micro-batches have equally many.
+    # Only responses count in the loss, and each micro-batch has another number of their tokens.
     prepare([str(tmp_path / "chat.jsonl")], Options(), folder=volumes / "data" / "chat")
     settings = {**SAME, "dataset": "chat", "weight_decay": 0.3, "grad_clip": 0.5, "eval_windows": 9}
     train("straight", **settings)
@@ -36,7 +36,7 @@ def test_two_ranks_learn_what_one_learns_and_go_on_from_each_others_checkpoints(
     assert_same(volumes, "run", "straight", besides=(8, 14))
 
 
-def test_a_killed_rank_comes_back_and_a_signal_to_one_stops_all(volumes: Path) -> None:
+def test_a_killed_rank_restarts_and_a_signal_to_one_rank_stops_all(volumes: Path) -> None:
     train("straight", **LONG)
     checkpoints = volumes / "runs" / "run" / "checkpoints"
     running = train_on_two("run", restarts=1, **LONG)
@@ -52,23 +52,23 @@ def test_a_killed_rank_comes_back_and_a_signal_to_one_stops_all(volumes: Path) -
     assert_same(volumes, "run", "straight")
 
 
-TROUBLE = """
+FAULTY_RANK_1 = """
 import os
 from gpt2box.cli.main import main
 from tests.helpers.operator_faults import Refuse, Spoil
 
 if os.environ["RANK"] == "0":
     main()
-else:  # no memory in the rehearsal's backward pass, a gradient that is not finite in step 2, then no memory again
+else:  # out of memory in the rehearsal's backward pass, a non-finite gradient in step 2, out of memory again
     with Spoil("gelu_backward", range(8, 9)), Refuse("gelu_backward", 20), Refuse("gelu_backward", 2):
         main()
 """
 
 
-def test_what_befalls_one_rank_all_go_by_and_out_of_memory_in_a_step_ends_in_a_checkpoint(
+def test_all_ranks_follow_the_faults_of_one_and_save_after_running_out_of_memory(
     volumes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "program.py").write_text(TROUBLE)
+    (tmp_path / "program.py").write_text(FAULTY_RANK_1)
     settings = {**SAME, "micro_batch_size": "auto", "save_interval": 100, "eval_interval": 100}
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     running = two_ranks(str(tmp_path / "program.py"), "train", *options(name="run", **settings))
@@ -84,7 +84,7 @@ def test_what_befalls_one_rank_all_go_by_and_out_of_memory_in_a_step_ends_in_a_c
     assert max(rows(volumes, "run", "skipped_steps").values()) == 1
 
 
-def test_a_step_that_cannot_be_shared_is_refused_with_what_could_be() -> None:
+def test_a_step_that_ranks_cannot_share_is_refused_with_sizes_that_they_can() -> None:
     config = validate({**TINY, "tokens_per_step": 32 * 32}, "test")
     with pytest.raises(BadInput, match="tokens_per_step 1024 with 3 ranks") as refused:
         target("rtx-4070", None, config, gpus=3)
@@ -94,7 +94,7 @@ def test_a_step_that_cannot_be_shared_is_refused_with_what_could_be() -> None:
             target("rtx-4070", None, config.model_copy(update=change), gpus=2)
 
 
-def test_compiled_ranks_learn_what_one_learns(volumes: Path) -> None:
+def test_compiled_ranks_match_one(volumes: Path) -> None:
     settings = {**SAME, "n_layer": 1, "max_steps": 4, "micro_batch_size": 2, "eval_interval": 100}
     train("one", **settings)
     said = (running := train_on_two("two", **settings, compile=True)).communicate()[1]
@@ -102,7 +102,7 @@ def test_compiled_ranks_learn_what_one_learns(volumes: Path) -> None:
     assert rows(volumes, "one", "loss") == pytest.approx(rows(volumes, "two", "loss"), abs=1e-5)
 
 
-def test_more_cards_share_the_steps_sequences_and_take_less_time() -> None:
+def test_several_gpus_share_the_sequences_of_a_step_and_are_planned_to_be_faster() -> None:
     config = validate({"dataset": "any", "model": "gpt2-medium", "tokens_per_step": 262_144}, "test")
     shape = ModelShape(n_layer=24, n_head=16, n_embd=1024, block_size=1024, vocab_size=50_257, bias=True)
     one, four = (ways(config, shape, target("rtx-4090", None, config, gpus).place) for gpus in (1, 4))

@@ -1,0 +1,34 @@
+"""Learning rate schedules and the settings derived from max_steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gpt2box.config import loader
+from gpt2box.optim.schedule import learning_rate_at
+from tests.helpers.optimizers import plan, planned
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle"), [("cosine", 5.5e-4), ("linear", 5.5e-4), ("constant", 1e-3), ("constant-linear", 1e-3)]
+)
+def test_the_learning_rate_warms_up_and_decays(schedule: str, middle: float) -> None:
+    p = plan(learning_rate="1e-3", min_lr="1e-4", lr_schedule=schedule)
+    assert learning_rate_at(0, p) == pytest.approx(1e-5)
+    assert learning_rate_at(99, p) == pytest.approx(1e-3) == learning_rate_at(100, p)
+    assert learning_rate_at(550, p) == pytest.approx(middle)
+    assert learning_rate_at(1000, p) == pytest.approx(1e-3 if schedule == "constant" else 1e-4)
+    assert learning_rate_at(5000, p) == learning_rate_at(1000, p)
+    if schedule == "constant-linear":
+        assert learning_rate_at(800, p) == pytest.approx(1e-3) and learning_rate_at(900, p) == pytest.approx(5.5e-4)
+
+
+def test_unset_settings_are_derived() -> None:
+    p = plan()
+    assert p.min_lr == pytest.approx(p.learning_rate / 10) and p.decay_steps == p.max_steps
+    derived = planned(loader.load(None, {"dataset": "x", "max_steps": "5000"})[0], p.shape, 1)
+    assert derived.warmup_steps == 100 and derived.save_interval == derived.eval_interval
+    assert derived.grad_accum_steps * derived.micro_batch_size == derived.sequences_per_step == 64
+    assert learning_rate_at(0, replace(p, warmup_steps=0)) == pytest.approx(p.learning_rate)
