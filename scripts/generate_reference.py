@@ -57,7 +57,11 @@ def settings_page() -> str:
 def _setting_entry(name: str) -> str:
     meaning, values, default = schema.about(name)
     resume = "any time" if schema.may_change(name) else "on request" if name in schema.CHANGEABLE else "fixed"
-    facts = [f"`{values}`", *([f"default `{default.replace('True', 'true').replace('False', 'false')}`"] if default else []), resume]
+    facts = [
+        f"`{values}`",
+        *([f"default `{default.replace('True', 'true').replace('False', 'false')}`"] if default else []),
+        resume,
+    ]
     return _list_entry(f"`{name}`: {_markdown(meaning)}", ", ".join(facts))
 
 
