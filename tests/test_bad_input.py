@@ -22,7 +22,7 @@ from gpt2box.inference.model_loader import load_model
 from gpt2box.runs.view import RunView
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
-from gpt2box.verify.reproduce import read, settings_in
+from gpt2box.verify.reproduce import load_settings, read_complete_manifest
 from gpt2box.verify.verify import with_way
 from gpt2box.verify.verify_range import stretch_of
 from tests.helpers.commands import STEERING, command
@@ -174,7 +174,7 @@ def test_any_value_anywhere_in_what_is_read_is_used_or_refused(
                 if shape_in(last).parameters < 10**6:
                     load_model(last, "cpu")
             else:
-                settings_in(read(file), file, None, None)
+                load_settings(read_complete_manifest(file), file, None, None)
         if name == "manifest.json":
             assert RunView(run).summary
             with contextlib.suppress(Gpt2boxError):

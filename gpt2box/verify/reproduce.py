@@ -1,4 +1,4 @@
-"""`gpt2box reproduce`: the same run once more, from nothing but its manifest.json."""
+"""Repeat a run from its manifest.json alone (`gpt2box reproduce`)."""
 
 from __future__ import annotations
 
@@ -31,40 +31,39 @@ from gpt2box.utils.paths import checked_name, dataset_dir, run_dir, shown
 from gpt2box.utils.progress import say
 from gpt2box.utils.signals import StopRequest, raised
 
-LARGEST = 100_000_000  # bytes of a manifest.json
-SUFFIX = "-reproduced"
-SHOWN_FILES = 5
+MAX_MANIFEST_BYTES = 100_000_000
+NAME_SUFFIX = "-reproduced"
+MAX_SHOWN_FILES = 5
 
 
 def reproduce(path: Path, name: str | None, device: str | None, stop: StopRequest) -> None:
-    """Start the run that a manifest.json is of, under another name; the same command again goes on with it.
+    """Repeat the run that a manifest.json describes, under another name; the same command resumes it.
 
     Raises:
-        BadInput: no such manifest, an input is missing, or is not what it was.
-        Gpt2boxError: what training raises.
+        BadInput: The manifest is invalid, or an input is missing or differs from the original.
+        Gpt2boxError: Training fails.
     """
-    manifest = read(path)
-    config = settings_in(manifest, path, name, device)
-    bring_dataset(config, manifest["dataset"])
+    manifest = read_complete_manifest(path)
+    config = load_settings(manifest, path, name, device)
+    ensure_dataset(config, manifest["dataset"])
     check_weights(config, manifest)
-    say_what_differs(config, manifest)
-    goes_on = shown(run_dir(config.name) / "config.yaml")
-    run_config(config, goes_on, stop)
+    log_differences(config, manifest)
+    run_config(config, shown(run_dir(config.name) / "config.yaml"), stop)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A manifest that says all.
+def read_complete_manifest(path: Path) -> dict[str, Any]:
+    """Read a manifest that has settings, dataset and sessions.
 
     Raises:
-        BadInput: it does not.
+        BadInput: The file is not such a manifest.
     """
     try:
-        if path.stat().st_size > LARGEST:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ValueError(f"{path.stat().st_size:,} bytes")
         manifest = read_json(path)
         sessions = valid_sessions(manifest)
-        whole = isinstance(manifest["settings"], dict) and isinstance(manifest["dataset"]["splits"], dict) and sessions
-        if not whole:
+        has_inputs = isinstance(manifest["settings"], dict) and isinstance(manifest["dataset"]["splits"], dict)
+        if not has_inputs or not sessions:
             raise ValueError("no settings, dataset or sessions")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(
@@ -75,142 +74,152 @@ def read(path: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def settings_in(manifest: dict[str, Any], path: Path, name: str | None, device: str | None) -> Config:
-    """The settings, with the micro-batch and recompute that were chosen, by which the order of sums is the same.
+def load_settings(manifest: dict[str, Any], path: Path, name: str | None, device: str | None) -> Config:
+    """Return the run's settings, with the micro-batch size and activation checkpointing that were chosen then.
+
+    Both determine the order in which gradients are summed, so the bits depend on them.
 
     Raises:
-        BadInput: what is wrong with them.
+        BadInput: A setting is invalid.
     """
-    values = {**manifest["settings"], "wandb": "off"}  # who runs it again did not ask to send anything
+    values = {**manifest["settings"], "wandb": "off"}  # the person who reproduces a run did not ask to send data
     sessions = valid_sessions(manifest)
-    way = session_at_step(sessions, 0)["way"]
-    values |= {key: way[key] for key in ("micro_batch_size", "activation_checkpointing") if key in way}
+    execution = session_at_step(sessions, 0)["way"]
+    values |= {key: execution[key] for key in ("micro_batch_size", "activation_checkpointing") if key in execution}
     if device:
         values["device"] = device
     config = validate(values, str(path))
-    name = checked_name(name or f"{config.name}{SUFFIX}", "run")
+    name = checked_name(name or f"{config.name}{NAME_SUFFIX}", "run")
     for session in sessions[1:]:
         for key in sorted(CHANGEABLE_SETTINGS & session["changed"].keys()):
-            say(f"note: the run changed {key} at step {session['step']:,}; this one has the last value all along")
+            say(f"note: the run changed {key} at step {session['step']:,}; this one uses the last value from the start")
     for step, later in execution_changes_after(sessions, 0).items():
-        words = ", ".join(f"{key} {value}" for key, value in changeable_execution(later).items())
-        say(f"note: the run went on from step {step:,} with {words}; this one does not: from there on the bits differ")
+        changes = ", ".join(f"{key} {value}" for key, value in changeable_execution(later).items())
+        say(
+            f"note: the run went on from step {step:,} with {changes}; this one does not: from there on the bits differ"
+        )
     return config.model_copy(update={"name": name})
 
 
-def bring_dataset(config: Config, wanted: dict[str, Any]) -> None:
-    """Have the dataset, from what is there or what it can be made from, and compare.
+def ensure_dataset(config: Config, original: dict[str, Any]) -> None:
+    """Prepare the dataset if it is missing, and check that it has the original's tokens.
 
     Raises:
-        BadInput: it is another, or what it was made from is missing.
+        BadInput: The dataset differs, or its source text is missing.
     """
     if not has_dataset(config):
-        if "/" in config.dataset:  # a folder that someone else's file names is not written
+        if "/" in config.dataset:  # never write to a folder that a foreign file names
             raise BadInput(
                 f"no dataset in {config.dataset}",
                 "the run's own dataset there",
                 f"gpt2box prepare ITS_TEXT --name {Path(config.dataset).name}, and --dataset's value in the manifest",
             )
         corpus = corpus_of(config.dataset)
-        given = [corpus] if corpus else own_files(config.dataset, wanted)
-        asked = replace(options_in(wanted), tokenizer=tokenizer_in(config, wanted))
+        sources = [corpus] if corpus else find_source_files(config.dataset, original)
+        options = replace(prepare_options(original), tokenizer=requested_tokenizer(config, original))
         with raised():
-            prepare(given, asked, folder=dataset_dir(config.dataset))
+            prepare(sources, options, folder=dataset_dir(config.dataset))
     dataset = open_dataset(dataset_dir(config.dataset))
-    found = describe_dataset(dataset, {})
-    if not is_same_dataset(wanted["splits"], found["splits"]):
+    actual = describe_dataset(dataset, {})
+    if not is_same_dataset(original["splits"], actual["splits"]):
         lines = [
-            f"{split}: {wanted['splits'].get(split)} then, {found['splits'].get(split)} now"
+            f"{split}: {original['splits'].get(split)} then, {actual['splits'].get(split)} now"
             for split in SPLITS
-            if wanted["splits"].get(split) != found["splits"].get(split)
+            if original["splits"].get(split) != actual["splits"].get(split)
         ]
         raise BadInput(
             f"the dataset in {dataset.folder} is not the run's:\n    " + "\n    ".join(lines),
-            f"the one made from {wanted.get('source')} by {wanted.get('written_by')}",
+            f"the one made from {original.get('source')} by {original.get('written_by')}",
             "move that folder away, and put the run's own or its text there",
         )
 
 
-def own_files(name: str, wanted: dict[str, Any]) -> list[str]:
-    """The texts of a dataset, where they lie as they lay then.
+def find_source_files(name: str, original: dict[str, Any]) -> list[str]:
+    """Return the text files that the dataset was prepared from.
 
     Raises:
-        BadInput: they do not; which.
+        BadInput: Some are missing; the message lists them.
     """
-    paths = str(wanted.get("source", "")).split(", ")
+    paths = str(original.get("source", "")).split(", ")
     if all(path and Path(path).is_file() for path in paths):
         return paths
-    files = wanted.get("documents")
-    listed = files[:SHOWN_FILES] if isinstance(files, list) else []
-    lines = [f"{each.get('name')}, sha256 {each.get('sha256')}" for each in listed if isinstance(each, dict)]
-    more = [f"and {len(files) - SHOWN_FILES} more"] if isinstance(files, list) and len(files) > SHOWN_FILES else []
+    files = original.get("documents")
+    listed = files[:MAX_SHOWN_FILES] if isinstance(files, list) else []
+    lines = [f"{file.get('name')}, sha256 {file.get('sha256')}" for file in listed if isinstance(file, dict)]
+    more = (
+        [f"and {len(files) - MAX_SHOWN_FILES} more"] if isinstance(files, list) and len(files) > MAX_SHOWN_FILES else []
+    )
     raise BadInput(
-        f"the dataset {name} is not here, nor what it was made from ({wanted.get('source')}):\n    "
+        f"the dataset {name} is not here, nor what it was made from ({original.get('source')}):\n    "
         + "\n    ".join([*lines, *more]),
         f"these files, or the dataset's folder as {dataset_dir(name)}",
         f"gpt2box prepare THEM --name {Path(name).name}, then the same command again",
     )
 
 
-def options_in(wanted: dict[str, Any]) -> Options:
-    """What was asked for when the dataset was made.
+def prepare_options(original: dict[str, Any]) -> Options:
+    """Return the options that `prepare` got for the original dataset.
 
     Raises:
-        BadInput: the manifest does not say it rightly.
+        BadInput: An option in the manifest has the wrong type.
     """
-    parts = [part for key in ("split", "choices") if isinstance(part := wanted.get(key), dict)]
-    asked = {key: value for part in parts for key, value in part.items()}
-    known = {key: asked[key] for key in ("val_fraction", "text_column", "max_docs", "keep_duplicates") if key in asked}
-    if isinstance(asked.get("split"), str):
-        known["split"] = asked["split"]
-    kinds = {"val_fraction": float, "text_column": str, "max_docs": int, "keep_duplicates": bool, "split": str}
-    if wrong := [key for key, value in known.items() if value is not None and type(value) is not kinds[key]]:
-        raise BadInput(f"the manifest's dataset has {wrong[0]} {known[wrong[0]]!r}", "as `prepare` writes it")
-    return Options(**known)
+    sections = [section for key in ("split", "choices") if isinstance(section := original.get(key), dict)]
+    recorded = {key: value for section in sections for key, value in section.items()}
+    options = {
+        key: recorded[key] for key in ("val_fraction", "text_column", "max_docs", "keep_duplicates") if key in recorded
+    }
+    if isinstance(recorded.get("split"), str):
+        options["split"] = recorded["split"]
+    types = {"val_fraction": float, "text_column": str, "max_docs": int, "keep_duplicates": bool, "split": str}
+    if wrong := [key for key, value in options.items() if value is not None and type(value) is not types[key]]:
+        raise BadInput(f"the manifest's dataset has {wrong[0]} {options[wrong[0]]!r}", "as `prepare` writes it")
+    return Options(**options)
 
 
-def tokenizer_in(config: Config, wanted: dict[str, Any]) -> str:
-    """As prepare's --tokenizer: a model's own is that of the weights which the run began from.
+def requested_tokenizer(config: Config, original: dict[str, Any]) -> str:
+    """Return the value of prepare's --tokenizer: char, gpt2, or the model that the run started from.
 
     Raises:
-        BadInput: it was another, of which the manifest has no copy.
+        BadInput: The dataset used another model's tokenizer, of which the manifest has no copy.
     """
-    about = wanted.get("tokenizer")
-    if wanted.get("requested_tokenizer") == "char" or not isinstance(about, dict) or about.get("kind") == "gpt2":
-        return "char" if wanted.get("requested_tokenizer") == "char" else "gpt2"
-    if (words := words_for(config)) != "gpt2":
-        return words
+    if original.get("requested_tokenizer") == "char":
+        return "char"
+    tokenizer = original.get("tokenizer")
+    if not isinstance(tokenizer, dict) or tokenizer.get("kind") == "gpt2":
+        return "gpt2"
+    if (initial := words_for(config)) != "gpt2":
+        return initial
     raise BadInput(
         f"the dataset {config.dataset} is not here, and was in the tokens of a model that the run did not begin from",
-        f"a vocabulary of {about.get('vocab_size')} tokens",
+        f"a vocabulary of {tokenizer.get('vocab_size')} tokens",
         f"gpt2box prepare TEXT --tokenizer FOLDER --name {Path(config.dataset).name}, then the same command again",
     )
 
 
 def check_weights(config: Config, manifest: dict[str, Any]) -> None:
-    """Bring the weights that the run began from, and compare.
+    """Fetch the initial weights if needed, and compare their checksums with the original's.
 
     Raises:
-        BadInput: they are others.
+        BadInput: The weights differ.
     """
-    wanted = manifest.get("weights")
-    if config.init_from == "scratch" or not isinstance(wanted, dict) or not wanted.get("sha256"):
+    original = manifest.get("weights")
+    if config.init_from == "scratch" or not isinstance(original, dict) or not original.get("sha256"):
         return
-    repo, commit = wanted.get("repo"), wanted.get("commit")
-    of_hub = repo and commit and HUB_NAME.fullmatch(config.init_from)
-    folder = pretrained_folder(f"{repo}@{commit}" if of_hub else config.init_from)
-    found = describe_weights(config.init_from, folder)["sha256"]
-    if found != wanted["sha256"]:
-        raise BadInput(f"the weights in {folder} are {found}", f"those that the run began from: {wanted['sha256']}")
+    repo, commit = original.get("repo"), original.get("commit")
+    is_from_hub = repo and commit and HUB_NAME.fullmatch(config.init_from)
+    folder = pretrained_folder(f"{repo}@{commit}" if is_from_hub else config.init_from)
+    actual = describe_weights(config.init_from, folder)["sha256"]
+    if actual != original["sha256"]:
+        raise BadInput(f"the weights in {folder} are {actual}", f"those that the run began from: {original['sha256']}")
 
 
-def say_what_differs(config: Config, manifest: dict[str, Any]) -> None:
-    """Between the run's first session and this machine; what alone changes bits, and the rest."""
-    then = {key: value for key, value in valid_sessions(manifest)[0].items() if key != "way"}
+def log_differences(config: Config, manifest: dict[str, Any]) -> None:
+    """Log how this machine and program differ from the run's first session, and which differences may change bits."""
+    first_session = {key: value for key, value in valid_sessions(manifest)[0].items() if key != "way"}
     device = choose_device(config.device)
     if config.deterministic is True:
-        make_deterministic(compiled=False)  # as it then will be: among others a variable of the environment
+        make_deterministic(compiled=False)  # sets an environment variable that is part of the comparison
     now = {**provenance(device), "device_type": device.type}
-    of_bits = session_differences(then, now, of_bits=True)
-    for line in session_differences(then, now):
-        say(f"note: {line}" + (": the bits may differ" if line in of_bits else ""))
+    bit_relevant = session_differences(first_session, now, of_bits=True)
+    for line in session_differences(first_session, now):
+        say(f"note: {line}" + (": the bits may differ" if line in bit_relevant else ""))
