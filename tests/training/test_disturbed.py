@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from gpt2box.checkpoint import retention
-from gpt2box.checkpoint.async_writer import AsyncCheckpointWriter
-from gpt2box.checkpoint.metadata import TrainState, load_verified_state
-from gpt2box.checkpoint.writer import save_checkpoint
 from gpt2box.data.dataloader import TrainWindows, micro_batches
 from gpt2box.data.dataset import open_dataset
 from gpt2box.data.downloads import sha256_of
-from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.errors import Damaged
 from gpt2box.training.resume import unchanged
 from gpt2box.utils.files import locked
-from tests.helpers.models import tiny_model
 from tests.helpers.training import process, train, wait_for
 
 LONG = {"name": "run", "max_steps": 1_000_000, "save_interval": 20, "eval_interval": 20, "log_interval": 20}
@@ -99,42 +91,6 @@ def test_events_that_cannot_be_written_are_said_and_the_run_goes_on(volumes: Pat
     _, errors = running.communicate(timeout=120)
     assert running.returncode == 0 and "run: finished at step 60" in errors, errors
     assert errors.count("no more events for TensorBoard") == 1 and "Traceback" not in errors
-
-
-def saves(folder: Path, rank: int, vocabulary: Tokenizer, begin: Callable[[], object]) -> None:
-    """What a rank does whose memory ran out, five times."""
-    said = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "x"}
-    os.environ |= {name: str(value) for name, value in said.items()} | {"MASTER_PORT": "1"}
-    torch.set_num_threads(1)
-    model = tiny_model()
-    optimizer = torch.optim.AdamW(model.parameters())
-    for step in range(5, 10):
-        begin()
-        save_checkpoint(folder, model, optimizer, TrainState(step=step), vocabulary)
-
-
-def test_ranks_that_save_at_once_do_not_remove_each_others_files(tmp_path: Path) -> None:
-    from tests.helpers.models import VOCABULARY
-
-    fresh = multiprocessing.get_context("spawn")
-    together = fresh.Barrier(2)
-    folder = tmp_path / "checkpoints"
-    both = [fresh.Process(target=saves, args=(folder, rank, VOCABULARY, together.wait)) for rank in (0, 1)]
-    for one in both:
-        one.start()
-    for one in both:
-        one.join(120)
-    assert [one.exitcode for one in both] == [0, 0]
-    assert [load_verified_state(path).step for path in sorted(folder.glob("step-*"))] == [5, 6, 7, 8, 9]
-    assert not list(folder.glob(".step-*"))
-
-
-def test_what_befell_a_save_does_not_take_the_place_of_what_ended_the_run(volumes: Path) -> None:
-    said: list[str] = []
-    saver = AsyncCheckpointWriter.__new__(AsyncCheckpointWriter)
-    saver._thread, saver._error, saver._log = None, OSError(5, "Input/output error"), said.append
-    saver.close()
-    assert said == ["[Errno 5] Input/output error"]
 
 
 def test_a_lock_that_is_waited_for_is_had_when_the_other_ends(tmp_path: Path) -> None:

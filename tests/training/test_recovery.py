@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2box.checkpoint import async_writer, retention
-from gpt2box.checkpoint.metadata import FORMAT_VERSION, parse_state
+from gpt2box.checkpoint import retention
+from gpt2box.checkpoint.metadata import parse_state
 from gpt2box.data import dataloader
 from gpt2box.data.downloads import sha256_of
 from gpt2box.errors import BadInput, Gpt2boxError
@@ -168,37 +167,6 @@ def test_a_network_for_which_the_machine_has_no_memory_is_said(volumes: Path, mo
     with pytest.raises(Gpt2boxError, match="own memory ran out while the network is made") as raised:
         train()
     assert raised.value.exit_code == 3 and not (volumes / "runs/run/config.yaml").exists()
-
-
-def test_a_checkpoint_of_a_later_version_is_refused_by_name_and_one_of_an_earlier_is_read(
-    volumes: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train(max_steps=20, eval_interval=10)
-    path = checkpoints(volumes) / "step-00000020/state.json"
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"format": FORMAT_VERSION + 1}))
-    with pytest.raises(BadInput, match=rf"later version of gpt2box: format {FORMAT_VERSION + 1}"):
-        train(max_steps=20, eval_interval=10)
-    assert len(content["recent_losses"]) == 20
-    for early, lacks in ((1, ("bad_steps", "rollbacks", "recent_losses")), (2, ("recent_losses",)), (3, ())):
-        lacking = {key: value for key, value in content.items() if key not in lacks}
-        if "rollbacks" in lacking:
-            lacking["rollbacks"] = [{"step": 10, "left_out": 0}]
-        path.write_text(json.dumps(lacking | {"format": early}))
-        capsys.readouterr()
-        train(max_steps=20, eval_interval=10)
-        said = capsys.readouterr().err
-        assert "finished at step 20" in said and "passed over" not in said
-
-
-def test_without_memory_for_a_copy_training_waits_for_the_same_files(
-    volumes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train("beside")
-    monkeypatch.setattr(async_writer, "SPARE_BYTES", 1 << 60)
-    train("waiting")
-    assert capsys.readouterr().err.count("checkpoints are written while training waits") == 1
-    assert end(volumes, "beside") == end(volumes, "waiting")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
