@@ -34,9 +34,9 @@ from gpt2box.model.shape import ModelShape
 from gpt2box.optim.clipped_step import make_optimizer_step
 from gpt2box.optim.factory import make_optimizer
 from gpt2box.optim.schedule import learning_rate_at
-from gpt2box.planner.execution_plan import TargetDevice
 from gpt2box.planner.run_plan import RunPlan, make_plan
 from gpt2box.planner.search import list_execution_plans
+from gpt2box.planner.target_device import TargetDevice
 from gpt2box.training.evaluate import evaluate
 from gpt2box.utils.paths import dataset_dir
 from gpt2box.utils.ranks import ALONE

@@ -19,10 +19,10 @@ from gpt2box.config import loader
 from gpt2box.config.schema import Config
 from gpt2box.errors import MachineCannot
 from gpt2box.planner.bench_records import BenchRecord, bench_key, read_bench_records, store_bench_records
-from gpt2box.planner.execution_plan import TargetDevice
 from gpt2box.planner.memory import GIB
-from gpt2box.planner.report import shape_of
-from gpt2box.planner.search import apply_bench_records, choose_execution_plan, first_fitting_plan, list_execution_plans
+from gpt2box.planner.model_shape import resolve_model_shape
+from gpt2box.planner.search import choose_execution_plan, first_fitting_plan, list_execution_plans
+from gpt2box.planner.target_device import TargetDevice, apply_bench_records
 from gpt2box.system.host import cpu_name
 from gpt2box.utils.paths import bench_file
 from tests.helpers.commands import Command
@@ -99,7 +99,7 @@ def test_memory_that_runs_out_is_a_result(volumes: Path, capsys: pytest.CaptureF
         bench(one_kind, steps=1, sweep=True, share=False, as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert [way["fault"] for way in found["ways"]] == [None, None, "out of memory"]
-    kept = {record.way: record for record in read_bench_records(bench_file(), cpu_name())}
+    kept = {record.plan_key: record for record in read_bench_records(bench_file(), cpu_name())}
     assert not kept[1, "none", False].fits and kept[1, "none", False].free_bytes == found["free_bytes"]
     with Refuse("gelu_backward", 1, times=10_000), pytest.raises(MachineCannot, match="nothing could be measured"):
         bench(one_kind, steps=1, sweep=True, share=False, as_json=False)
@@ -121,7 +121,7 @@ def test_ctrl_c_leaves_what_was_measured(volumes: Path) -> None:
 
 def record_of(way: tuple[int, str, bool], one_s: float, many_s: float, **changes: object) -> BenchRecord:
     plain = loader.load("openwebtext", {})[0]
-    job = bench_key("a card", plain, shape_of(plain), "bfloat16")
+    job = bench_key("a card", plain, resolve_model_shape(plain), "bfloat16")
     values: dict[str, Any] = {"fits": True, "free_bytes": 12 * GIB, "peak_bytes": 9 * GIB, **changes}
     return BenchRecord(job, *way, one_s=one_s, many_s=many_s, **values)
 
@@ -131,7 +131,7 @@ CARD = TargetDevice("a card", 11 * GIB, None, "bfloat16", on_gpu=True, compiled=
 
 def test_what_was_measured_goes_before_what_is_estimated(volumes: Path) -> None:
     plain = loader.load("openwebtext", {})[0]
-    shape = shape_of(plain)
+    shape = resolve_model_shape(plain)
     (volumes / "runs").mkdir()
     slow, fast = record_of((2, "none", True), 0.3, 0.7), record_of((1, "full", True), 0.1, 0.2)
     assert slow.step_s(3) == 0.7 and slow.step_s(32) == pytest.approx(0.3 + 31 * 0.2)
@@ -148,7 +148,7 @@ def test_what_was_measured_goes_before_what_is_estimated(volumes: Path) -> None:
 
 def test_a_way_that_had_too_little_memory_is_taken_again_only_where_there_is_more(volumes: Path) -> None:
     plain = loader.load("openwebtext", {})[0]
-    shape = shape_of(plain)
+    shape = resolve_model_shape(plain)
     (volumes / "runs").mkdir()
     usual = first_fitting_plan(list_execution_plans(plain, shape, CARD), CARD)
     assert usual
@@ -166,7 +166,7 @@ def test_a_way_that_had_too_little_memory_is_taken_again_only_where_there_is_mor
 
 def test_compiled_or_not_follows_the_measurements_where_both_were_tried_and_it_is_left_open(volumes: Path) -> None:
     plain = loader.load("openwebtext", {})[0]
-    shape = shape_of(plain)
+    shape = resolve_model_shape(plain)
     (volumes / "runs").mkdir()
     store_bench_records(bench_file(), [record_of((2, "none", False), 0.1, 0.3)])
     assert apply_bench_records(CARD, plain, shape).compiled

@@ -18,10 +18,10 @@ from gpt2box.data.dataset import Dataset, open_dataset
 from gpt2box.errors import MachineCannot, VolumeUnwritable
 from gpt2box.model.shape import ModelShape
 from gpt2box.planner.bench_records import BenchKey, BenchRecord, bench_key, store_bench_records
-from gpt2box.planner.execution_plan import TargetDevice
-from gpt2box.planner.report import shape_of
+from gpt2box.planner.model_shape import resolve_model_shape
 from gpt2box.planner.run_plan import make_plan
-from gpt2box.planner.search import CHECKPOINTING_MODES, apply_bench_records, choose_execution_plan, list_execution_plans
+from gpt2box.planner.search import CHECKPOINTING_MODES, choose_execution_plan, list_execution_plans
+from gpt2box.planner.target_device import TargetDevice, apply_bench_records
 from gpt2box.preflight.preflight import check_gpu
 from gpt2box.preflight.requirements import has_dataset
 from gpt2box.system import host
@@ -117,7 +117,7 @@ def look(config: Config) -> Task:
         say(f"note: {note}")
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
     can_compile = config.may_compile and choose_compile(True, device)[0]
-    return Task(config, shape_of(config), place_of(device, dtype, compiled), device, can_compile)
+    return Task(config, resolve_model_shape(config), place_of(device, dtype, compiled), device, can_compile)
 
 
 def as_trained(task: Task) -> Way:

@@ -12,8 +12,8 @@ import torch
 from gpt2box import __version__
 from gpt2box.config.schema import Config
 from gpt2box.planner.bench_records import BenchRecord
-from gpt2box.planner.execution_plan import TargetDevice
 from gpt2box.planner.run_plan import RunPlan
+from gpt2box.planner.target_device import TargetDevice
 from gpt2box.system.gpu import ask_driver
 from gpt2box.system.provenance import git_state
 from gpt2box.utils.progress import size

@@ -33,7 +33,7 @@ from gpt2box.optim.factory import make_optimizer
 from gpt2box.planner import bench_records
 from gpt2box.planner.bench_records import LONG_STEP_MICRO_STEPS, BenchRecord
 from gpt2box.planner.execution_plan import ExecutionPlan
-from gpt2box.planner.memory import CUDA_CONTEXT
+from gpt2box.planner.memory import CUDA_CONTEXT_BYTES
 from gpt2box.planner.run_plan import RunPlan, in_this_way
 from gpt2box.planner.search import MAX_MICRO_BATCH_TOKENS
 from gpt2box.system.device import peak_memory_bytes
@@ -154,7 +154,7 @@ class Stopwatch:
                     if number >= 0:
                         way.seconds[length] += seconds
         if self.device.type == "cuda":
-            way.peak_bytes = max(way.peak_bytes, torch.cuda.max_memory_reserved(self.device) + CUDA_CONTEXT)
+            way.peak_bytes = max(way.peak_bytes, torch.cuda.max_memory_reserved(self.device) + CUDA_CONTEXT_BYTES)
 
     def use(self, way: Way) -> None:
         """Do from now on as this way does, with all its micro-steps."""

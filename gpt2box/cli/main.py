@@ -228,12 +228,13 @@ def plan(
     """
     from gpt2box.config import loader
     from gpt2box.planner import report
+    from gpt2box.planner.target_device import select_target_device
 
     flags["dataset"] = flags["dataset"] or (None if config else "any")  # a plan needs no text
     chosen = given(config, flags)
     settings, _ = loader.load(config, chosen)
-    target = report.target(gpu, vram_gib, settings, gpus)
-    report.show(settings, target, all_sizes, explain, as_json)
+    device = select_target_device(gpu, vram_gib, settings, gpus)
+    report.print_report(settings, device, all_sizes, explain, as_json)
 
 
 @cli.command(cls=SettingsCommand, show_settings=False, short_help="Measure how fast this machine trains.")

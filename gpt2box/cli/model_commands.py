@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from gpt2box.cli.params import Between
+from gpt2box.config.sampling_defaults import TEMPERATURE, TOP_K, TOP_P
 from gpt2box.errors import BadInput
 
 checkpoint_option = click.option(
@@ -47,21 +48,21 @@ license_option = click.option(
 @click.option(
     "--temperature",
     type=Between(min=0),
-    default=0.8,
+    default=TEMPERATURE,
     show_default=True,
     help="Sampling temperature; 0 always takes the likeliest token.",
 )
 @click.option(
     "--top-k",
     type=click.IntRange(min=0),
-    default=200,
+    default=TOP_K,
     show_default=True,
     help="Sample from the k likeliest tokens only; 0: from all.",
 )
 @click.option(
     "--top-p",
     type=Between(0.0, 1.0, min_open=True),
-    default=1.0,
+    default=TOP_P,
     show_default=True,
     help="Sample from the likeliest tokens that add up to this probability.",
 )

@@ -264,6 +264,11 @@ class Config(BaseModel):
         """A compiled backward pass hands out all gradients at once, which is what optimizer_in_backward is to avoid."""
         return self.compile is not False and not self.optimizer_in_backward
 
+    @property
+    def max_checkpoints(self) -> int:
+        """Most checkpoints on disk: the newest, the best, two rollback candidates, one being written."""
+        return self.keep_last + 4
+
     def shape(self) -> dict[str, Any]:
         """n_layer, n_head and n_embd with the overrides applied."""
         own = {key: getattr(self, key) for key in ("n_layer", "n_head", "n_embd")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gpt2box.config.schema import Config
+from gpt2box.errors import BadInput
 
 
 def contradictions(config: Config) -> list[str]:
@@ -58,3 +59,30 @@ def contradictions_of_adapters(config: Config) -> list[str]:
     if config.activation_checkpointing == "selective":
         faults.append("activation_checkpointing: found selective; expected auto, none or full with lora_rank")
     return faults
+
+
+def check_ranks(config: Config, ranks: int) -> None:
+    """Check that so many ranks can share a step.
+
+    Raises:
+        BadInput: They cannot process equal numbers of sequences, or a setting works on one GPU alone.
+    """
+    if ranks == 1:
+        return
+    if config.optimizer_in_backward:
+        raise BadInput(
+            f"optimizer_in_backward with {ranks} ranks: it would apply gradients before they are averaged",
+            "one GPU",
+            "--optimizer-in-backward false; --optimizer-states int8 also saves memory on several",
+        )
+    if ":" in config.device:
+        raise BadInput(f"device {config.device} with {ranks} ranks", "auto, cpu or cuda: each rank uses its own GPU")
+    micro_batch_size = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
+    each = micro_batch_size * config.block_size * ranks
+    if config.tokens_per_step % each:
+        below = config.tokens_per_step // each * each
+        raise BadInput(
+            f"tokens_per_step {config.tokens_per_step} with {ranks} ranks",
+            f"a multiple of ranks × micro_batch_size × block_size ({ranks} × {micro_batch_size} × {config.block_size} "
+            f"= {each} tokens), such as {f'{below} or ' if below else ''}{below + each}",
+        )

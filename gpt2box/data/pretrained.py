@@ -9,7 +9,7 @@ from gpt2box.config.schema import MODEL_SHAPES, Config
 from gpt2box.data import downloads, hub_models
 from gpt2box.data.tokenizer import GPT2_ROWS, Tokenizer, of_model
 from gpt2box.errors import BadInput, Damaged, why
-from gpt2box.model.shape import ModelShape, sizes_of
+from gpt2box.model.shape import GPT2_VOCAB_SIZE, ModelShape, parse_sizes
 from gpt2box.utils.files import read_json
 from gpt2box.utils.paths import checkpoint_of, model_dir, raw_dir, run_dir
 
@@ -153,7 +153,7 @@ def shape_in(folder: Path) -> ModelShape:
     path = folder / "config.json"
     if not path.exists() and folder.name in MODEL_SHAPES:
         sizes = MODEL_SHAPES[folder.name]
-        return ModelShape(**sizes, block_size=1024, vocab_size=50_257, bias=True)
+        return ModelShape(**sizes, block_size=1024, vocab_size=GPT2_VOCAB_SIZE, bias=True)
     try:
         config = read_json(path)
         if config.get("model_type") != "gpt2":
@@ -163,7 +163,7 @@ def shape_in(folder: Path) -> ModelShape:
             raise BadInput(
                 f"{path}: activation_function {config['activation_function']!r}", f"one of: {', '.join(GELU)}"
             )
-        sizes = sizes_of({**config, "block_size": config["n_positions"]})
+        sizes = parse_sizes({**config, "block_size": config["n_positions"]})
         for key, expected in USUAL.items():
             if config.get(key, expected) not in (expected, 4 * sizes["n_embd"] if key == "n_inner" else expected):
                 raise BadInput(f"{path}: {key} {config[key]!r}", f"{expected!r}, as in the published GPT-2")

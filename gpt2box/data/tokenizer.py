@@ -19,11 +19,12 @@ import numpy.typing as npt
 
 from gpt2box.data import downloads
 from gpt2box.errors import BadInput, Damaged, why
+from gpt2box.model.shape import GPT2_PADDED_VOCAB_SIZE, GPT2_VOCAB_SIZE
 from gpt2box.utils.files import read_json
 from gpt2box.utils.paths import raw_dir
 
 END_OF_TEXT = "<|endoftext|>"
-GPT2_ROWS = (50_257, 50_304)  # of GPT-2's embedding, also as nanoGPT fills it up
+GPT2_ROWS = (GPT2_VOCAB_SIZE, GPT2_PADDED_VOCAB_SIZE)  # of GPT-2's embedding, also as nanoGPT fills it up
 Tokens = npt.NDArray[np.uint16]
 
 

@@ -16,12 +16,10 @@ from gpt2box.export.huggingface import write_huggingface
 from gpt2box.export.publish import check_tensors, publish
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.hf_weights import check_finite
-from gpt2box.model.shape import ModelShape, sizes_of
+from gpt2box.model.shape import GPT2_PADDED_VOCAB_SIZE, GPT2_VOCAB_SIZE, ModelShape, parse_sizes
 from gpt2box.utils.files import check_regular
 from gpt2box.utils.paths import raw_dir
 
-GPT2_VOCAB_SIZE = 50_257
-PADDED_VOCAB_SIZE = 50_304  # nanoGPT rounds it up; the additional rows stand for no token
 COMPILED_PREFIX = "_orig_mod."  # torch.compile puts it before every name
 EXPECTED = "nanoGPT's ckpt.pt"
 
@@ -93,7 +91,7 @@ def parse_shape(sizes: dict[str, Any], gelu: str, path: Path) -> ModelShape:
         BadInput: A size is missing or impossible.
     """
     try:
-        return ModelShape(**sizes_of(sizes), bias=sizes.get("bias") is not False, gelu=gelu)
+        return ModelShape(**parse_sizes(sizes), bias=sizes.get("bias") is not False, gelu=gelu)
     except ValueError as error:
         raise BadInput(f"{path}: model_args: {printable(str(error))}", "the sizes of a GPT-2") from error
 
@@ -105,10 +103,10 @@ def choose_tokenizer(shape: ModelShape, text: Path | None, path: Path) -> Tokeni
         BadInput: The model's vocabulary is neither GPT-2's nor that of the text.
     """
     if text is None:
-        if shape.vocab_size not in (GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE):
+        if shape.vocab_size not in (GPT2_VOCAB_SIZE, GPT2_PADDED_VOCAB_SIZE):
             raise BadInput(
                 f"{path} has a vocabulary of {shape.vocab_size:,}",
-                f"{GPT2_VOCAB_SIZE:,} or {PADDED_VOCAB_SIZE:,}, GPT-2's; or the text of a character-level model",
+                f"{GPT2_VOCAB_SIZE:,} or {GPT2_PADDED_VOCAB_SIZE:,}, GPT-2's; or the text of a character-level model",
                 f"gpt2box import {path} --text input.txt",
             )
         return from_ranks(downloads.fetch(downloads.GPT2_RANKS, raw_dir()))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gpt2box.config.sampling_defaults import TEMPERATURE, TOP_K, TOP_P
 from gpt2box.errors import Damaged
 from gpt2box.model.decoder import Decoder, KVCache
 
@@ -16,9 +17,9 @@ from gpt2box.model.decoder import Decoder, KVCache
 class SamplingParams:
     """How the next token is sampled. temperature 0 takes the most likely; top_k 0 and top_p 1 exclude no token."""
 
-    temperature: float = 0.8
-    top_k: int = 200
-    top_p: float = 1.0
+    temperature: float = TEMPERATURE
+    top_k: int = TOP_K
+    top_p: float = TOP_P
 
 
 MIN_TEMPERATURE = 1e-6  # below it, only the most likely token has a chance, and logits / temperature overflows

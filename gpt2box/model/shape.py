@@ -1,19 +1,20 @@
-"""The shape of a network and the counts that follow from it. Importable without torch."""
+"""The model's shape and the sizes that follow from it. Importable without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-LARGEST = {"n_layer": 1000, "n_head": 1000, "n_embd": 100_000, "block_size": 1_048_576, "vocab_size": 1_000_000}
-PAD_TO = 64  # vocabulary rows: matrix units want multiples of 64 (nanoGPT measured 50,304 against 50,257)
-
-EIGHT_BIT_BLOCK = 256  # numbers in 8 bits that share a scale of 4 bytes
+MAX_SIZES = {"n_layer": 1000, "n_head": 1000, "n_embd": 100_000, "block_size": 1_048_576, "vocab_size": 1_000_000}
+GPT2_VOCAB_SIZE = 50_257
+GPT2_PADDED_VOCAB_SIZE = 50_304  # rows in nanoGPT's checkpoints; those beyond the vocabulary stand for no token
+VOCAB_PAD_MULTIPLE = 64  # tensor cores are faster on multiples of 64 (nanoGPT measured 50,304 against 50,257)
+INT8_BLOCK_SIZE = 256  # int8 numbers that share a scale of 4 bytes
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """All that decides the size of each tensor, and which function the network is."""
+    """The sizes of all tensors, and the variant of the architecture."""
 
     n_layer: int
     n_head: int
@@ -21,51 +22,59 @@ class ModelShape:
     block_size: int
     vocab_size: int
     bias: bool = True
-    gelu: str = "tanh"  # GPT-2's; "none" for the exact one, as nanoGPT and Hugging Face's "gelu" have it
+    gelu: str = "tanh"  # GPT-2's approximation; "none": exact, as in nanoGPT and Hugging Face's "gelu"
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding in memory; on disk there are vocab_size."""
-        return -(-self.vocab_size // PAD_TO) * PAD_TO
+        """Rows of the embedding in memory. Checkpoints hold vocab_size rows."""
+        return -(-self.vocab_size // VOCAB_PAD_MULTIPLE) * VOCAB_PAD_MULTIPLE
 
     @property
     def parameters(self) -> int:
-        """Parameters without padding; the embedding, which is also the output layer, counts once."""
+        """Count parameters without padding; the embedding is tied to the output layer and counts once."""
         C = self.n_embd
         block = 12 * C * C + 2 * C + (11 * C if self.bias else 0)
         final = 2 * C if self.bias else C
         return (self.vocab_size + self.block_size) * C + self.n_layer * block + final
 
+    @property
+    def block_matrix_parameters(self) -> int:
+        """Count the weights of the blocks' matrices, which Muon updates."""
+        return 12 * self.n_layer * self.n_embd**2
+
     def adapter_parameters(self, rank: int) -> int:
-        """Of adapters (model/lora.py) on a block's four products, whose widths in and out add up to 16·C."""
+        """Count the parameters of LoRA adapters on a block's four matrices, of summed widths 16·C."""
         return self.n_layer * 16 * self.n_embd * rank
 
     def checkpoint_bytes(self, weights_dtype: str, optimizer: str, optimizer_states: str, lora_rank: int = 0) -> int:
-        """Size of a checkpoint on disk: weights and averages, two of each or with Muon one inside the blocks."""
+        """Estimate a checkpoint's size on disk: the weights and their optimizer state.
+
+        AdamW stores two numbers for each weight; Muon one for each weight of the blocks' matrices.
+        """
         if lora_rank:
             return 4 * self.parameters + 12 * self.adapter_parameters(lora_rank)
         weight = 2 if weights_dtype == "bfloat16" else 4
-        average = 1 + 4 / EIGHT_BIT_BLOCK if optimizer_states == "int8" else 4
-        averages = 2 * self.parameters - (12 * self.n_layer * self.n_embd**2 if optimizer == "muon" else 0)
-        return round(weight * self.parameters + average * averages)
+        state = 1 + 4 / INT8_BLOCK_SIZE if optimizer_states == "int8" else 4
+        states = 2 * self.parameters - (self.block_matrix_parameters if optimizer == "muon" else 0)
+        return round(weight * self.parameters + state * states)
 
     @property
     def flops_per_token(self) -> int:
-        """Operations to train on one token: 6·N + 12·n_layer·n_embd·T (Chowdhery et al. 2022, appendix B)."""
+        """Count operations to train on one token: 6·N + 12·n_layer·n_embd·T (Chowdhery et al. 2022, appendix B)."""
         return 6 * self.parameters + 12 * self.n_layer * self.n_embd * self.block_size
 
 
-def sizes_of(values: Mapping[str, object]) -> dict[str, int]:
-    """ModelShape's sizes among what a file says of a network.
+def parse_sizes(values: Mapping[str, object]) -> dict[str, int]:
+    """Extract ModelShape's sizes from a model's configuration.
 
     Raises:
-        ValueError: one of them is missing, or no network has it.
+        ValueError: A size is missing or out of range.
     """
-    for key, most in LARGEST.items():
+    for key, maximum in MAX_SIZES.items():
         size = values.get(key)
-        if type(size) is not int or not 1 <= size <= most:
-            raise ValueError(f"{key} is {repr(size)[:80] if key in values else 'missing'}, not 1 to {most:,}")
-    sizes = {key: size for key in LARGEST if isinstance(size := values[key], int)}
+        if type(size) is not int or not 1 <= size <= maximum:
+            raise ValueError(f"{key} is {repr(size)[:80] if key in values else 'missing'}, not 1 to {maximum:,}")
+    sizes = {key: size for key in MAX_SIZES if isinstance(size := values[key], int)}
     if sizes["n_embd"] % sizes["n_head"]:
         raise ValueError(f"n_embd {sizes['n_embd']} is no multiple of n_head {sizes['n_head']}")
     return sizes

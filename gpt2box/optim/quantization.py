@@ -13,9 +13,9 @@ import functools
 import torch
 from torch import Tensor
 
-from gpt2box.model.shape import EIGHT_BIT_BLOCK
+from gpt2box.model.shape import INT8_BLOCK_SIZE
 
-BLOCK = EIGHT_BIT_BLOCK
+BLOCK = INT8_BLOCK_SIZE
 DECADES = 7
 
 

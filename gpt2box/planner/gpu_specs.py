@@ -1,8 +1,4 @@
-"""The common cards: memory, bandwidth, arithmetic, capability. From NVIDIA's data sheets and architecture white papers.
-
-`bf16_tflops` is the dense rate of the tensor cores with sums in float32, which on GeForce cards is half of what is
-advertised for sums in float16. 0 where a card has no bfloat16.
-"""
+"""Data sheet figures of common GPUs, from NVIDIA's data sheets and architecture white papers."""
 
 from __future__ import annotations
 
@@ -16,16 +12,17 @@ from gpt2box.errors import BadInput
 
 @dataclass(frozen=True)
 class GpuSpec:
-    """A kind of card."""
+    """One GPU model."""
 
     name: str
     gib: float
     bandwidth_gb_s: float
-    bf16_tflops: float
+    bf16_tflops: float  # dense, float32 accumulation: on GeForce half of the advertised float16 rate; 0: no bfloat16
     capability: tuple[int, int]
 
 
-_TABLE = """
+# name, memory in GiB, bandwidth in GB/s, bfloat16 TFLOPS, compute capability
+TABLE = """
 rtx-2080-ti       11   616      0  7.5
 t4                16   320      0  7.5
 rtx-3060          12   360   25.5  8.6
@@ -65,52 +62,53 @@ h200             141  4800  989.4  9.0
 
 
 def parse_row(line: str) -> GpuSpec:
+    """Parse a line of the table."""
     name, gib, bandwidth, tflops, capability = line.split()
     major, minor = capability.split(".")
     return GpuSpec(name, float(gib), float(bandwidth), float(tflops), (int(major), int(minor)))
 
 
-GPU_SPECS = {kind.name: kind for kind in map(parse_row, _TABLE.strip().splitlines())}
+GPU_SPECS = {spec.name: spec for spec in map(parse_row, TABLE.strip().splitlines())}
 
 
 def gpu_spec_named(name: str) -> GpuSpec:
-    """A card by its name in the table, in any spelling of it.
+    """Find a GPU by its name in the table, in any common spelling, with or without `rtx`.
 
     Raises:
-        BadInput: not in the table.
+        BadInput: The table has no such GPU.
     """
-    plain = normalize_gpu_name(name)
-    for full in (plain, f"rtx-{plain}"):
-        if full in GPU_SPECS:
-            return GPU_SPECS[full]
-    near = difflib.get_close_matches(plain, GPU_SPECS, 1)
+    normalized = normalize_gpu_name(name)
+    for candidate in (normalized, f"rtx-{normalized}"):
+        if candidate in GPU_SPECS:
+            return GPU_SPECS[candidate]
+    near = difflib.get_close_matches(normalized, GPU_SPECS, 1)
     raise BadInput(
-        f"no card {name!r} in the table" + (f"; did you mean {near[0]}?" if near else ""),
+        f"no GPU {name!r} in the table" + (f"; did you mean {near[0]}?" if near else ""),
         textwrap.fill(f"one of {', '.join(GPU_SPECS)}", 100, subsequent_indent="    ", break_on_hyphens=False),
         "or give its memory: --vram-gib 12",
     )
 
 
 def gpu_spec_of_device(name: str, total_bytes: int | None) -> GpuSpec | None:
-    """The kind of a card that the driver names, such as 'NVIDIA GeForce RTX 4070'; None where the table lacks it."""
-    plain = normalize_gpu_name(name)
+    """Find a GPU by the driver's name for it, such as 'NVIDIA GeForce RTX 4070'; None if the table lacks it."""
     if re.search(r"laptop|\bmig\b|h100.*pcie|vgpu|grid", name.lower()):
-        return None  # other chips at other power under the same names, or a part of a card
-    named = [kind.name for kind in GPU_SPECS.values() if re.fullmatch(rf"{kind.name}(-.*)?", plain)]
-    if not named:
+        return None  # another chip or power limit under the same name, or a share of a GPU
+    normalized = normalize_gpu_name(name)
+    matches = [known for known in GPU_SPECS if re.fullmatch(rf"{known}(-.*)?", normalized)]
+    if not matches:
         return None
-    base = re.sub(r"-\d+gb$", "", max(named, key=len))
-    kinds = [kind for kind in GPU_SPECS.values() if re.fullmatch(rf"{base}(-\d+gb)?", kind.name)]
+    base = re.sub(r"-\d+gb$", "", max(matches, key=len))
+    variants = [spec for spec in GPU_SPECS.values() if re.fullmatch(rf"{base}(-\d+gb)?", spec.name)]
     if not total_bytes:
-        return kinds[0]
-    # The same name is sold with different memory.
-    nearest = min(kinds, key=lambda kind: abs(kind.gib - total_bytes / 2**30))
+        return variants[0]
+    # Some names are sold with two memory sizes.
+    nearest = min(variants, key=lambda spec: abs(spec.gib - total_bytes / 2**30))
     return nearest if abs(nearest.gib - total_bytes / 2**30) < 0.15 * nearest.gib else None
 
 
 def normalize_gpu_name(name: str) -> str:
-    """'NVIDIA GeForce RTX 4070 Ti' and 'rtx4070ti' to 'rtx-4070-ti'."""
-    plain = re.sub(r"nvidia|geforce|tesla|-?sxm\d?|-?pcie?|hbm\d?e?", " ", name.lower())
-    plain = re.sub(r"(rtx)\s*[-_]?\s*(\d{4}|a\d{4})", r"\1-\2-", plain)
-    plain = re.sub(r"(\d)\s*-?\s*(ti|super)\b", r"\1-\2", re.sub(r"(ti)(super)", r"\1-\2", plain))
-    return re.sub(r"[\s_-]+", "-", re.sub(r"(\d+)\s*gb", r"\1gb", plain)).strip("-")
+    """Convert 'NVIDIA GeForce RTX 4070 Ti' and 'rtx4070ti' to 'rtx-4070-ti'."""
+    name = re.sub(r"nvidia|geforce|tesla|-?sxm\d?|-?pcie?|hbm\d?e?", " ", name.lower())
+    name = re.sub(r"(rtx)\s*[-_]?\s*(\d{4}|a\d{4})", r"\1-\2-", name)
+    name = re.sub(r"(\d)\s*-?\s*(ti|super)\b", r"\1-\2", re.sub(r"(ti)(super)", r"\1-\2", name))
+    return re.sub(r"[\s_-]+", "-", re.sub(r"(\d+)\s*gb", r"\1gb", name)).strip("-")

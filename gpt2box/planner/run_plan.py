@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from gpt2box.config.schema import Config
 from gpt2box.model.shape import ModelShape
 from gpt2box.planner.execution_plan import ExecutionPlan
-from gpt2box.planner.memory import evaluation_sequences
+from gpt2box.planner.memory import max_evaluation_batch
 from gpt2box.planner.search import MAX_MICRO_BATCH_TOKENS
 
 
@@ -88,7 +88,7 @@ def in_this_way(plan: RunPlan, way: ExecutionPlan) -> RunPlan:
         grad_accum_steps=way.grad_accum_steps,
         activation_checkpointing=way.activation_checkpointing,
         eval_batch_size=evaluated_together(plan.shape, way, plan.device, plan.dtype, plan.loss_chunk_tokens),
-        memory=way.memory.parts(),
+        memory=way.memory.components(),
         expected_tokens_per_sec=way.tokens_per_sec,
         speed_measured=way.measured,
     )
@@ -99,7 +99,7 @@ def evaluated_together(shape: ModelShape, way: ExecutionPlan, device: str, dtype
     if device == "cpu":
         return way.micro_batch_size
     most = max(MAX_MICRO_BATCH_TOKENS // shape.block_size, 1)
-    fits = evaluation_sequences(shape, dtype, loss_chunk_tokens, way.memory.parts())
+    fits = max_evaluation_batch(shape, dtype, loss_chunk_tokens, way.memory.components())
     return max(min(fits, most), way.micro_batch_size)
 
 
@@ -165,7 +165,7 @@ def make_plan(
         checkpoint_bytes=shape.checkpoint_bytes(
             config.weights_dtype, config.optimizer, config.optimizer_states, config.lora_rank
         ),
-        memory=option.memory.parts(),
+        memory=option.memory.components(),
         expected_tokens_per_sec=option.tokens_per_sec,
         speed_measured=option.measured,
         peak_tflops=peak_tflops * option.ranks,

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gpt2box.system.gpu import Card, Nvml
+from gpt2box.system.gpu import BFLOAT16_CAPABILITY, Card, Nvml
 from gpt2box.utils.progress import size
 
 # The oldest Linux driver that runs any program built for this CUDA major version, and the card generations it
 # has code for (CUDA's release notes, "minor version compatibility").
 OLDEST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 CU13_ONLY = (10, 0)  # from here on CUDA 12.1 has no code for a card
-BF16 = (8, 0)  # compute capability from which bfloat16 is computed in hardware
 HOT_C = 83  # GeForce cards slow down from about here on
 GIB = 2**30
 FLOAT32_INSTEAD = "training uses float32 here: more memory, slower"
@@ -147,7 +146,7 @@ def health(found: Card) -> Iterator[Finding]:
 
 def bfloat16(facts: dict[str, Any], capability: tuple[int, int] | None, on_gpu: bool, wanted: bool) -> Finding:
     """The product that was really computed; on a card without bfloat16 it need not be, unless the job wants it."""
-    old = capability if on_gpu and capability and capability < BF16 else None
+    old = capability if on_gpu and capability and capability < BFLOAT16_CAPABILITY else None
     if old and not wanted and "bf16_fault" in facts:
         found = f"none: compute capability {old[0]}.{old[1]}"
         return Finding("bfloat16", "warning", found, FLOAT32_INSTEAD)

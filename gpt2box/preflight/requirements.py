@@ -11,8 +11,8 @@ from gpt2box.data.prepare import Options, prepare
 from gpt2box.data.pretrained import ASKED, HUB_PINS, pretrained_folder
 from gpt2box.data.sources import KNOWN, OPENWEBTEXT
 from gpt2box.errors import VolumeUnwritable
-from gpt2box.model.shape import ModelShape
-from gpt2box.planner.report import shape_of
+from gpt2box.model.shape import GPT2_VOCAB_SIZE, ModelShape
+from gpt2box.planner.model_shape import resolve_model_shape
 from gpt2box.system import host
 from gpt2box.utils.paths import checkpoints, dataset_dir, make_writable, model_dir, run_dir, volumes
 from gpt2box.utils.progress import say, size
@@ -49,19 +49,24 @@ def needs(config: Config) -> list[Need]:
         (model_dir(weights) / n).exists() for n in ("model.safetensors", "config.json")
     ):
         found.append(Need("models", f"the weights of {weights}", published[weights][0], hub=True))
-    kept = config.keep_last + 4  # the best, two to go back to, and the one being written
     there = sum(path.stat().st_size for path in (run_dir(config.name) / "checkpoints").glob("step-*/*"))
-    found.append(Need("runs", f"{kept} checkpoints", max(kept * checkpoint_bytes(config) - there, 0)))
+    found.append(
+        Need(
+            "runs",
+            f"{config.max_checkpoints} checkpoints",
+            max(config.max_checkpoints * checkpoint_bytes(config) - there, 0),
+        )
+    )
     return found
 
 
 def checkpoint_bytes(config: Config) -> int:
     """Size of one, on disk and, while it is written, in the host's memory."""
     if config.init_from == "scratch":
-        shape = shape_of(config)
+        shape = resolve_model_shape(config)
     else:  # one from elsewhere may have to be brought first
         sizes = MODEL_SHAPES.get(config.init_from) or config.shape()
-        shape = ModelShape(**sizes, block_size=config.block_size, vocab_size=50_257, bias=True)
+        shape = ModelShape(**sizes, block_size=config.block_size, vocab_size=GPT2_VOCAB_SIZE, bias=True)
     return shape.checkpoint_bytes(config.weights_dtype, config.optimizer, config.optimizer_states, config.lora_rank)
 
 

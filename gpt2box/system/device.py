@@ -17,6 +17,7 @@ import torch
 
 from gpt2box.config.schema import DEVICES
 from gpt2box.errors import BadInput, MachineCannot
+from gpt2box.system.gpu import BFLOAT16_CAPABILITY
 from gpt2box.system.host import is_wsl
 from gpt2box.utils.progress import counted
 
@@ -61,7 +62,7 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU that computes in it, float32 elsewhere; or what is asked for."""
     if wanted == "auto":
         # By capability: torch.cuda.is_bf16_supported() also counts slow emulation on older cards.
-        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY
         return torch.bfloat16 if fast else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[wanted]
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+BFLOAT16_CAPABILITY = (8, 0)  # compute capability from which bfloat16 is computed in hardware
+
 
 @dataclass(frozen=True)
 class GpuProcess:

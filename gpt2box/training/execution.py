@@ -10,10 +10,11 @@ import torch
 from gpt2box.config.schema import Config
 from gpt2box.errors import MachineCannot
 from gpt2box.model.shape import ModelShape
-from gpt2box.planner.execution_plan import ExecutionPlan, TargetDevice
+from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.gpu_specs import gpu_spec_of_device
-from gpt2box.planner.memory import CUDA_CONTEXT
-from gpt2box.planner.search import apply_bench_records, check_sharding, choose_execution_plan, list_execution_plans
+from gpt2box.planner.memory import CUDA_CONTEXT_BYTES
+from gpt2box.planner.search import check_sharding, choose_execution_plan, list_execution_plans
+from gpt2box.planner.target_device import TargetDevice, apply_bench_records
 from gpt2box.system.device import choose_compile, describe
 from gpt2box.system.gpu import card_of
 from gpt2box.system.host import cpu_name, memory_bytes
@@ -28,7 +29,7 @@ def place_of(device: torch.device, dtype: str, compiled: bool) -> TargetDevice:
     if device.type == "cuda":
         free = card.free_bytes if card else None
         if free is None:  # asked through PyTorch, CUDA's own share is already taken
-            free = torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT
+            free = torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES
     else:
         free = memory_bytes()[1] // ranks().local_count
     kind = gpu_spec_of_device(card.name, card.total_bytes) if card else None

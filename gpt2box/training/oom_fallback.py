@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gpt2box.planner.execution_plan import ExecutionPlan
-from gpt2box.planner.memory import Memory
+from gpt2box.planner.memory import MemoryEstimate
 from gpt2box.planner.run_plan import RunPlan, in_this_way
 from gpt2box.planner.search import next_smaller_plan
 from gpt2box.runs.sessions import record_execution
@@ -127,7 +127,7 @@ def note_way(job: Job, display: Display) -> None:
 
 def way_of(plan: RunPlan) -> ExecutionPlan:
     """How the plan does its steps."""
-    memory = Memory(**plan.memory, moment="")
+    memory = MemoryEstimate(**plan.memory, peak_phase="")
     return ExecutionPlan(
         plan.micro_batch_size,
         plan.grad_accum_steps,

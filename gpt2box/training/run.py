@@ -16,6 +16,7 @@ from gpt2box.checkpoint.loader import load_weights, restore_checkpoint
 from gpt2box.checkpoint.metadata import TrainState, verify_model_files
 from gpt2box.config import loader
 from gpt2box.config.schema import Config
+from gpt2box.config.validation import check_ranks
 from gpt2box.data.dataset import Dataset
 from gpt2box.data.pretrained import pretrained_folder, shape_in, shape_on
 from gpt2box.data.tokenizer import prompt_ids
@@ -28,7 +29,6 @@ from gpt2box.model.sampling import SamplingParams, generate
 from gpt2box.model.shape import ModelShape
 from gpt2box.optim.factory import Optimizer, make_optimizer
 from gpt2box.planner.run_plan import RunPlan, make_plan
-from gpt2box.planner.search import check_ranks_divide_step
 from gpt2box.preflight.preflight import check_gpu
 from gpt2box.report.loss_plot import plot_loss
 from gpt2box.report.page import published_val_loss, write_report
@@ -81,7 +81,7 @@ def run_in(
     allow: Sequence[str] = (),
 ) -> None:
     """The same, on each rank of a group; `text`: what the dataset is made from."""
-    group.run_on_rank0(lambda: check_ranks_divide_step(config, group.ranks.count))
+    group.run_on_rank0(lambda: check_ranks(config, group.ranks.count))
     wanted = device_of(config.device, group.ranks)
     check_gpu(wanted)
     group.run_on_rank0(lambda: wandb.check_available(config.wandb))

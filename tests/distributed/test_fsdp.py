@@ -15,9 +15,9 @@ from gpt2box.config.schema import validate
 from gpt2box.data.prepare import Options, prepare
 from gpt2box.errors import BadInput, MachineCannot
 from gpt2box.model.shape import ModelShape
-from gpt2box.planner.execution_plan import TargetDevice
 from gpt2box.planner.search import choose_execution_plan
 from gpt2box.planner.search import list_execution_plans as ways
+from gpt2box.planner.target_device import TargetDevice
 from gpt2box.training.execution import check_split
 from tests.helpers.settings import ROOT, TINY, options
 from tests.helpers.torchrun import LONG, SAME, assert_same, rank_of, rows, train_on_two, two_ranks

@@ -14,8 +14,8 @@ from gpt2box.config.schema import validate
 from gpt2box.data.prepare import Options, prepare
 from gpt2box.errors import BadInput
 from gpt2box.model.shape import ModelShape
-from gpt2box.planner.report import target
 from gpt2box.planner.search import list_execution_plans as ways
+from gpt2box.planner.target_device import select_target_device
 from tests.helpers.settings import ROOT, TINY, options
 from tests.helpers.torchrun import LONG, SAME, assert_same, rank_of, rows, train_on_two, two_ranks
 from tests.helpers.training import train, wait_for
@@ -87,11 +87,11 @@ def test_all_ranks_follow_the_faults_of_one_and_save_after_running_out_of_memory
 def test_a_step_that_ranks_cannot_share_is_refused_with_sizes_that_they_can() -> None:
     config = validate({**TINY, "tokens_per_step": 32 * 32}, "test")
     with pytest.raises(BadInput, match="tokens_per_step 1024 with 3 ranks") as refused:
-        target("rtx-4070", None, config, gpus=3)
+        select_target_device("rtx-4070", None, config, gpus=3)
     assert "768 or 1152" in refused.value.expected
     for change in ({"optimizer_in_backward": True}, {"device": "cuda:1"}):
         with pytest.raises(BadInput, match="with 2 ranks"):
-            target("rtx-4070", None, config.model_copy(update=change), gpus=2)
+            select_target_device("rtx-4070", None, config.model_copy(update=change), gpus=2)
 
 
 def test_compiled_ranks_match_one(volumes: Path) -> None:
@@ -105,6 +105,6 @@ def test_compiled_ranks_match_one(volumes: Path) -> None:
 def test_several_gpus_share_the_sequences_of_a_step_and_are_planned_to_be_faster() -> None:
     config = validate({"dataset": "any", "model": "gpt2-medium", "tokens_per_step": 262_144}, "test")
     shape = ModelShape(n_layer=24, n_head=16, n_embd=1024, block_size=1024, vocab_size=50_257, bias=True)
-    one, four = (ways(config, shape, target("rtx-4090", None, config, gpus).place) for gpus in (1, 4))
+    one, four = (ways(config, shape, select_target_device("rtx-4090", None, config, gpus)) for gpus in (1, 4))
     assert all(way.micro_batch_size * way.grad_accum_steps * way.ranks == 256 for way in [*one, *four])
     assert 2.5 < four[0].tokens_per_sec / one[0].tokens_per_sec < 4

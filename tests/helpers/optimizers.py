@@ -10,9 +10,9 @@ from gpt2box.config.schema import Config
 from gpt2box.model.shape import ModelShape
 from gpt2box.optim.clipped_step import make_optimizer_step
 from gpt2box.optim.factory import make_optimizer
-from gpt2box.planner.execution_plan import TargetDevice
 from gpt2box.planner.run_plan import RunPlan, make_plan
 from gpt2box.planner.search import list_execution_plans
+from gpt2box.planner.target_device import TargetDevice
 from tests.helpers.models import tiny_model
 
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 from gpt2box.config import loader
 from gpt2box.config.schema import MODEL_SHAPES
 from gpt2box.model.shape import ModelShape
-from gpt2box.planner.execution_plan import ExecutionPlan, TargetDevice
+from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.run_plan import RunPlan, make_plan
 from gpt2box.planner.search import NCCL_BYTES, list_execution_plans
+from gpt2box.planner.target_device import TargetDevice
 
 
 def planned(

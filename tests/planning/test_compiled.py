@@ -11,7 +11,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.shape import ModelShape
-from gpt2box.planner.memory import COMPILED
+from gpt2box.planner.memory import COMPILED_COSTS
 from tests.helpers.memory_simulator import cuda_rules
 
 
@@ -60,7 +60,7 @@ def kept_bytes(n_layer: int, mode: str, dtype: str, micro_batch_size: int = 4) -
 def test_a_compiled_block_keeps_no_more_than_is_planned(mode: str, dtype: str) -> None:
     tokens, width = 4 * 64, 128
     a_layer = kept_bytes(4, mode, dtype) - kept_bytes(3, mode, dtype)
-    by_token, by_weight = COMPILED[dtype][mode]
+    by_token, by_weight = COMPILED_COSTS[dtype][mode]
     planned = tokens * by_token * width + by_weight * width**2
     assert a_layer <= planned
     assert mode == "full" or planned <= 1.15 * a_layer  # full: a rematerialised block is counted with what it works on

@@ -17,10 +17,11 @@ from gpt2box.config import loader
 from gpt2box.errors import MachineCannot
 from gpt2box.model.selective_recompute import linear
 from gpt2box.model.shape import ModelShape
-from gpt2box.planner.execution_plan import ExecutionPlan, TargetDevice
+from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.gpu_specs import GPU_SPECS, gpu_spec_named, gpu_spec_of_device
-from gpt2box.planner.memory import CUBLAS_WORKSPACE, FIXED_WORKSPACE, GIB, WORKSPACES
+from gpt2box.planner.memory import CUBLAS_WORKSPACE_BYTES, DETERMINISTIC_WORKSPACE_BYTES, GIB, WORKSPACE_COUNT
 from gpt2box.planner.search import choose_execution_plan, list_execution_plans
+from gpt2box.planner.target_device import TargetDevice
 from gpt2box.system.determinism import WORKSPACE
 from tests.helpers.commands import Command
 from tests.helpers.memory_simulator import simulate
@@ -193,11 +194,13 @@ def test_compiled_plans_count_what_the_compiler_keeps_and_leave_selective_out() 
 
 def test_a_deterministic_plan_counts_cublas_workspaces() -> None:
     kibibytes, buffers = (int(number) for number in WORKSPACE.removeprefix(":").split(":"))  # as cuBLAS reads it
-    assert kibibytes * 1024 * buffers == FIXED_WORKSPACE
+    assert kibibytes * 1024 * buffers == DETERMINISTIC_WORKSPACE_BYTES
     plain, fixed = (
         planned(shape_of("gpt2"), 4, "none", "bfloat16", deterministic=value)[1].memory for value in ("auto", "true")
     )
-    assert fixed == replace(plain, workspace=plain.workspace - CUBLAS_WORKSPACE + WORKSPACES * FIXED_WORKSPACE)
+    assert fixed == replace(
+        plain, workspace=plain.workspace - CUBLAS_WORKSPACE_BYTES + WORKSPACE_COUNT * DETERMINISTIC_WORKSPACE_BYTES
+    )
 
 
 def test_a_card_without_bfloat16_still_gets_a_large_micro_batch() -> None:

@@ -15,9 +15,9 @@ import pytest
 
 from gpt2box.config import loader
 from gpt2box.model.shape import ModelShape
-from gpt2box.planner.execution_plan import TargetDevice
 from gpt2box.planner.run_plan import RunPlan, make_plan
 from gpt2box.planner.search import list_execution_plans
+from gpt2box.planner.target_device import TargetDevice
 from gpt2box.training.console import Display
 from tests.helpers.commands import Command
 from tests.helpers.settings import options as tiny

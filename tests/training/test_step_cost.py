@@ -24,7 +24,7 @@ from gpt2box.model.lora import add_adapters
 from gpt2box.model.shape import ModelShape
 from gpt2box.optim.clipped_step import make_optimizer_step
 from gpt2box.optim.factory import make_optimizer
-from gpt2box.planner.memory import evaluation_sequences
+from gpt2box.planner.memory import max_evaluation_batch
 from gpt2box.training.evaluate import autocast
 from gpt2box.training.model_setup import configure
 from gpt2box.training.trainer import Job, take_step
@@ -186,7 +186,7 @@ def test_an_evaluation_takes_no_more_memory_than_a_step_does(
 ) -> None:
     shape = replace(shape_of(name), n_layer=4)
     plan, way = planned(shape, micro_batch_size, mode, dtype)
-    count = evaluation_sequences(shape, dtype, plan.loss_chunk_tokens, way.memory.parts())
+    count = max_evaluation_batch(shape, dtype, plan.loss_chunk_tokens, way.memory.components())
     assert count > micro_batch_size
     with FakeTensorMode(), cuda_rules(), Recorder() as recorder:
         model = GPT2(shape).eval()
