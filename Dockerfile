@@ -1,8 +1,8 @@
-# gpt2box as an image. Build arguments choose the stack:
-#   STACK=cu121 (default)   CUDA 12.1, Python 3.10, PyTorch 2.4: cards up to RTX 40xx
+# The gpt2box image. Build arguments choose the stack:
+#   STACK=cu121 (default)   CUDA 12.1, Python 3.10, PyTorch 2.4: GPUs up to RTX 40xx
 #   STACK=cu13x             CUDA 13, Python 3.13, a current PyTorch: RTX 50xx, which CUDA 12.1 cannot drive
 #   STACK=cpu               no GPU: Debian 12, Python 3.11
-#   PYTHON=distro           the base image's own Python in place of conda's
+#   PYTHON=distro           use the distribution's Python instead of conda's
 # Everything is pinned: base images by digest, conda's Python by version, packages by hash (requirements/*.lock).
 ARG STACK=cu121
 ARG PYTHON=${STACK}
@@ -11,7 +11,7 @@ ARG CU13X_BASE=nvidia/cuda:13.0.1-base-ubuntu24.04@sha256:f8ef28f579ea42a44b415d
 ARG CPU_BASE=debian:bookworm-slim@sha256:4724b8cc51e33e398f0e2e15e18d5ec2851ff0c2280647e1310bc1642182655d
 ARG MICROMAMBA=mambaorg/micromamba:1.5.8@sha256:475730daef12ff9c0733e70092aeeefdf4c373a584c952dac3f7bdb739601990
 
-# Wheels of your own, such as PyTorch's CPU build: --build-context wheelhouse=FOLDER
+# Additional wheels, such as PyTorch's CPU build: --build-context wheelhouse=FOLDER
 FROM scratch AS wheelhouse
 # hadolint ignore=DL3006
 FROM ${MICROMAMBA} AS micromamba
@@ -19,14 +19,14 @@ FROM ${CU121_BASE} AS base-cu121
 FROM ${CU13X_BASE} AS base-cu13x
 FROM ${CPU_BASE} AS base-cpu
 
-# torch.compile builds its kernels with gcc, its CPU code with g++.
+# torch.compile needs gcc for its GPU kernels and g++ for its CPU code.
 # hadolint ignore=DL3006
 FROM base-${STACK} AS base
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates g++ gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/*.log /var/cache/ldconfig/aux-cache /var/cache/apt/*.bin
 
-# Either of the next two leaves an interpreter in /opt/python, headers included.
+# Each of the next two stages installs Python and its headers in /opt/python.
 FROM base AS python-conda
 ARG STACK
 RUN --mount=type=bind,from=micromamba,source=/bin/micromamba,target=/usr/local/bin/micromamba \
@@ -50,8 +50,8 @@ FROM python-distro AS python-cpu
 FROM python-${PYTHON} AS deps
 ARG STACK
 ENV PATH=/opt/venv/bin:$PATH
-# Bytecode is compiled here: the user that runs the image cannot write it. It names its source by a hash and not by its
-# time, which another build of the same image would not have (make image-verify); so does pip's, with SOURCE_DATE_EPOCH.
+# Compile the bytecode here: the user who runs the image cannot write it. It refers to its source by hash, because
+# modification times differ between two builds of the same image (make image-verify). SOURCE_DATE_EPOCH does so for pip.
 RUN --mount=type=bind,source=requirements,target=/requirements \
     --mount=type=bind,from=wheelhouse,target=/wheelhouse \
     --mount=type=cache,target=/root/.cache \
@@ -63,8 +63,8 @@ RUN --mount=type=bind,source=requirements,target=/requirements \
         sh /requirements/install.sh /opt/venv "${STACK}" \
     && rm -r /tmp/uv
 
-# The vocabulary and the Shakespeare texts, so that a first run needs no network. Checked against their sha256 again
-# whenever they are read.
+# The vocabulary and the Shakespeare texts, so that a first run needs no network. gpt2box verifies their sha256 each
+# time it reads them.
 FROM deps AS assets
 WORKDIR /src
 COPY gpt2box/__init__.py gpt2box/errors.py gpt2box/
@@ -74,7 +74,7 @@ COPY tests/data_files/tinyshakespeare.txt /opt/gpt2box/assets/
 RUN python -c "from gpt2box.data.downloads import bring_all; bring_all('/opt/gpt2box/assets')"
 
 FROM deps AS runtime
-# Any uid may run it, with a read-only root and a /tmp that is mounted exec.
+# Any user may run the image, with a read-only root file system and a /tmp that is mounted exec.
 ENV HOME=/tmp \
     XDG_CACHE_HOME=/tmp/cache \
     TORCHINDUCTOR_CACHE_DIR=/tmp/cache/inductor \
@@ -91,11 +91,10 @@ ENV HOME=/tmp \
     GPT2BOX_VOLUMES=/volumes
 COPY --from=assets /opt/gpt2box/assets /opt/gpt2box/assets
 RUN mkdir -p /tmp/cache /input /configs /workspace /volumes \
-    && chmod 1777 /tmp/cache \
-    && printf '#!/bin/sh\nexec python -m gpt2box.cli.container "$@"\n' >/usr/local/bin/gpt2box \
-    && chmod 755 /usr/local/bin/gpt2box
-COPY gpt2box /opt/gpt2box/gpt2box
+    && chmod 1777 /tmp/cache
+COPY --chmod=755 entrypoint/entrypoint.sh /usr/local/bin/gpt2box
 COPY configs /opt/gpt2box/configs
+COPY gpt2box /opt/gpt2box/gpt2box
 RUN PYTHONHASHSEED=0 python -m compileall -q --invalidation-mode unchecked-hash /opt/gpt2box/gpt2box
 USER 1000:1000
 WORKDIR /workspace
@@ -111,4 +110,4 @@ LABEL org.opencontainers.image.title="gpt2box" \
       org.opencontainers.image.revision="${REVISION}" \
       gpt2box.stack="${STACK}" \
       gpt2box.lock.sha256="${LOCK_SHA256}"
-ENTRYPOINT ["python", "-m", "gpt2box.cli.container"]
+ENTRYPOINT ["gpt2box"]

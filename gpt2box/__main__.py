@@ -8,6 +8,8 @@ import sys
 def main() -> None:
     """As cli.main; a Ctrl-C while that is loaded is answered as a later one is."""
     open_streams()
+    if os.getpid() == 1:  # the kernel ignores a signal for which the first process of a container has no handler
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
     by_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # `command &` in a script ignores it
     try:
         if by_default:
