@@ -1,4 +1,4 @@
-"""What `make audit` and `make image-verify` say of what they are given."""
+"""`make audit` and `make image-verify`: their reports and exit codes."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOT_KNOWN = {"name": "click", "skip_reason": "Dependency not found on PyPI and could not be audited: click (8)"}
-FAULT = {"id": "PYSEC-2099-1", "fix_versions": ["9.0"]}
+UNKNOWN_PACKAGE = {"name": "click", "skip_reason": "Dependency not found on PyPI and could not be audited: click (8)"}
+ADVISORY = {"id": "PYSEC-2099-1", "fix_versions": ["9.0"]}
 
 
 @pytest.mark.parametrize(
-    ("answer", "code", "said"),
+    ("answer", "code", "output"),
     [
         ({"dependencies": [{"name": "click", "version": "8", "vulns": []}]}, 0, "no known vulnerability"),
         (
-            {"dependencies": [{"name": "click", "version": "8", "vulns": [FAULT]}]},
+            {"dependencies": [{"name": "click", "version": "8", "vulns": [ADVISORY]}]},
             1,
-            "click 8: PYSEC-2099-1, mended in 9.0",
+            "click 8: PYSEC-2099-1, fixed in 9.0",
         ),
-        ({"dependencies": [NOT_KNOWN]}, 75, "not audited, so nothing is known: click"),
-        ("connection refused", 75, "not audited, so nothing is known: cpu.lock"),
+        ({"dependencies": [UNKNOWN_PACKAGE]}, 75, "not audited: click"),
+        ("connection refused", 75, "not audited: cpu.lock"),
     ],
 )
-def test_no_answer_of_the_advisory_service_is_not_taken_for_a_good_one(
-    tmp_path: Path, answer: object, code: int, said: str
+def test_audit_does_not_pass_without_an_answer_of_the_advisory_service(
+    tmp_path: Path, answer: object, code: int, output: str
 ) -> None:
-    answering = tmp_path / "pip-audit"  # what the real one prints
-    answering.write_text(f"#!/bin/sh\ncat <<'END'\n{json.dumps(answer)}\nEND\n")
-    answering.chmod(0o755)
-    command = [sys.executable, ROOT / "requirements" / "audit.py", answering, "cpu"]
+    pip_audit = tmp_path / "pip-audit"  # prints what the real one prints
+    pip_audit.write_text(f"#!/bin/sh\ncat <<'END'\n{json.dumps(answer)}\nEND\n")
+    pip_audit.chmod(0o755)
+    command = [sys.executable, ROOT / "scripts" / "audit.py", pip_audit, "cpu"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == code and said in done.stdout, done.stdout + done.stderr
+    assert done.returncode == code and output in done.stdout, done.stdout + done.stderr
     assert "numpy" in done.stdout and "BSD-3-Clause" in done.stdout
 
 
-def contents(tmp_path: Path, name: str, files: dict[str, bytes]) -> Path:
-    """The list of an archive's contents, as of an exported container."""
+def list_contents(tmp_path: Path, name: str, files: dict[str, bytes]) -> Path:
+    """List the contents of an archive like an exported container; return the list's path."""
     packed = BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
         for path, content in files.items():
@@ -57,17 +57,17 @@ def contents(tmp_path: Path, name: str, files: dict[str, bytes]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("other", "code", "said"),
+    ("other", "code", "output"),
     [
         ({}, 0, "0 differ"),
-        ({"opt/a\n.txt": b"2"}, 1, "WITHOUT A KNOWN REASON: 1\n  opt/a\\n.txt"),
-        ({"etc/hostname": b"2"}, 0, "made by Docker for each container: 1"),
+        ({"opt/a\n.txt": b"2"}, 1, "UNEXPLAINED: 1\n  opt/a\\n.txt"),
+        ({"etc/hostname": b"2"}, 0, "Docker creates it for each container: 1"),
         ({"opt/new": b""}, 1, "missing"),
     ],
 )
-def test_two_images_are_compared_file_by_file(tmp_path: Path, other: dict[str, bytes], code: int, said: str) -> None:
+def test_image_comparison_reports_differences(tmp_path: Path, other: dict[str, bytes], code: int, output: str) -> None:
     files = {"opt/a\n.txt": b"1", "etc/hostname": b"1", "opt/b": b"3"}
-    lists = [contents(tmp_path, "1", files), contents(tmp_path, "2", files | other)]
+    lists = [list_contents(tmp_path, "1", files), list_contents(tmp_path, "2", files | other)]
     command = [sys.executable, ROOT / "scripts" / "image_contents.py", "compare", *lists]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == code and said in done.stdout, done.stdout
+    assert done.returncode == code and output in done.stdout, done.stdout

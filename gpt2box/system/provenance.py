@@ -61,7 +61,7 @@ def git_state() -> str:
 
 
 def lock_digests() -> dict[str, str]:
-    """sha256 of each stack's lock files, one after the other (as scripts/box.sh has it); in an image, of its own."""
+    """Return the sha256 of each stack's concatenated lock files (see scripts/compose.sh); in an image, only its own."""
     image = os.environ.get("GPT2BOX_IMAGE", "").split()
     if len(image) == 4:
         return {image[0]: image[3]}

@@ -195,7 +195,7 @@ def test_make_does_the_same_with_options_and_hands_on_failures(project: Project)
     project.config("shakespeare", dataset="shakespeare")
     done = project.run("make", "shakespeare", "CPU=1", "ARGS=--max-steps 12 --name short")
     assert done.returncode == 0 and state(project, "short")["step"] == 12, done.stderr
-    done = project.run("scripts/box.sh", "job", "shakespeare", "--dropout", "3", CPU="1")
+    done = project.run("scripts/compose.sh", "job", "shakespeare", "--dropout", "3", CPU="1")
     assert done.returncode == 2 and "dropout" in done.stderr
     done = project.run("make", "sample", "CPU=1", 'PROMPT=He said "stop; echo it"', "ARGS=--max-new-tokens 4")
     assert done.returncode == 0 and done.stdout.startswith('He said "stop; echo it"'), done.stderr
@@ -207,7 +207,7 @@ def test_make_does_the_same_with_options_and_hands_on_failures(project: Project)
     assert done.returncode == 0 and (project.folder / "volumes/runs/short/report.html").exists(), done.stderr
     done = project.run("make", "finetune", "CPU=1", "DATA=nothing.txt")
     assert done.returncode != 0 and "no file or folder nothing.txt" in done.stderr
-    done = project.run("scripts/box.sh", "image", STACK="cu12")
+    done = project.run("scripts/compose.sh", "image", STACK="cu12")
     assert done.returncode == 2 and "STACK=cu121, cu13x or cpu" in done.stderr
 
 

@@ -130,9 +130,9 @@ def test_a_stop_while_nobody_saves_ends_at_once(box: Run) -> None:
 def test_a_change_of_the_source_alone_rebuilds_the_last_layers_only(tmp_path: Path) -> None:
     for name in ("Dockerfile", ".dockerignore"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("gpt2box", "requirements", "tests/data_files"):
+    for name in ("configs", "entrypoint", "gpt2box", "requirements", "tests/data_files"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    with open(tmp_path / "gpt2box" / "cli.py", "a") as file:
+    with open(tmp_path / "gpt2box" / "errors.py", "a") as file:
         file.write("# changed\n")
     arguments = os.environ["GPT2BOX_BUILD_ARGUMENTS"].split()
     built = docker("build", "--build-arg", "STACK=cpu", *arguments, "--tag", "gpt2box-test:changed", tmp_path)

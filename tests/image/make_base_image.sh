@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# tests/image/base.sh TAG: a Debian 12 base image from Debian's packages, for machines that reach no image registry.
+# tests/image/make_base_image.sh TAG: a Debian 12 base image from Debian's packages, for machines that reach no image registry.
 # It stands in for the pinned base images, with the machine's own certificate authorities, if it has any.
 set -euo pipefail
 folder=$(mktemp -d)

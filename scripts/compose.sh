@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # What the Makefile's container tasks do: look first whether Docker can do it, then run, and return the job's exit code.
-#   scripts/box.sh image [OPTION...]           options go to `docker build`
-#   scripts/box.sh preflight JOB [OPTION...]
-#   scripts/box.sh job JOB [OPTION...]         preflight, fetch, train; options go to each of them
-#   scripts/box.sh multi-gpu JOB [OPTION...]   the same, trained on all cards together
-#   scripts/box.sh run SERVICE [ARGUMENT...]   one service of compose.yaml, such as sample
-#   scripts/box.sh stop                        what runs saves and ends
+#   scripts/compose.sh image [OPTION...]           options go to `docker build`
+#   scripts/compose.sh preflight JOB [OPTION...]
+#   scripts/compose.sh job JOB [OPTION...]         preflight, fetch, train; options go to each of them
+#   scripts/compose.sh multi-gpu JOB [OPTION...]   the same, trained on all cards together
+#   scripts/compose.sh run SERVICE [ARGUMENT...]   one service of compose.yaml, such as sample
+#   scripts/compose.sh stop                        what runs saves and ends
 # CPU=1 does without a GPU. STACK, GPU, DATA and the rest come from the environment or .env.
 set -euo pipefail
 cd "$(dirname "$0")/.."
