@@ -22,7 +22,7 @@ FOLDER_PATTERN = re.compile(r"\.?step-(\d+)(\.tmp|\.old)?", re.ASCII)
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Loss = Annotated[float, Field(ge=-1, le=3.4e38)]  # slightly below 0 by rounding; float32's maximum
+Loss = Annotated[float, Field(ge=-1, le=3.4e38)]  # rounding can give less than 0; the upper bound is float32's
 MAX_SKIPPED_STEPS = 10**9  # more than any run has
 
 
@@ -31,7 +31,7 @@ class Rollback:
     """A return to an earlier checkpoint, from which training skips the data that led to bad steps."""
 
     step: Count  # of the checkpoint
-    left_out: Annotated[Count, Field(le=MAX_SKIPPED_STEPS)]  # the number of steps whose data is skipped from there on
+    left_out: Annotated[Count, Field(le=MAX_SKIPPED_STEPS)]  # number of steps whose data is skipped from there on
     past: Count = 0  # step of a later checkpoint that was given up for this one, else 0
 
 
@@ -49,9 +49,7 @@ class TrainState:
     stopped_early: bool = False
     seconds: Annotated[Finite, Field(ge=0)] = 0.0  # of training in all sessions
     bad_steps: Count = 0  # consecutive ones up to this step
-    recent_losses: list[Loss] = field(
-        default_factory=list
-    )  # history of the loss spike detection (optim/loss_spikes.py)
+    recent_losses: list[Loss] = field(default_factory=list)  # see optim/loss_spikes.py
     rollbacks: list[Rollback] = field(default_factory=list)
 
     @property

@@ -27,11 +27,7 @@ from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.distributed.fsdp import full_tensor, meta_tensor
 from gpt2box.errors import Damaged, VolumeUnwritable, why
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.model.hf_weights import (
-    hf_config,
-    hf_tensors,
-    hf_view,
-)
+from gpt2box.model.hf_weights import hf_config, hf_tensors, hf_view
 from gpt2box.model.lora import lora_parameters
 from gpt2box.optim.low_memory_adamw import LowMemoryAdamW
 from gpt2box.utils.files import check_mark, discard, fsync_dir, locked
@@ -198,9 +194,8 @@ def optimizer_tensors(
     parameters = trained_parameters(model)
     entries = [(name, *item) for name, parameter in parameters.items() for item in optimizer.state[parameter].items()]
     for name, key, tensor in sorted(entries, key=lambda item: -item[2].element_size()):
-        if key == "step" and not isinstance(
-            optimizer, LowMemoryAdamW
-        ):  # per tensor, it may have skipped different steps
+        # LowMemoryAdamW may have skipped other steps for each tensor; in PyTorch's AdamW `step` is equal for all.
+        if key == "step" and not isinstance(optimizer, LowMemoryAdamW):
             continue
         has_weight_shape = key != "step" and tensor.shape == parameters[name].shape
         tensor = get(tensor)
