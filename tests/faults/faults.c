@@ -1,7 +1,7 @@
-/* Lets a disk fail, or the process die, at a chosen call. Loaded with LD_PRELOAD; does nothing until fault_arm says so.
+/* Makes the disk fail, or kills the process, at a chosen call. Loaded with LD_PRELOAD; inactive until fault_arm is called.
  *
- * Counted are the calls that change something under one folder: open for writing, write, fsync, rename, mkdir, symlink,
- * unlink, rmdir, in all threads. */
+ * Counts the calls of all threads that change something under one folder: open for writing, write, fsync, rename, mkdir, symlink,
+ * unlink, rmdir. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -19,10 +19,11 @@ static int fault, lasting, log_to = -1;
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
-/* `at`: the call, counted from 1, or 0 for none; `error`: an errno, or -1 for death; `stays`: all later ones, too. */
-void fault_arm(const char *under, long at, int error, int stays, const char *log) {
+/* `at`: number of the call, from 1, or 0 for none; `error`: an errno, or -1 for SIGKILL; `permanent`: later calls fail, too;
+ * `log`: file for the trace of calls. */
+void fault_arm(const char *under, long at, int error, int permanent, const char *log) {
     log_to = log && *log ? REAL(open)(log, O_WRONLY | O_CREAT | O_APPEND, 0644) : -1;
-    fail_at = at, fault = error, lasting = stays, count = 0;
+    fail_at = at, fault = error, lasting = permanent, count = 0;
     strncpy(folder, under, sizeof folder - 1);
 }
 
