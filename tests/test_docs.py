@@ -136,6 +136,11 @@ def test_every_page_is_in_the_index() -> None:
     assert {page.resolve() for page in PAGES if page not in (README, index)} <= linked
 
 
+def test_the_architecture_page_lists_every_package() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(path.parent.name for path in (ROOT / "gpt2box").glob("*/__init__.py"))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=_page_id)
 def test_lines_are_at_most_100_columns(page: Path) -> None:
     for line in FENCE.sub("", page.read_text()).splitlines():
