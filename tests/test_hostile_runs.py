@@ -326,7 +326,7 @@ def test_settings_that_are_gone_are_those_of_the_manifest(run: Path, how: str) -
 def test_without_its_settings_a_run_goes_on_with_the_same(run: Path) -> None:
     (run / "config.yaml").unlink()
     code, said = train(**MORE)
-    assert code == 0 and "the settings before are those in manifest.json" in said, said
+    assert code == 0 and "using the settings in manifest.json" in said, said
     assert (run / "config.yaml").exists()
 
 

@@ -268,12 +268,12 @@ def test_a_change_that_is_sound_goes_on_when_asked_for_and_no_other(volumes: Pat
     train()
     with pytest.raises(BadInput, match="other settings") as raised:
         train(max_steps=25, learning_rate="5e-4")
-    assert "to go on so from here: --allow-change learning-rate" in str(raised.value)
+    assert "to resume with the change: --allow-change learning-rate" in str(raised.value)
     train(max_steps=25, learning_rate="5e-4", allow=("learning-rate",))
     manifest = json.loads((volumes / "runs/run/manifest.json").read_text())
     assert manifest["sessions"][-1]["changed"] == {"learning_rate": 0.001, "max_steps": 20}
     assert manifest["settings"]["learning_rate"] == 5e-4
-    for key, reason in (("n_layer", "never"), ("eval_interval", "it may"), ("x", "no such setting")):
+    for key, reason in (("n_layer", "must not"), ("eval_interval", "it may"), ("x", "no such setting")):
         with pytest.raises(BadInput, match=reason):
             train(allow=(key,))
     with pytest.raises(BadInput) as raised:
@@ -288,7 +288,7 @@ def test_another_number_of_threads_is_said_on_resume(volumes: Path, capsys: pyte
     manifest["sessions"][-1]["cpu"]["threads"] = 7
     path.write_text(json.dumps(manifest))
     train(max_steps=25)
-    assert "cpu.threads: 7 before, 1 now: from here on not in the bits" in capsys.readouterr().err
+    assert "cpu.threads: 7 before, 1 now: from here on the run is not bit-identical" in capsys.readouterr().err
 
 
 def test_the_manifest_holds_all_that_a_run_follows_from(volumes: Path) -> None:
@@ -314,7 +314,7 @@ def test_what_differs_between_two_sessions_is_named() -> None:
         "environment.MKL_CBWR: COMPATIBLE before, nothing now",
         f"python: 3.9 before, {now['python']} now",
     ]
-    assert session_differences(before, now, of_bits=True) == ["environment.MKL_CBWR: COMPATIBLE before, nothing now"]
+    assert session_differences(before, now, bits_only=True) == ["environment.MKL_CBWR: COMPATIBLE before, nothing now"]
 
 
 SECRET = "hf_thisIsNoRealTokenButLooksLikeOne"

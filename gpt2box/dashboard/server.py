@@ -1,7 +1,7 @@
-"""`gpt2box watch`: a local page that lives while the runs live. It answers GET alone, and writes nothing.
+"""`gpt2box watch`: serve the dashboard, which only reads. It answers GET alone.
 
-Who may look: on loopback whoever is on this machine, by a Host that names it (a page of another site could otherwise
-point a name of its own at 127.0.0.1 and read along: DNS rebinding); beyond it whoever has the token.
+Access: on loopback, anyone on this machine whose Host header names it (against DNS rebinding, by which a page of
+another site could point a name of its own at 127.0.0.1); beyond loopback, whoever has the token.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from gpt2box.report.html import WEB
 from gpt2box.utils.paths import in_image, runs_dir, shown
 from gpt2box.utils.progress import say
 
-TOKEN_PATTERN = re.compile(r"[A-Za-z0-9_-]{16,200}")  # of one's own: fit for an address, too long to guess
+TOKEN_PATTERN = re.compile(r"[A-Za-z0-9_-]{16,200}")  # chosen by the user: safe in a URL, too long to guess
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
-    # Nothing from another host, no script or style but the page's own files.
+    # Load nothing from another host, and no script or style but the page's own files.
     "content-security-policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -47,27 +47,27 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class AccessPolicy:
-    """Where it listens, and whom it lets in."""
+    """The address to listen on, and the token that requests must carry."""
 
     host: str
     port: int
-    token: str  # empty: none is asked for
+    token: str  # empty: none is required
 
     @property
-    def cookie(self) -> str:
-        """Of a name of its own: a browser does not tell the ports of a machine apart."""
+    def cookie_name(self) -> str:
+        """The cookie's name, with the port: browsers share cookies between ports."""
         return f"gpt2box-{self.port}"
 
-    def knows(self, token: str | None) -> bool:
-        """Whether it is the token, in a time that does not tell how much of it is right."""
+    def is_valid_token(self, token: str | None) -> bool:
+        """Compare with the token, in constant time."""
         return hmac.compare_digest((token or "").encode(), self.token.encode())
 
 
 def make_access_policy(host: str, port: int, token: str | None, behind_loopback: bool) -> AccessPolicy:
-    """What was asked for, made safe: beyond loopback there is a token.
+    """Return the access policy; without `behind_loopback`, an address beyond loopback gets a random token.
 
     Raises:
-        BadInput: a token that could be guessed.
+        BadInput: `token` could be guessed.
     """
     if token is not None and not TOKEN_PATTERN.fullmatch(token):
         found = f"a token of {len(token)} characters" if token else "an empty token"
@@ -78,28 +78,28 @@ def make_access_policy(host: str, port: int, token: str | None, behind_loopback:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches it."""
+    """Return True if only this machine can reach `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def serve(entrance: AccessPolicy) -> None:
-    """Answer until interrupted.
+def serve(policy: AccessPolicy) -> None:
+    """Serve the dashboard until interrupted.
 
     Raises:
-        BadInput: the port is taken, or the host is none of this machine's.
-        MachineCannot: the port is not for this user.
+        BadInput: the port is taken, or `host` is not an address of this machine.
+        MachineCannot: this user may not use the port.
     """
-    with open_socket(entrance) as listening:
+    with open_socket(policy) as listening:
         port = listening.getsockname()[1]
-        entrance = AccessPolicy(entrance.host, port, entrance.token)
-        say(f"watching {shown(runs_dir())} on {browser_url(entrance)} (Ctrl-C ends it)")
-        if in_image() and is_loopback(entrance.host):
+        policy = AccessPolicy(policy.host, port, policy.token)
+        say(f"watching {shown(runs_dir())} on {browser_url(policy)} (Ctrl-C ends it)")
+        if in_image() and is_loopback(policy.host):
             say("note: 127.0.0.1 is this container's own; with --host 0.0.0.0 and a published port you can look in")
         settings = uvicorn.Config(
-            create_app(entrance), log_level="warning", access_log=False, timeout_graceful_shutdown=1
+            create_app(policy), log_level="warning", access_log=False, timeout_graceful_shutdown=1
         )
         settings.server_header = False
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -107,53 +107,53 @@ def serve(entrance: AccessPolicy) -> None:
             uvicorn.Server(settings).run(sockets=[listening])
 
 
-def open_socket(entrance: AccessPolicy) -> socket.socket:
-    """The socket, before anything is said."""
+def open_socket(policy: AccessPolicy) -> socket.socket:
+    """Bind the port."""
     try:
-        family, _, _, _, place = socket.getaddrinfo(entrance.host, entrance.port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server((str(place[0]), entrance.port), family=family)
+        family, _, _, _, address = socket.getaddrinfo(policy.host, policy.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server((str(address[0]), policy.port), family=family)
     except PermissionError as error:
-        raise MachineCannot(f"port {entrance.port} is not for this user", "1024 or higher", "--port 8080") from error
+        raise MachineCannot(f"this user may not use port {policy.port}", "1024 or higher", "--port 8080") from error
     except OSError as error:
         raise BadInput(
-            f"cannot listen on {entrance.host}, port {entrance.port}: {str(error.strerror).partition(' (while')[0]}",
+            f"cannot listen on {policy.host}, port {policy.port}: {str(error.strerror).partition(' (while')[0]}",
             "a free port, an address of this machine",
-            f"--port {entrance.port + 1 if entrance.port < 65_535 else 8080}",
+            f"--port {policy.port + 1 if policy.port < 65_535 else 8080}",
         ) from error
 
 
-def browser_url(entrance: AccessPolicy) -> str:
-    """What to open in a browser."""
-    host = entrance.host
+def browser_url(policy: AccessPolicy) -> str:
+    """Return the URL to open in a browser."""
+    host = policy.host
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1" if in_image() else socket.gethostname()
-    said = f"http://{f'[{host}]' if ':' in host else host}:{entrance.port}/"
-    return said + (f"?token={entrance.token}" if entrance.token else "")
+    url = f"http://{f'[{host}]' if ':' in host else host}:{policy.port}/"
+    return url + (f"?token={policy.token}" if policy.token else "")
 
 
-def create_app(entrance: AccessPolicy) -> Starlette:
-    """The pages: the one that is looked at, its files, and what it asks for."""
+def create_app(policy: AccessPolicy) -> Starlette:
+    """Create the app: the page, its files, and the API that it polls."""
     state = DashboardState()
 
-    def now(request: Request) -> JSONResponse:  # not async: it reads files, in a thread
-        asked = request.query_params
+    def updates(request: Request) -> JSONResponse:  # not async: it reads files, in a thread
+        query = request.query_params
         return JSONResponse(
-            state.updates(ClientState(**{name: asked.get(name, "") for name in ClientState.__dataclass_fields__}))
+            state.updates(ClientState(**{name: query.get(name, "") for name in ClientState.__dataclass_fields__}))
         )
 
     def page(request: Request) -> FileResponse:
         return FileResponse(WEB / "watch.html")
 
-    routes = [Route("/", page), Route("/api/now", now), Mount("/", StaticFiles(directory=WEB))]
+    routes = [Route("/", page), Route("/api/now", updates), Mount("/", StaticFiles(directory=WEB))]
     middleware = [
-        Middleware(AuthMiddleware, entrance=entrance),
+        Middleware(AuthMiddleware, policy=policy),
         Middleware(GZipMiddleware, minimum_size=2000, compresslevel=3),
     ]
     return Starlette(routes=routes, middleware=middleware)
 
 
 def parse_host(header: str) -> str | None:
-    """A Host header's name or number, without the port."""
+    """Return the host of a Host header, without the port."""
     try:
         return urlsplit(f"//{header}").hostname
     except ValueError:
@@ -161,13 +161,13 @@ def parse_host(header: str) -> str | None:
 
 
 class AuthMiddleware:
-    """Lets requests in, and puts the headers on what goes out."""
+    """Refuses requests that the policy does not admit, and adds HEADERS to responses."""
 
-    def __init__(self, app: ASGIApp, entrance: AccessPolicy) -> None:
-        self.app, self.entrance = app, entrance
+    def __init__(self, app: ASGIApp, policy: AccessPolicy) -> None:
+        self.app, self.policy = app, policy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # the server's own start and end
+        if scope["type"] != "http":  # the server's startup and shutdown
             return await self.app(scope, receive, send)
 
         async def with_headers(message: Message) -> None:
@@ -175,20 +175,20 @@ class AuthMiddleware:
                 message["headers"] += [(name.encode(), value.encode()) for name, value in HEADERS.items()]
             await send(message)
 
-        answer = self.refuse_or_welcome(Request(scope)) or self.app
-        await answer(scope, receive, with_headers)
+        response = self.check_access(Request(scope)) or self.app
+        await response(scope, receive, with_headers)
 
-    def refuse_or_welcome(self, request: Request) -> Response | None:
-        """The answer to whom does not come in, or comes for the first time; none to who may pass."""
-        entrance = self.entrance
-        if not entrance.token:
-            names = [*LOOPBACK_NAMES, *([entrance.host] if is_loopback(entrance.host) else [])]
-            known = parse_host(request.headers.get("host", "")) in names
-            return None if known else PlainTextResponse("open it as http://localhost, or give it a token\n", 421)
-        if entrance.knows(request.query_params.get("token")):
-            welcome = RedirectResponse("/", 303)  # an address without the token
-            welcome.set_cookie(entrance.cookie, entrance.token, httponly=True, samesite="strict", max_age=30 * 86_400)
-            return welcome
-        if entrance.knows(request.cookies.get(entrance.cookie)):
+    def check_access(self, request: Request) -> Response | None:
+        """Return a refusal, or the redirect that sets the cookie; None if the request may pass."""
+        policy = self.policy
+        if not policy.token:
+            names = [*LOOPBACK_NAMES, *([policy.host] if is_loopback(policy.host) else [])]
+            is_known = parse_host(request.headers.get("host", "")) in names
+            return None if is_known else PlainTextResponse("open it as http://localhost, or give it a token\n", 421)
+        if policy.is_valid_token(request.query_params.get("token")):
+            redirect = RedirectResponse("/", 303)  # to a URL without the token
+            redirect.set_cookie(policy.cookie_name, policy.token, httponly=True, samesite="strict", max_age=30 * 86_400)
+            return redirect
+        if policy.is_valid_token(request.cookies.get(policy.cookie_name)):
             return None
         return PlainTextResponse("open the address that gpt2box watch printed: it has a token\n", 401)

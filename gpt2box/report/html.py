@@ -1,7 +1,7 @@
-"""Pages of HTML that need no network: one file with its style, its scripts and its curves.
+"""Build HTML pages that need no network: one file with its styles, scripts and curves.
 
-Whatever is put into a tag is escaped, unless `tag` itself has made it. Plots are drawn by uPlot (MIT;
-web/uplot.min.js is its 1.6.32 as published) through web/page.js, which reads the curves from a block of JSON.
+`tag` escapes all text except what it has built itself. uPlot (MIT; web/uplot.min.js is release 1.6.32, unchanged)
+draws the charts through web/page.js, which reads the curves from a block of JSON.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ WEB = Path(__file__).parent / "web"
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """Text that is already HTML."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve of a chart. Drawn over tokens, too, where a step has them."""
+    """A curve of a chart."""
 
     label: str
     curve: Curve
-    tokens_per_step: int = 0
-    dots: bool = False
+    tokens_per_step: int = 0  # 0: unknown, and no axis in tokens
+    dots: bool = False  # mark each point
 
 
 @dataclass(frozen=True)
@@ -41,49 +41,49 @@ class Chart:
 
     title: str  # with the unit
     lines: list[Line]
-    from_zero: bool = False  # the axis
+    from_zero: bool = False  # where the value axis starts
 
 
 def tag(name: str, *inside: str, **attributes: str) -> Html:
-    """An element; attributes that Python has a word for end in _."""
-    said = "".join(f' {key.rstrip("_")}="{html.escape(value)}"' for key, value in attributes.items())
-    return Html(f"<{name}{said}>{''.join(map(escape, inside))}</{name}>")
+    """Build an element. Attributes that are Python keywords end in _, such as class_."""
+    rendered = "".join(f' {key.rstrip("_")}="{html.escape(value)}"' for key, value in attributes.items())
+    return Html(f"<{name}{rendered}>{''.join(map(escape, inside))}</{name}>")
 
 
 def escape(text: str) -> str:
-    """HTML as it is, other text with nothing in it that a browser would take for HTML."""
+    """Escape text, but not Html."""
     if isinstance(text, Html):
         return text
-    whole = text.encode("utf-8", errors="replace").decode("utf-8")  # JSON can hold half a character
-    return html.escape(whole.replace("\0", "\N{REPLACEMENT CHARACTER}"))
+    valid = text.encode("utf-8", errors="replace").decode("utf-8")  # JSON can hold lone surrogates
+    return html.escape(valid.replace("\0", "\N{REPLACEMENT CHARACTER}"))
 
 
 def join_html(parts: Iterable[str]) -> Html:
-    """One after the other."""
+    """Concatenate parts."""
     return Html("\n".join(map(escape, parts)))
 
 
 def definition_list(rows: Iterable[tuple[str, str]]) -> Html:
-    """Names with what they are; those of which nothing is known are left out."""
+    """Build a list of names and values, without empty values."""
     return tag("dl", *(part for name, value in rows if value for part in (tag("dt", name), tag("dd", value))))
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Html:
-    """The first of each row is its name. A narrow screen scrolls it."""
+    """Build a table; each row starts with its name. It scrolls on a narrow screen."""
     top = tag("tr", *(tag("th", cell) for cell in head))
     lines = (tag("tr", tag("th", name), *(tag("td", cell) for cell in cells)) for name, *cells in rows)
     return tag("div", tag("table", tag("thead", top), tag("tbody", *lines)), class_="wide")
 
 
 def section(title: str, *inside: str) -> Html:
-    """A part of a page."""
+    """Build a section with a heading."""
     return tag("section", tag("h2", title), *inside)
 
 
 def plots_html(charts: list[Chart]) -> Html:
-    """A place for each chart, and what is drawn there."""
+    """Build the element that web/page.js draws charts in, and their data."""
     content = json.dumps([chart_data(chart) for chart in charts], allow_nan=False).replace("<", "\\u003c")
-    note = "Drag over a plot to look closer, double-click for all of it. "
+    note = "Drag over a plot to zoom in, double-click to zoom out. "
     most = max((len(line.curve.value) for chart in charts for line in chart.lines), default=0)
     if most > MAX_CURVE_POINTS:
         note += f"A curve is drawn with at most some {MAX_CURVE_POINTS:,} of its points (here of up to {most:,}): the "
@@ -98,7 +98,7 @@ def plots_html(charts: list[Chart]) -> Html:
 
 
 def chart_data(chart: Chart) -> dict[str, object]:
-    """What web/page.js reads."""
+    """Return a chart as web/page.js reads it."""
     lines = []
     for line in chart.lines:
         curve = line.curve.downsampled()
@@ -116,7 +116,7 @@ def chart_data(chart: Chart) -> dict[str, object]:
 
 
 def render_document(title: str, *body: str) -> str:
-    """The whole page. Its policy lets it load nothing, and run no script but its own two."""
+    """Build a page. Its content security policy lets it load nothing, and run only its own two scripts."""
     styles = [(WEB / name).read_text(encoding="utf-8") for name in ("uplot.min.css", "page.css")]
     scripts = [(WEB / name).read_text(encoding="utf-8") for name in ("uplot.min.js", "page.js")]
     hashes = " ".join(f"'sha256-{csp_hash(script)}'" for script in scripts)
@@ -135,5 +135,5 @@ def render_document(title: str, *body: str) -> str:
 
 
 def csp_hash(script: str) -> str:
-    """As a policy names a script."""
+    """Return the hash by which a content security policy admits a script."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

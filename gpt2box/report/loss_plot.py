@@ -1,4 +1,4 @@
-"""loss.png: the training and validation loss of a run."""
+"""Draw loss.png: the training and validation loss of a run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from gpt2box.utils.files import write_atomically
 
 
 def plot_loss(run: Path) -> Path:
-    """Draw `run`/metrics.jsonl; returns the picture's path."""
-    os.environ["MPLBACKEND"] = "agg"  # whatever it was: a name that Matplotlib does not know ends its import
+    """Draw a run's losses and return the path of loss.png."""
+    os.environ["MPLBACKEND"] = "agg"  # overrides the user's: Matplotlib fails to import with an unknown name
     from matplotlib import pyplot
 
     curves = read_history(run / "metrics.jsonl").curves
@@ -32,7 +32,7 @@ def plot_loss(run: Path) -> Path:
         axes.legend()
     path = run / "loss.png"
     figure.tight_layout()
-    figure.savefig(drawn := io.BytesIO(), format="png")
-    write_atomically(path, drawn.getvalue())
+    figure.savefig(png := io.BytesIO(), format="png")
+    write_atomically(path, png.getvalue())
     pyplot.close(figure)
     return path

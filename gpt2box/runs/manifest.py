@@ -1,4 +1,4 @@
-"""What a run keeps of how it began and what it ran on: config.yaml, plan.json, manifest.json."""
+"""Write and check a run's records: config.yaml, plan.json, and manifest.json with its inputs and sessions."""
 
 from __future__ import annotations
 
@@ -22,30 +22,31 @@ from gpt2box.runs.sessions import recorded_sessions, session_at_step, session_di
 from gpt2box.utils.files import read_json, read_object, write_atomically
 from gpt2box.utils.progress import say, size
 
-FORMAT = 2  # of manifest.json; 1 had neither settings nor weights
-LARGE_FILE_BYTES = 1 << 30  # bytes: a second or more
+FORMAT = 2  # of manifest.json; 1 lacked settings and weights
+LARGE_FILE_BYTES = 1 << 30  # whose checksum takes a second or more
 DAMAGED_COPY_NAME = "manifest.json.damaged"
-MAX_LISTED_FILES = 1000  # of a dataset, that are listed one by one
+MAX_LISTED_FILES = 1000  # of a dataset; a longer list is recorded as its checksum
 
 
 def check_settings_unchanged(
     config: Config, dataset: Dataset, run: Path, allow: Collection[str] = (), step: int = 0
 ) -> dict[str, Any]:
-    """A run goes on, from `step`, with the settings and the text it began with, but for settings that do not change
-    what is learned, and for those whose change is asked for.
+    """Check that a run resumes, from `step`, with its original settings and dataset.
 
-    Returns: what each setting that differs was before.
+    Settings that do not affect the result may differ, as may those named in `allow`.
+
+    Returns: the previous value of each setting that differs.
 
     Raises:
-        BadInput: lists what differs.
-        Damaged: nothing says with what settings it began.
+        BadInput: lists the settings that must not differ.
+        Damaged: the original settings are lost.
     """
     before = load_run_settings(run)
     began = read_manifest(run)
     if not began:
         say(
             f"note: {run / 'manifest.json'} is {'damaged' if os.path.lexists(run / 'manifest.json') else 'missing'}: "
-            "whether the dataset is the one that the run began with is not known, nor what was noted of its sessions"
+            "the dataset cannot be compared with the original, and the record of earlier sessions is lost"
         )
     elif not is_same_dataset(began["dataset"]["splits"], describe_dataset(dataset, began)["splits"]):
         raise BadInput(
@@ -56,17 +57,17 @@ def check_settings_unchanged(
     differing = [key for key in Config.model_fields if getattr(before, key) != getattr(config, key)]
     if refused := [key for key in differing if not may_change(key) and key not in allow]:
         lines = [f"{key}: {getattr(before, key)} before, {getattr(config, key)} now" for key in refused]
-        sound = [key for key in refused if key in CHANGEABLE]
-        asked = "".join(f" --allow-change {key.replace('_', '-')}" for key in sound)
+        allowable = [key for key in refused if key in CHANGEABLE]
+        asked = "".join(f" --allow-change {key.replace('_', '-')}" for key in allowable)
         raise BadInput(
             f"the run {config.name} began with other settings:\n    " + "\n    ".join(lines),
-            "the same settings to go on",
+            "the same settings to resume",
             f"undo the change, or begin another run with --name {config.name}-2"
-            + (f"; to go on so from here:{asked}" if sound == refused else ""),
+            + (f"; to resume with the change:{asked}" if allowable == refused else ""),
         )
     for key in differing:
-        stretched = key == "max_steps" and config.decay_steps is None and config.lr_schedule != "constant"
-        tail = "; the learning rate's schedule now ends there" if stretched else ""
+        moves_schedule = key == "max_steps" and config.decay_steps is None and config.lr_schedule != "constant"
+        tail = "; the learning rate's schedule now ends there" if moves_schedule else ""
         if key == "max_steps" and config.max_steps < step:
             tail = f", which the run is past: it is at step {step:,}, and nothing is left to do"
         say(f"note: {key}: {getattr(before, key)} before, {getattr(config, key)} now{tail}")
@@ -74,26 +75,32 @@ def check_settings_unchanged(
 
 
 def parse_allowed_changes(given: Sequence[str]) -> tuple[str, ...]:
-    """The settings of --allow-change.
+    """Return the settings named by --allow-change.
 
     Raises:
-        BadInput: one that may change without it, may never change, or is none.
+        BadInput: one is unknown, needs no permission, or must never change.
     """
     keys = tuple(key.replace("-", "_") for key in given)
     for key in keys:
         if key not in CHANGEABLE:
             known = key in Config.model_fields
-            reason = "no such setting" if not known else "it may" if may_change(key) else "it never may in a run"
+            reason = (
+                "no such setting"
+                if not known
+                else "it may change without"
+                if may_change(key)
+                else "it must not change in a run"
+            )
             raise BadInput(f"--allow-change {key}: {reason}", f"one of: {', '.join(CHANGEABLE)}")
     return keys
 
 
 def load_run_settings(run: Path) -> Config:
-    """The settings that a run began or last went on with: config.yaml's, or where that is gone manifest.json's.
+    """Load a run's settings of its last session, from config.yaml or, if that is lost, from manifest.json.
 
     Raises:
-        BadInput: they are none.
-        Damaged: neither has any.
+        BadInput: they are invalid.
+        Damaged: both are lost.
     """
     path, manifest = run / "config.yaml", run / "manifest.json"
     if path.exists() and (values := loader.read_yaml(path)):
@@ -101,16 +108,16 @@ def load_run_settings(run: Path) -> Config:
     values = read_object(manifest).get("settings") or {}
     if not values or not isinstance(values, dict):
         raise Damaged(
-            f"nothing says with what settings {run.name} began: neither {path} nor {manifest}",
+            f"the settings of {run.name} are lost: neither {path} nor {manifest} has them",
             "one of them",
-            f"restore it from a backup; or begin another run from the weights: --init-from {run}/checkpoints/last",
+            f"restore it from a backup; or start another run from the weights: --init-from {run}/checkpoints/last",
         )
-    say(f"note: {path} is {'empty' if path.exists() else 'missing'}: the settings before are those in {manifest.name}")
+    say(f"note: {path} is {'empty' if path.exists() else 'missing'}: using the settings in {manifest.name}")
     return validate(values, str(manifest))
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
-    """manifest.json, or nothing where it is missing or unreadable."""
+    """Read manifest.json; empty if it is missing or damaged."""
     try:
         content: dict[str, Any] = read_json(run / "manifest.json")
         return content if isinstance(content["dataset"]["splits"], dict) else {}
@@ -119,26 +126,28 @@ def read_manifest(run: Path) -> dict[str, Any]:
 
 
 def warn_if_not_bit_exact(run: Path, session: dict[str, Any]) -> None:
-    """Where a session goes on in another way than the one before, or on another machine."""
+    """Print what keeps a resumed run from being bit-identical: another execution, another machine."""
     before = valid_sessions(read_manifest(run))
     last = session_at_step(before, max(session["step"] - 1, 0)) if before else session
-    for line in session_differences(last, session, of_bits=True):
-        say(f"note: {line}: from here on not in the bits of an uninterrupted run")
+    for line in session_differences(last, session, bits_only=True):
+        say(f"note: {line}: from here on the run is not bit-identical to an uninterrupted one")
 
 
 def write_run_records(
     run: Path, config: Config, plan: RunPlan, dataset: Dataset, session: dict[str, Any], weights: Path | None
 ) -> None:
-    """manifest.json, plan.json and config.yaml: all that the run follows from, and what each session ran on.
+    """Write manifest.json, plan.json and config.yaml at the start of a session.
 
-    config.yaml last: who is ended before it notes the same change once more, which says the same.
+    config.yaml comes last: a run killed before that detects and records the same settings change again.
     """
     path = run / "manifest.json"
     before = read_object(path)
     if os.path.lexists(path) and not read_manifest(run):
         os.replace(path, run / DAMAGED_COPY_NAME)
-        say(f"note: what is left of manifest.json is kept as {DAMAGED_COPY_NAME}")
-    known = before.get("weights") if plan.lora_rank == 0 or session["step"] else None  # read anew with adapters
+        say(f"note: the damaged manifest.json is kept as {DAMAGED_COPY_NAME}")
+    known = (
+        before.get("weights") if plan.lora_rank == 0 or session["step"] else None
+    )  # LoRA reads the base weights at every start
     manifest = {
         "format": FORMAT,
         "name": config.name,
@@ -156,15 +165,16 @@ def write_run_records(
 
 
 def file_stamps(dataset: Dataset) -> dict[str, list[int]]:
-    """Bytes and time of change, in nanoseconds, of a dataset's files: while these stay, so does what was compared."""
+    """Return size and mtime (ns) of a dataset's files: while they stay, a comparison by checksum stays valid."""
     files = sorted([*dataset.folder.glob("*.bin"), *dataset.folder.glob("*.mask")])
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
 def describe_dataset(dataset: Dataset, before: dict[str, Any]) -> dict[str, Any]:
-    """Its manifest, with a long list of files cut to its sha256; of nanoGPT's, which has none, what makes it up.
+    """Return a dataset's manifest, with a long list of files replaced by its sha256.
 
-    `before`: a manifest of a run on it, of which checksums are taken as long as the files have not been touched.
+    A nanoGPT folder has no manifest: its token counts and checksums are returned. `before`: a run's manifest, whose
+    checksum is reused while the files are untouched.
     """
     if not dataset.manifest:
         splits: dict[str, Any] = {split: {"tokens": dataset.tokens(split)} for split in SPLITS}
@@ -180,7 +190,7 @@ def describe_dataset(dataset: Dataset, before: dict[str, Any]) -> dict[str, Any]
 
 
 def cached_train_sha256(dataset: Dataset, before: dict[str, Any]) -> str:
-    """Of nanoGPT's train.bin, as a run's manifest has it; nothing where the files have been touched since."""
+    """Return the checksum of train.bin that a run's manifest recorded; empty if the files were touched since."""
     try:
         return str(before["dataset"]["splits"]["train"]["sha256"]) if before["checked"] == file_stamps(dataset) else ""
     except (KeyError, TypeError):
@@ -188,15 +198,15 @@ def cached_train_sha256(dataset: Dataset, before: dict[str, Any]) -> str:
 
 
 @cache
-def sha256_of_tokens(path: Path, size_bytes: int, changed: int) -> str:
-    """Once in a process, as long as size and time of change stay."""
+def sha256_of_tokens(path: Path, size_bytes: int, mtime_ns: int) -> str:
+    """Return a file's checksum, cached in this process by size and mtime."""
     if size_bytes > LARGE_FILE_BYTES:
-        say(f"taking the checksum of {size(size_bytes)} of tokens")
+        say(f"computing the checksum of {size(size_bytes)} of tokens")
     return sha256_of(path)
 
 
 def is_same_dataset(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Of what two manifests say of a dataset's splits; an earlier version noted no checksum of nanoGPT's train.bin."""
+    """Compare the splits in two manifests. Early versions have no checksum of a nanoGPT train.bin: it is skipped."""
     train = before.get("train")
     if isinstance(train, dict) and "val_digest" in before:
         before = {**before, "train": {"sha256": now.get("train", {}).get("sha256"), **train}}
@@ -204,7 +214,7 @@ def is_same_dataset(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def describe_weights(init_from: str, folder: Path | None) -> dict[str, Any]:
-    """What the weights that a run begins from are: of the Hub their commit, and of each file the sha256."""
+    """Describe the initial weights: Hub repository and commit, and the sha256 of each file."""
     if folder is None:
         return {"init_from": init_from}
     hub = read_object(folder / "hub.json")

@@ -1,7 +1,7 @@
-"""Weights & Biases, where a run asks for it (`wandb: online` or `offline`): the figures that TensorBoard gets.
+"""Log a run's metrics to Weights & Biases if `wandb` is `online` or `offline`.
 
-wandb is imported only then; its own variables hold (WANDB_API_KEY, WANDB_PROJECT, WANDB_ENTITY, WANDB_BASE_URL). A key
-in the environment alone sends nothing. wandb.json in the run's folder keeps the id, under which a resumed run goes on.
+wandb is imported only then. Its own variables apply (WANDB_API_KEY, WANDB_PROJECT, WANDB_ENTITY, WANDB_BASE_URL); a key
+in the environment alone sends nothing. wandb.json in the run's folder keeps the id under which a resumed run continues.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from gpt2box.utils.paths import in_image
 
 
 def check_available(mode: str) -> None:
-    """Whether W&B can be had; to be asked before anything starts.
+    """Check that W&B is usable, before training starts.
 
     Raises:
         MachineCannot: it is not installed.
-        BadInput: there is no key.
+        BadInput: there is no API key.
     """
     if mode == "off":
         return
     found = importlib.util.find_spec("wandb")
-    if found is None or found.origin is None:  # a folder wandb/, which W&B leaves where it ran, is no package
+    if found is None or found.origin is None:  # a folder wandb/, which W&B leaves where it ran, has no origin
         raise MachineCannot(
             f"wandb is {mode}, and Weights & Biases is not installed" + (" in the image" if in_image() else ""),
             "the package wandb, or --wandb off; metrics.jsonl and TensorBoard have the same figures",
@@ -46,7 +46,7 @@ def check_available(mode: str) -> None:
 
 
 def has_api_key() -> bool:
-    """In one of the places where W&B looks for it, too."""
+    """Return True if there is an API key in one of the places where W&B looks."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
@@ -62,14 +62,14 @@ def has_api_key() -> bool:
 
 
 class WandbRun:
-    """A W&B run that is open."""
+    """An open W&B run."""
 
     def __init__(self, folder: Path, mode: str) -> None:
         import wandb
 
-        kept = read_object(folder / "wandb.json")
-        name = str(kept.get("id") or secrets.token_hex(4))
-        project = os.environ.get("WANDB_PROJECT") or str(kept.get("project") or "gpt2box")
+        saved = read_object(folder / "wandb.json")
+        name = str(saved.get("id") or secrets.token_hex(4))
+        project = os.environ.get("WANDB_PROJECT") or str(saved.get("project") or "gpt2box")
         write_atomically(folder / "wandb.json", json.dumps({"id": name, "project": project}) + "\n")
         try:
             self._run = wandb.init(
@@ -78,21 +78,21 @@ class WandbRun:
                 name=folder.name,
                 dir=str(folder),
                 mode=mode,
-                resume="allow" if mode == "online" else None,  # offline, `wandb sync` puts the parts together by id
+                resume="allow" if mode == "online" else None,  # offline, `wandb sync` joins the sessions by id
                 config=read_yaml(folder / "config.yaml"),
                 save_code=False,
                 settings=wandb.Settings(console="off", silent=True, disable_git=True),
             )
         except wandb.errors.Error as error:
             raise TryAgain(
-                f"Weights & Biases does not take the run: {error}",
+                f"Weights & Biases rejects the run: {error}",
                 next_step="the same command again, or --wandb offline",
             ) from error
 
-    def log(self, step: int, figures: dict[str, Any]) -> None:
-        """Those of a step. W&B keeps what it has of a step that is done again."""
-        self._run.log(figures, step=step)
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Log the numbers of a step. For a repeated step, W&B keeps the first."""
+        self._run.log(values, step=step)
 
     def close(self) -> None:
-        """Wait until all is written, or sent."""
+        """Wait until everything is written or sent."""
         self._run.finish()

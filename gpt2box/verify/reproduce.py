@@ -220,6 +220,6 @@ def log_differences(config: Config, manifest: dict[str, Any]) -> None:
     if config.deterministic is True:
         make_deterministic(compiled=False)  # sets an environment variable that is part of the comparison
     now = {**provenance(device), "device_type": device.type}
-    bit_relevant = session_differences(first_session, now, of_bits=True)
+    bit_relevant = session_differences(first_session, now, bits_only=True)
     for line in session_differences(first_session, now):
         say(f"note: {line}" + (": the bits may differ" if line in bit_relevant else ""))

@@ -123,7 +123,7 @@ def verify(run: Path, start_at: str | None, steps: int | None) -> Verdict:
 
 def with_as_many_threads(stretch: Stretch, now: dict[str, Any]) -> str:
     """The same once more with as many threads as then, where nothing else differs that would change bits."""
-    cpu, of_bits = stretch.session.get("cpu"), session_differences(stretch.session, now, of_bits=True)
+    cpu, of_bits = stretch.session.get("cpu"), session_differences(stretch.session, now, bits_only=True)
     threads = cpu.get("threads") if isinstance(cpu, dict) else None
     known = ("cpu.threads", "environment.OMP_NUM_THREADS")
     if type(threads) is not int or threads == now["cpu"]["threads"] or not all(x.startswith(known) for x in of_bits):

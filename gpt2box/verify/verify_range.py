@@ -108,7 +108,7 @@ def execution_after(run: Path, start: int) -> tuple[Config, dict[str, Any], dict
             values |= later["changed"]
             same_execution = {**later, "way": execution_changes(later)[0][1] | changeable_execution(session["way"])}
             if (
-                session_differences(session, same_execution, of_bits=True)
+                session_differences(session, same_execution, bits_only=True)
                 or CHANGEABLE_SETTINGS & later["changed"].keys()
             ):
                 limit = step
