@@ -77,8 +77,6 @@ def cli() -> None:
 @click.option(
     "--from", "folder", type=click.Path(file_okay=False, exists=True, path_type=Path), help="openwebtext's own files."
 )
-@click.option("--shard-range", type=FirstToLast(), help="Tokenise only these files, as one machine of several.")
-@click.option("--merge", is_flag=True, help="Make the dataset of what --shard-range made.")
 @click.option("--keep-raw", is_flag=True, help="Keep downloaded files when they are tokenised.")
 @click.option("--hub-config", default="", help="Configuration of a Hub dataset.")
 @click.option("--hub-split", default="", help="Split of a Hub dataset [default: train].")

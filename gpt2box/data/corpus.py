@@ -26,7 +26,6 @@ class Collection:
     source: str
     identity: list[dict[str, Any]]  # what the files are; the same gives the same bytes
     sources: list[Source]
-    of: int  # files that there are in all, of which these may be a part
     documents: int | None = None  # where known beforehand
     tail: bool = False  # a few long texts: the end of each is held out
     brought: bool = False  # the files are downloaded
@@ -51,7 +50,7 @@ def openwebtext(folder: Path | None, files: slice, keep_raw: bool) -> Collection
         sources, known = hub_datasets.openwebtext(keep_raw)
         documents = pin.documents if len(sources[files]) == len(sources) else None
         source = f"OpenWebText, {pin.repo}@{pin.revision}"
-        return Collection(source, known[files], check_any(sources[files]), len(sources), documents, brought=True)
+        return Collection(source, known[files], check_any(sources[files]), documents, brought=True)
     paths = sorted(folder.glob("train-*.parquet"))
     if not paths:
         raise BadInput(f"no train-*.parquet in {folder}", "the Parquet files of openwebtext, or a part of them")
@@ -63,11 +62,11 @@ def openwebtext(folder: Path | None, files: slice, keep_raw: bool) -> Collection
     identity = [fingerprint(path, path.name) for path in paths]
     if any(hub_datasets.KNOWN.get(i["name"]) not in (None, (i["bytes"], i["sha256"])) for i in identity):
         say("note: these are not OpenWebText's files, but others of their names")
-    return Collection("OpenWebText, from a folder", identity, sources, of)
+    return Collection("OpenWebText, from a folder", identity, sources)
 
 
 def numbered(paths: list[Path], files: slice) -> tuple[list[Path], int]:
-    """Those that are asked for, by the number in their names if all have one: other machines may have the others.
+    """Those that are asked for, by the number in their names if all have one: the folder may lack others.
 
     Returns: them, and how many there are in all.
 
@@ -94,9 +93,9 @@ def from_hub(name: str, config: str, split: str, files: slice, keep_raw: bool) -
     Raises:
         BadInput: no such dataset, or no such files of it.
     """
-    sources, title, of = hub_datasets.dataset(name, config, split, files, keep_raw)
+    sources, title = hub_datasets.dataset(name, config, split, files, keep_raw)
     identity = [{"name": s.name, "bytes": s.size_bytes, "sha256": s.sha256} for s in check_any(sources)]
-    return Collection(title, identity, sources, of, brought=True)
+    return Collection(title, identity, sources, brought=True)
 
 
 def check_any(sources: list[Source]) -> list[Source]:
@@ -118,7 +117,7 @@ def own_collection(files: list[tuple[Path, str]]) -> Collection:
     identity = [fingerprint(path, name) for path, name in files]
     sources = [replace(hub_datasets.local_source(path), name=name) for path, name in files]
     source = ", ".join(str(path) for path, _ in files[:20]) + (", …" if len(files) > 20 else "")
-    return Collection(source, identity, sources, len(files), None, plain and len(files) < WHOLE_DOCUMENTS)
+    return Collection(source, identity, sources, None, plain and len(files) < WHOLE_DOCUMENTS)
 
 
 def check_counted(sources: list[Source]) -> None:

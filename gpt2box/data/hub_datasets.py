@@ -116,10 +116,10 @@ def files_at(repo: str, revision: str, folder: str, names: list[str], kept: Path
         raise Damaged(f"{kept} lacks {error}", f"{len(names)} files with their sha256", f"remove {kept}") from error
 
 
-def dataset(name: str, config: str, split: str, files: slice, keep_raw: bool) -> tuple[list[Source], str, int]:
+def dataset(name: str, config: str, split: str, files: slice, keep_raw: bool) -> tuple[list[Source], str]:
     """Any dataset of the Hub: the Parquet files into which the Hub converts each, or some of them.
 
-    Returns: these, what they are in words, and how many there are in all.
+    Returns: these, and what they are in words.
 
     Raises:
         BadInput: no such dataset, configuration or split.
@@ -136,7 +136,7 @@ def dataset(name: str, config: str, split: str, files: slice, keep_raw: bool) ->
     for index, url in list(enumerate(answer[config][split]))[files]:
         asset = Asset(f"{config}-{split}-{index:05d}.parquet", *size_and_digest(url), url)
         sources.append(downloaded(asset, folder, keep_raw))
-    return sources, f"the Hub's {name}, {config}, {split}", len(answer[config][split])
+    return sources, f"the Hub's {name}, {config}, {split}"
 
 
 def local_source(path: Path) -> Source:

@@ -19,12 +19,10 @@ from gpt2box.data import corpus, hub_models, tokenizer
 from gpt2box.data.dataset import SPLITS, open_dataset
 from gpt2box.data.dataset_folder import Made, check_content, read_manifest
 from gpt2box.data.instructions import columns_in, prepare_instructions
-from gpt2box.data.parts import found_parts, make_part
 from gpt2box.data.prepare_corpus import Choices, prepare_many
 from gpt2box.data.prepare_texts import Request, prepare_few
 from gpt2box.data.readers import kind_of
 from gpt2box.data.sources import CORPORA, KNOWN, OPENWEBTEXT, is_small, own_files, own_text
-from gpt2box.data.tokenize_workers import usual_workers
 from gpt2box.errors import BadInput, Damaged, why
 from gpt2box.utils.paths import RECORD_SUFFIXES, checked_name, dataset_dir, make_writable, raw_dir, slug, title_of
 from gpt2box.utils.progress import say
@@ -52,8 +50,6 @@ class Options:
     split: str = "content"  # or nanogpt
     max_docs: int | None = None
     shards: tuple[int, int] | None = None  # of a corpus of many files: the first, and the one after the last
-    shard_range: tuple[int, int] | None = None  # the same, but to be merged with others
-    merge: bool = False
     folder: Path | None = None  # where OpenWebText's files are
     keep_raw: bool = False
     keep_duplicates: bool = False
@@ -83,21 +79,7 @@ def prepare(inputs: Sequence[str], options: Options, name: str | None = None, fo
     check_apart(item, options)
     usual = usual_name(inputs[0], replace(options, tokenizer="gpt2" if options.tokenizer == "gpt2" else asked))
     target = folder or dataset_dir(checked_name(name or usual, "dataset"))
-    if options.shard_range:
-        if name:
-            raise BadInput(
-                "--name has no meaning with --shard-range", "it is given with --merge, when the parts are put together"
-            )
-        collected = large(item, replace(options, shards=options.shard_range))
-        title = usual_name(inputs[0], Options())
-        workers = options.workers or usual_workers()
-        part = make_part(collected, options.shard_range, title, options.text_column, workers)
-        say(f"{part}: when the others are beside it, gpt2box prepare {item} --merge")
-        return {}, True
-    if options.merge:
-        whole, parts, column = found_parts(usual_name(inputs[0], Options()))
-        made = prepare_many(whole, choices_of(item, replace(options, text_column=column)), target, parts)
-    elif item in OPENWEBTEXT or item.startswith(HUB):
+    if item in OPENWEBTEXT or item.startswith(HUB):
         made = prepare_many(large(item, options), choices_of(item, options), target)
     else:
         made = own(item, inputs, options, target)
@@ -162,7 +144,7 @@ def check_apart(item: str, options: Options) -> None:
     given = {name for name, value in vars(options).items() if value != getattr(Options(), name)}
     for_all = {"tokenizer", "val_fraction"}
     for_many = for_all | {"text_column", "split", "max_docs", "keep_duplicates", "workers"}
-    in_files = {"shards", "keep_raw", "shard_range", "merge"}
+    in_files = {"shards", "keep_raw"}
     allowed = {
         "corpus": for_all,
         "own": for_many | {"prompt_column", "response_column"},
@@ -171,10 +153,6 @@ def check_apart(item: str, options: Options) -> None:
     }[kind]
     if options.in_characters:
         allowed -= {"max_docs", "split"} | ({"tokenizer"} if kind in ("openwebtext", "hub") else set())
-    if options.shard_range:
-        allowed -= {"merge", "shards", "split", "val_fraction", "max_docs", "keep_duplicates", "tokenizer"}
-    if options.merge:
-        allowed -= {"shards", "folder", "keep_raw", "text_column", "workers", "hub_config", "hub_split", "tokenizer"}
     if wrong := sorted(given - allowed):
         flag = "from" if wrong[0] == "folder" else wrong[0].replace("_", "-")
         of = item or "files" + (" in characters" if options.in_characters else "")

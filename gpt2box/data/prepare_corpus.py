@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from gpt2box.data.bulk_tokenizer import source_of
 from gpt2box.data.corpus import Collection, check_counted, rows_in
 from gpt2box.data.dataset import FORMAT
 from gpt2box.data.dataset_folder import SPLIT_SEED, Made, described, make
-from gpt2box.data.parts import merge
 from gpt2box.data.tokenize_workers import run, usual_workers
 from gpt2box.data.tokenizer import identity_of
 from gpt2box.errors import VolumeUnwritable
@@ -38,10 +36,8 @@ class Choices:
     tokenizer: str = "gpt2"  # or the folder of another
 
 
-def prepare_many(collection: Collection, choices: Choices, folder: Path, parts: Sequence[Path] = ()) -> Made:
+def prepare_many(collection: Collection, choices: Choices, folder: Path) -> Made:
     """Make the dataset in `folder` unless it is there from the same files and choices; goes on where it was ended.
-
-    `parts`: in which the collection is tokenised already (parts.py).
 
     Returns: the manifest, and whether anything was written.
 
@@ -57,13 +53,13 @@ def prepare_many(collection: Collection, choices: Choices, folder: Path, parts: 
     identity = {"format": FORMAT, "source": collection.source, "documents": collection.identity, "choices": asked}
 
     def write_beside(temporary: Path) -> dict[str, Any]:
-        check_space(collection, choices, temporary, parts)
-        return write(collection, choices, temporary, parts)
+        check_space(collection, choices, temporary)
+        return write(collection, choices, temporary)
 
     return make(folder, identity, write_beside, resumable=True)
 
 
-def check_space(collection: Collection, choices: Choices, temporary: Path, parts: Sequence[Path]) -> None:
+def check_space(collection: Collection, choices: Choices, temporary: Path) -> None:
     """Say what will be written, and refuse where that is more than is free.
 
     Raises:
@@ -76,10 +72,8 @@ def check_space(collection: Collection, choices: Choices, temporary: Path, parts
     if collection.brought and choices.split == "nanogpt" and not collection.documents:
         ahead = collection.size_bytes()  # all are brought before the first is tokenised: to be counted
     there = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
-    tokens = sum(path.stat().st_size for part in parts for path in part.iterdir()) or collection.token_bytes()
-    needed, free = max(tokens - there, 0) + ahead, host.free_bytes(temporary)
-    what = f"{len(parts)} parts" if parts else f"{len(collection.sources)} files, {size(collection.size_bytes())}"
-    say(f"{what}: takes about {size(needed)} of disk")
+    needed, free = max(collection.token_bytes() - there, 0) + ahead, host.free_bytes(temporary)
+    say(f"{len(collection.sources)} files, {size(collection.size_bytes())}: takes about {size(needed)} of disk")
     if needed > free:
         raise VolumeUnwritable(
             f"{size(free)} free in {temporary.parent}; that is {size(needed - free)} too few",
@@ -88,7 +82,7 @@ def check_space(collection: Collection, choices: Choices, temporary: Path, parts
         )
 
 
-def write(collection: Collection, choices: Choices, folder: Path, parts: Sequence[Path]) -> dict[str, Any]:
+def write(collection: Collection, choices: Choices, folder: Path) -> dict[str, Any]:
     """Write both .bin files and the tokenizer into `folder`; returns the manifest's share."""
     source, encoder = source_of(choices.tokenizer)
     assert encoder.end_of_text is not None
@@ -104,10 +98,7 @@ def write(collection: Collection, choices: Choices, folder: Path, parts: Sequenc
         sink = ShuffledSink(folder, documents, choices.val_fraction, SPLIT_SEED)
     else:
         sink = Sink(folder, choices.val_fraction, SPLIT_SEED, not choices.keep_duplicates, collection.tail)
-    if parts:
-        merge(parts, sink, choices.max_documents)
-    else:
-        workers = choices.workers or usual_workers()
-        run(collection.sources, sink, choices.column, source, encoder.end_of_text, workers, choices.max_documents)
+    workers = choices.workers or usual_workers()
+    run(collection.sources, sink, choices.column, source, encoder.end_of_text, workers, choices.max_documents)
     saving.result()
     return described(folder, encoder, sink.finish())

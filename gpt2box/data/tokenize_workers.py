@@ -30,7 +30,6 @@ from gpt2box.utils.progress import Advance, bytes_bar
 MEMORY_OF_A_WORKER = 1 << 30
 SPILL_BYTES = 1 << 27  # of a unit's tokens
 SAVE_SECONDS = 10.0  # at most so much work is done again after a kill
-SAVE_EVERY = 32  # units, where they are merged
 FILES_AHEAD = 2  # brought before they are needed
 
 

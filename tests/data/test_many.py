@@ -148,37 +148,17 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, volumes: Path, started: Comma
     assert bins(volumes / "data/a-first-1000000") == bins(volumes / "data/whole")
 
 
-def test_several_machines_make_the_same_bytes_as_one(volumes: Path, corpus: Path, gpt2box: Command) -> None:
-    base = ["prepare", "openwebtext"]
-    source = ["--from", str(corpus)]
-    assert gpt2box(*base, *source, "--name", "one").returncode == 0
-    assert gpt2box(*base, *source, "--shard-range", "0:2").returncode == 0
-    early = gpt2box(*base, "--merge")
-    assert early.returncode == 2 and "files 2 to 5 are missing" in early.stderr
-    assert gpt2box(*base, *source, "--shard-range", "2:6").returncode == 0
-    assert "there already" in gpt2box(*base, *source, "--shard-range", "2:6").stderr
-    merged = gpt2box(*base, "--merge")
-    assert merged.returncode == 0, merged.stderr
-    assert bins(volumes / "data/openwebtext") == bins(volumes / "data/one")
-    part = next((volumes / "data/raw/parts").glob("openwebtext-00002*/chunk-000001.npz"))
-    part.write_bytes(part.read_bytes()[:-100])
-    torn = gpt2box(*base, "--merge", "--name", "again")
-    assert torn.returncode == 4 and part.name in torn.stderr and "Traceback" not in torn.stderr
-
-
-def test_a_machine_may_have_its_own_files_alone(tmp_path: Path, volumes: Path, corpus: Path, gpt2box: Command) -> None:
-    base = ["prepare", "openwebtext"]
-    for first, last in ((0, 2), (2, 6)):
-        (folder := tmp_path / f"machine-{first}").mkdir()
-        for path in sorted(corpus.glob("*.parquet"))[first:last]:
-            (folder / path.name).symlink_to(path)
-        done = gpt2box(*base, "--from", str(folder), "--shard-range", f"{first}:{last}")
-        assert done.returncode == 0, done.stderr
-    missing = gpt2box(*base, "--from", str(folder), "--shard-range", "1:6")
+def test_shards_of_a_partial_folder_are_selected_by_the_number_in_their_names(
+    tmp_path: Path, volumes: Path, corpus: Path, gpt2box: Command
+) -> None:
+    for path in sorted(corpus.glob("*.parquet"))[2:6]:
+        (tmp_path / path.name).symlink_to(path)
+    missing = gpt2box("prepare", "openwebtext", "--from", str(tmp_path), "--shards", "1:6")
     assert missing.returncode == 2 and "no train-00001-of-00006.parquet" in missing.stderr
-    assert gpt2box(*base, "--merge").returncode == 0
-    assert gpt2box(*base, "--from", str(corpus), "--name", "one").returncode == 0
-    assert bins(volumes / "data/openwebtext") == bins(volumes / "data/one")
+    for folder, name in ((tmp_path, "partial"), (corpus, "complete")):
+        done = gpt2box("prepare", "openwebtext", "--from", str(folder), "--shards", "2:6", "--name", name)
+        assert done.returncode == 0, done.stderr
+    assert bins(volumes / "data/partial") == bins(volumes / "data/complete")
 
 
 def test_a_signal_leaves_no_process_and_no_copy_of_the_input(volumes: Path, corpus: Path) -> None:
@@ -257,7 +237,6 @@ def test_a_dataset_is_read_again_and_compared(volumes: Path, gpt2box: Command) -
         (["openwebtext", "--tokenizer", "char"], "--tokenizer has no meaning for openwebtext"),
         (["openwebtext", "--shards", "2:2"], "'2:2' is not two numbers"),
         (["openwebtext", "--max-docs", "0"], "max-docs"),
-        (["openwebtext", "--merge"], "no part of openwebtext"),
         (["hub:", "--hub-split", "test"], "no dataset after hub:"),
         (["nowhere/*.txt"], "no file matches nowhere/*.txt"),
         (["-", "openwebtext"], "together with other inputs"),
