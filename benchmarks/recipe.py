@@ -95,7 +95,7 @@ class Runs:
 def planned(dataset: Dataset, settings: dict[str, Any]) -> RunPlan:
     """As `gpt2box train` would, in float32 on the CPU."""
     flags = {"dataset": "x", "activation_checkpointing": "none", "eval_windows": 600, "device": "cpu", **settings}
-    config = loader.load(None, {key: str(value) for key, value in flags.items()})[0]
+    config = loader.load_config(None, {key: str(value) for key, value in flags.items()})[0]
     vocab_size = dataset.tokenizer.vocab_size
     shape = ModelShape(**config.shape(), block_size=config.block_size, vocab_size=vocab_size, bias=config.bias)
     way = list_execution_plans(

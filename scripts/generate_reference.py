@@ -55,8 +55,8 @@ def settings_page() -> str:
 
 
 def _setting_entry(name: str) -> str:
-    meaning, values, default = schema.about(name)
-    resume = "any time" if schema.may_change(name) else "on request" if name in schema.CHANGEABLE else "fixed"
+    meaning, values, default = schema.describe_setting(name)
+    resume = "any time" if schema.can_change_on_resume(name) else "on request" if name in schema.CHANGEABLE else "fixed"
     facts = [
         f"`{values}`",
         *([f"default `{default.replace('True', 'true').replace('False', 'false')}`"] if default else []),

@@ -34,7 +34,7 @@ SMALL = {"micro_batch_size": "auto", "name": "run", "compile": "false"}
 
 def config(**changes: object) -> Config:
     flags = dict(word[2:].replace("-", "_").split("=", 1) for word in tiny(**{**SMALL, **changes}))
-    return loader.load(None, flags)[0]
+    return loader.load_config(None, flags)[0]
 
 
 def files(folder: Path) -> set[str]:
@@ -120,7 +120,7 @@ def test_ctrl_c_leaves_what_was_measured(volumes: Path) -> None:
 
 
 def record_of(way: tuple[int, str, bool], one_s: float, many_s: float, **changes: object) -> BenchRecord:
-    plain = loader.load("openwebtext", {})[0]
+    plain = loader.load_config("openwebtext", {})[0]
     job = bench_key("a card", plain, resolve_model_shape(plain), "bfloat16")
     values: dict[str, Any] = {"fits": True, "free_bytes": 12 * GIB, "peak_bytes": 9 * GIB, **changes}
     return BenchRecord(job, *way, one_s=one_s, many_s=many_s, **values)
@@ -130,7 +130,7 @@ CARD = TargetDevice("a card", 11 * GIB, None, "bfloat16", on_gpu=True, compiled=
 
 
 def test_what_was_measured_goes_before_what_is_estimated(volumes: Path) -> None:
-    plain = loader.load("openwebtext", {})[0]
+    plain = loader.load_config("openwebtext", {})[0]
     shape = resolve_model_shape(plain)
     (volumes / "runs").mkdir()
     slow, fast = record_of((2, "none", True), 0.3, 0.7), record_of((1, "full", True), 0.1, 0.2)
@@ -147,7 +147,7 @@ def test_what_was_measured_goes_before_what_is_estimated(volumes: Path) -> None:
 
 
 def test_a_way_that_had_too_little_memory_is_taken_again_only_where_there_is_more(volumes: Path) -> None:
-    plain = loader.load("openwebtext", {})[0]
+    plain = loader.load_config("openwebtext", {})[0]
     shape = resolve_model_shape(plain)
     (volumes / "runs").mkdir()
     usual = first_fitting_plan(list_execution_plans(plain, shape, CARD), CARD)
@@ -165,7 +165,7 @@ def test_a_way_that_had_too_little_memory_is_taken_again_only_where_there_is_mor
 
 
 def test_compiled_or_not_follows_the_measurements_where_both_were_tried_and_it_is_left_open(volumes: Path) -> None:
-    plain = loader.load("openwebtext", {})[0]
+    plain = loader.load_config("openwebtext", {})[0]
     shape = resolve_model_shape(plain)
     (volumes / "runs").mkdir()
     store_bench_records(bench_file(), [record_of((2, "none", False), 0.1, 0.3)])

@@ -202,11 +202,11 @@ def test_a_run_is_looked_at(trained: Path, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("config", ["demo", "finetune"])
 def test_configs(tmp_path: Path, config: str) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_bytes((loader.SHIPPED / f"{config}.yaml").read_bytes())
-    broken(path, lambda: loader.load(str(path), {}))
+    path.write_bytes((loader.PRESETS_DIR / f"{config}.yaml").read_bytes())
+    broken(path, lambda: loader.load_config(str(path), {}))
     path = tmp_path / "train_mine.py"
     path.write_text("batch_size = 12\nblock_size = 64 * 2\nlearning_rate = 1e-3\n# a\ndataset = 'x'\ncompile = False\n")
-    broken(path, lambda: loader.load(str(path), {}))
+    broken(path, lambda: loader.load_config(str(path), {}))
 
 
 @pytest.mark.parametrize("task", ["hellaswag", "lambada"])

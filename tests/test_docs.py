@@ -102,7 +102,7 @@ def test_every_compose_service_in_the_docs_exists() -> None:
 
 
 def test_the_readme_promises_the_demos_own_loss() -> None:
-    expected = yaml.safe_load((loader.SHIPPED / "demo.yaml").read_text())["expected_val_loss"]
+    expected = yaml.safe_load((loader.PRESETS_DIR / "demo.yaml").read_text())["expected_val_loss"]
     assert f"**{expected}**" in README.read_text()
 
 

@@ -46,18 +46,18 @@ def test_names_of_files_that_are_there_count_whatever_their_ending(
 
 
 def test_another_dataset_than_the_configs_gives_another_run() -> None:
-    assert loader.load("finetune", {"dataset": "mybook.txt"})[0].name == "finetune-mybook"
-    assert loader.load("finetune", {"dataset": "shakespeare"})[0].name == "finetune"
-    assert loader.load("finetune", {"dataset": ""})[0].dataset == "shakespeare"  # an unset variable of a script
-    assert loader.load("finetune", {"dataset": "mybook", "name": "own"})[0].name == "own"
+    assert loader.load_config("finetune", {"dataset": "mybook.txt"})[0].name == "finetune-mybook"
+    assert loader.load_config("finetune", {"dataset": "shakespeare"})[0].name == "finetune"
+    assert loader.load_config("finetune", {"dataset": ""})[0].dataset == "shakespeare"  # an unset variable of a script
+    assert loader.load_config("finetune", {"dataset": "mybook", "name": "own"})[0].name == "own"
 
 
 def test_configs_of_ones_own_folder_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "demo.yaml").write_text("dataset: x\nmax_steps: 7\n")
     (tmp_path / "night.yaml").write_text("dataset: x\n")
     monkeypatch.setenv("GPT2BOX_CONFIGS", str(tmp_path))
-    assert loader.load("demo", {})[0].max_steps == 7
-    assert loader.load("night", {})[0].name == "night" and "finetune" in loader.shipped()
+    assert loader.load_config("demo", {})[0].max_steps == 7
+    assert loader.load_config("night", {})[0].name == "night" and "finetune" in loader.list_presets()
 
 
 def test_train_alone_makes_the_dataset_from_a_text(tmp_path: Path, volumes: Path, gpt2box: Command) -> None:

@@ -147,9 +147,9 @@ def given(config: str | None, flags: dict[str, Any]) -> dict[str, Any]:
     """The settings that were given as options."""
     chosen = {key: value for key, value in flags.items() if value is not None}
     if config is None and not chosen:
-        from gpt2box.config.loader import shipped
+        from gpt2box.config.loader import list_presets
 
-        choices = ", ".join(shipped())
+        choices = ", ".join(list_presets())
         raise BadInput("no config", f"a YAML file, a nanoGPT config, or one of: {choices}", "gpt2box train demo")
     return chosen
 
@@ -168,7 +168,7 @@ def fetch(config: str, **flags: str | None) -> None:
     from gpt2box.preflight import requirements
     from gpt2box.utils import paths
 
-    settings, _ = loader.load(config, given(config, flags))
+    settings, _ = loader.load_config(config, given(config, flags))
     requirements.check_space(settings)
     with going_on_later():
         requirements.bring(settings, paths.text_path(flags["dataset"] or ""))
@@ -190,7 +190,7 @@ def preflight(config: str | None, as_json: bool, **flags: str | None) -> None:
     text, in_general = paths.text_path(flags["dataset"] or ""), not (config or flags["dataset"])
     device = flags["device"] or "cuda"
     flags["dataset"] = "any" if in_general else flags["dataset"]  # to have the others looked at
-    settings, _ = loader.load(config, given(config, flags))
+    settings, _ = loader.load_config(config, given(config, flags))
     checks.preflight(None if in_general else settings, text, device if in_general else settings.device, as_json)
 
 
@@ -230,7 +230,7 @@ def plan(
 
     flags["dataset"] = flags["dataset"] or (None if config else "any")  # a plan needs no text
     chosen = given(config, flags)
-    settings, _ = loader.load(config, chosen)
+    settings, _ = loader.load_config(config, chosen)
     device = select_target_device(gpu, vram_gib, settings, gpus)
     report.print_report(settings, device, all_sizes, explain, as_json)
 
@@ -263,7 +263,7 @@ def bench(config: str | None, steps: int, sweep: bool, share: bool, as_json: boo
     if config is None and set(chosen) <= {"dataset", "device"}:
         on_cpu = flags["device"] == "cpu" or not ask_driver().cards
         config, chosen = ("demo" if on_cpu else "shakespeare"), chosen | {"dataset": ""}
-    settings, _ = loader.load(config, chosen)
+    settings, _ = loader.load_config(config, chosen)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # keeps what was measured, as at Ctrl-C
     from gpt2box.bench.bench import bench as measure
 

@@ -43,17 +43,19 @@ class SettingsCommand(click.Command):
         self.show_settings = show_settings
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        from gpt2box.config.nanogpt import FLAGS
-        from gpt2box.config.schema import Config, about
+        from gpt2box.config.nanogpt import NANOGPT_FLAGS
+        from gpt2box.config.schema import Config, describe_setting
 
         options: list[click.Parameter] = []
         for key in Config.model_fields:
-            meaning, values, default = about(key)
+            meaning, values, default = describe_setting(key)
             text = meaning + (f" [{default}]" if default else "")
             names, hidden = [f"--{plain_names(key)}", key], not self.show_settings
             options.append(click.Option(names, help=text, metavar=values, hidden=hidden))
         options += [
-            click.Option([f"--{plain_names(key)}", key], hidden=True) for key in FLAGS if key not in Config.model_fields
+            click.Option([f"--{plain_names(key)}", key], hidden=True)
+            for key in NANOGPT_FLAGS
+            if key not in Config.model_fields
         ]
         arguments = super().get_params(ctx)
         return arguments[:-1] + options + arguments[-1:]

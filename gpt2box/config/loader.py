@@ -1,7 +1,4 @@
-"""Settings from a file and from flags: which file a CONFIG argument means, and how the two are merged.
-
-`load` takes defaults, a file and flags (later wins) and has the whole checked (config.py).
-"""
+"""Load settings: defaults, then a config file, then flags; the later ones win."""
 
 from __future__ import annotations
 
@@ -15,47 +12,48 @@ from typing import Any
 import yaml
 
 from gpt2box.config import nanogpt
-from gpt2box.config.schema import MODEL_SHAPES, Config, validate
+from gpt2box.config.schema import MODEL_SHAPES, Config
+from gpt2box.config.validation import validate
 from gpt2box.errors import BadInput
 from gpt2box.utils import paths
 from gpt2box.utils.files import read_text
 
 
-def shipped_folder() -> Path:
+def find_presets_dir() -> Path:
     """Return the folder of the presets: a checkout's configs/, or where the wheel installs it."""
     checkout = Path(__file__).parents[2] / "configs"
     return checkout if checkout.is_dir() else Path(sysconfig.get_path("data")) / "share/gpt2box/configs"
 
 
-SHIPPED = shipped_folder()
+PRESETS_DIR = find_presets_dir()
+
+MAX_CHARACTERS = 1_000_000
+MAX_DIGITS = 40  # of a number
+MAX_VALUES = 10_000  # in a file, with those that aliases repeat
 
 
-MOST_CHARACTERS = 1_000_000
-MOST_DIGITS = 40  # of a number, as it is written
-MOST_NODES = 10_000  # that a file is made of, those that an alias stands for once more counted again
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, which plain YAML silently overwrites, and what is of no use in settings."""
+class SettingsLoader(yaml.SafeLoader):
+    """Load YAML strictly: reject duplicate keys, which YAML silently overwrites, merge keys and odd numbers."""
 
     def get_single_data(self) -> Any:
-        """What the file says."""
+        """Load the document, unless its aliases expand to too many values."""
         node = self.get_single_node()
-        if node is not None and size_of(node, {}) > MOST_NODES:
-            raise yaml.MarkedYAMLError(problem=f"more than {MOST_NODES:,} values", problem_mark=node.start_mark)
+        if node is not None and count_values(node, {}) > MAX_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"more than {MAX_VALUES:,} values", problem_mark=node.start_mark)
         return None if node is None else self.construct_document(node)
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
-        """A number in any notation is made of this text."""
+        """Load a scalar; reject numbers that are too long or mean another number in YAML 1.1."""
         value = super().construct_scalar(node)
-        if node.tag in NUMBERS and len(value) > MOST_DIGITS:
+        if node.tag in NUMBER_TAGS and len(value) > MAX_DIGITS:
             raise yaml.MarkedYAMLError(problem=f"a number of {len(value):,} digits", problem_mark=node.start_mark)
-        if node.tag in NUMBERS and ODD.match(value):
-            problem = f"{value}, which YAML takes for another number; write it plainly, or a text in quotes"
+        if node.tag in NUMBER_TAGS and AMBIGUOUS_NUMBER.match(value):
+            problem = f"{value}, which YAML reads as another number; write the number plainly, or a text in quotes"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Load a mapping; reject merge keys and duplicate keys."""
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
             raise yaml.MarkedYAMLError(problem="<< is not used in settings", problem_mark=node.start_mark)
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -66,31 +64,31 @@ class _Loader(yaml.SafeLoader):
 
 
 # 010 is 8 in YAML 1.1, and 1:30 is 90. Underscores belong between digits, one at a time.
-ODD = re.compile(r"[-+]?0[0-9_]|.*(:|__|_$|_\.|\._)")
-NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+AMBIGUOUS_NUMBER = re.compile(r"[-+]?0[0-9_]|.*(:|__|_$|_\.|\._)")
+NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
-def size_of(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values come of it; `known`: of nodes that were counted, each once, however often it stands there."""
+def count_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """Count the values below a node, counting an alias as often as it occurs. `known` caches counts by node id."""
     if id(node) not in known:
         known[id(node)] = 1
         below = node.value if isinstance(node, yaml.CollectionNode) else []
         parts = [part for entry in below for part in (entry if isinstance(entry, tuple) else (entry,))]
-        known[id(node)] = 1 + sum(size_of(part, known) for part in parts)
+        known[id(node)] = 1 + sum(count_values(part, known) for part in parts)
     return known[id(node)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings of a YAML file, unchecked.
+    """Read a YAML file's settings, unchecked.
 
     Raises:
-        BadInput: not readable, not YAML or not a mapping.
+        BadInput: The file is not readable, not YAML or not a mapping.
     """
     try:
         text = read_text(path)
-        if len(text) > MOST_CHARACTERS:
+        if len(text) > MAX_CHARACTERS:
             raise ValueError(f"{len(text):,} characters")
-        values = yaml.load(text, _Loader)
+        values = yaml.load(text, SettingsLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {path}: {error}", "a YAML file of settings") from error
     except (yaml.YAMLError, ValueError, ArithmeticError, RecursionError) as error:
@@ -103,33 +101,33 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def folders() -> list[Path]:
-    """Where configs are looked for by name: $GPT2BOX_CONFIGS (mounted into a container), then those that come along."""
+def config_dirs() -> list[Path]:
+    """Return the folders of named configs: $GPT2BOX_CONFIGS (mounted into a container), then the presets."""
     own = os.environ.get("GPT2BOX_CONFIGS")
-    return [*([Path(own)] if own else []), SHIPPED]
+    return [*([Path(own)] if own else []), PRESETS_DIR]
 
 
-def shipped() -> list[str]:
-    """Names of the configs that need no path."""
-    return sorted({path.stem for folder in folders() for path in folder.glob("*.yaml")})
+def list_presets() -> list[str]:
+    """Return the names of the configs that need no path."""
+    return sorted({path.stem for folder in config_dirs() for path in folder.glob("*.yaml")})
 
 
-def load(argument: str | None, flags: dict[str, Any]) -> tuple[Config, list[str]]:
-    """The settings of a CONFIG argument (see `find`) with flags over them, and notes for the user.
+def load_config(argument: str | None, flags: dict[str, Any]) -> tuple[Config, list[str]]:
+    """Load the settings of a CONFIG argument and flags. Returns them and notes for the user.
 
     Raises:
-        BadInput: the file or any value is wrong.
+        BadInput: The file or a value is invalid.
     """
     base: dict[str, Any] = {}
     notes: list[str] = []
-    path = find(argument) if argument else None
+    path = find_config_file(argument) if argument else None
     if path and path.suffix == ".py":
-        base, notes = nanogpt.parse(path)
+        base, notes = nanogpt.parse_config_file(path)
     elif path:
         base = read_yaml(path)
     if not flags.get("dataset"):
-        flags = {key: value for key, value in flags.items() if key != "dataset"}  # an empty variable of a script
-    values, translated = nanogpt.merge(base, flags, foreign=bool(path and path.suffix == ".py"))
+        flags = {key: value for key, value in flags.items() if key != "dataset"}  # an unset variable of a script
+    values, translated = nanogpt.merge_settings(base, flags, foreign=bool(path and path.suffix == ".py"))
     if isinstance(values.get("dataset"), str):
         values["dataset"] = paths.dataset_name(values["dataset"])
     config = validate(values, str(path or "flags"))
@@ -139,12 +137,12 @@ def load(argument: str | None, flags: dict[str, Any]) -> tuple[Config, list[str]
             "one of the two",
             f"--init-from {flags['model']}",
         )
-    name = config.name or default_name(config, path, base.get("dataset"))
+    name = config.name or default_run_name(config, path, base.get("dataset"))
     return config.model_copy(update={"name": paths.checked_name(name, "run")}), notes + translated
 
 
-def default_name(config: Config, path: Path | None, usual_dataset: str | None) -> str:
-    """A run's name where neither the file nor a flag gives one: the file's, with the dataset's if it is another."""
+def default_run_name(config: Config, path: Path | None, usual_dataset: str | None) -> str:
+    """Return the default run name: the file's name, with the dataset's if it is not the file's own."""
     dataset = Path(config.dataset).name
     if path:
         return path.stem if usual_dataset in (None, config.dataset) else f"{path.stem}-{dataset}"
@@ -152,29 +150,29 @@ def default_name(config: Config, path: Path | None, usual_dataset: str | None) -
     return f"{start}-{dataset}"
 
 
-def find(config: str) -> Path:
-    """The file that a CONFIG argument means: a path, or the name of a shipped one.
+def find_config_file(config: str) -> Path:
+    """Find the file of a CONFIG argument: a path, or the name of a preset.
 
     Raises:
-        BadInput: neither.
+        BadInput: There is no such file or preset.
     """
     path = Path(config)
     if path.suffix in (".yaml", ".yml", ".py") or "/" in config:
         if path.is_file():
             return path
-        raise BadInput(f"no file {config}", f"a YAML file, a nanoGPT config, or one of: {', '.join(shipped())}")
-    for folder in folders():
+        raise BadInput(f"no file {config}", f"a YAML file, a nanoGPT config, or one of: {', '.join(list_presets())}")
+    for folder in config_dirs():
         if (folder / f"{config}.yaml").is_file():
             return folder / f"{config}.yaml"
-    near = difflib.get_close_matches(config, shipped(), 1)
+    near = difflib.get_close_matches(config, list_presets(), 1)
     raise BadInput(
         f"no config {config!r}" + (f"; did you mean {near[0]}?" if near else ""),
-        f"a YAML file, a nanoGPT config, or one of: {', '.join(shipped())}",
+        f"a YAML file, a nanoGPT config, or one of: {', '.join(list_presets())}",
     )
 
 
-def to_yaml(config: Config) -> str:
-    """All settings as resolved, grouped, for the run's own config.yaml."""
+def config_to_yaml(config: Config) -> str:
+    """Format all resolved settings, grouped, for the run's config.yaml."""
     lines: list[str] = []
     group = ""
     for key, field in Config.model_fields.items():

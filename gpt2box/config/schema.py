@@ -1,20 +1,15 @@
 """The settings of a training run: one definition for YAML files, flags, help and checks.
 
-config_file.py reads them; `validate` checks the whole and returns a frozen `Config`. What follows
-from the settings (accumulation, warm-up, shape) is derived once, in planning/plan.py; nothing
-further down has a default of its own.
+loader.py reads them, validation.py checks them. Values that follow from the settings (accumulation, warm-up, shape)
+are derived once, in planner/run_plan.py; no other code has defaults of its own.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
-import reprlib
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-
-from gpt2box.errors import BadInput, harmless
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 # Radford et al. 2019, table 2, with the head counts of the published checkpoints.
 MODEL_SHAPES: dict[str, dict[str, Any]] = {
@@ -23,210 +18,226 @@ MODEL_SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
-SHORT = reprlib.Repr()  # of values that a file may have made endless
-SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 200
-MOST_GUESSES = 20  # at what a wrong name may have meant, each of a millisecond
-MOST = 10**15  # of anything that is counted
-WHOLE = re.compile(r"[+-]?\d+(_\d+)*(\.\d*)?([eE]\+?\d+)?", re.ASCII)
-DEVICES = r"auto|cpu|cuda(:(0|[1-9]\d?))?"
+MAX_COUNT = 10**15  # of any count
+WHOLE_NUMBER_PATTERN = re.compile(r"[+-]?\d+(_\d+)*(\.\d*)?([eE]\+?\d+)?", re.ASCII)
+DEVICE_PATTERN = r"auto|cpu|cuda(:(0|[1-9]\d?))?"
 
 
-def whole_number(value: object) -> object:
-    """Accept 1e5 and 100_000 for a whole number, as people write them in YAML and on a command line."""
+def parse_whole_number(value: object) -> object:
+    """Convert 1e5 and 100_000, as people write them in YAML and on a command line, to a whole number."""
     if isinstance(value, str):
-        if not WHOLE.fullmatch(value.strip()):
+        if not WHOLE_NUMBER_PATTERN.fullmatch(value.strip()):
             raise ValueError("a whole number is expected")
-        value = float(value)  # exact up to MOST
+        value = float(value)  # exact up to MAX_COUNT
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, bool) or (isinstance(value, int) and abs(value) > MOST):
-        raise ValueError("a whole number of use is expected")
+    if isinstance(value, bool) or (isinstance(value, int) and abs(value) > MAX_COUNT):
+        raise ValueError("a whole number of usable size is expected")
     return value
 
 
-def _number(value: object) -> object:
-    if isinstance(value, bool) or (isinstance(value, int) and abs(value) > MOST):
-        raise ValueError("a number of use is expected")
+def check_number(value: object) -> object:
+    """Reject true, false and numbers too large to be meant."""
+    if isinstance(value, bool) or (isinstance(value, int) and abs(value) > MAX_COUNT):
+        raise ValueError("a number of usable size is expected")
     return value
 
 
-def _auto_or_bool(value: object) -> object:
+def parse_auto_or_bool(value: object) -> object:
+    """Convert "true" and "false" to a bool."""
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
-def _off(value: object) -> object:
-    return "off" if value is False else value  # which `off` is in YAML
+def parse_tracking(value: object) -> object:
+    """Accept a bare `off`, which YAML reads as false."""
+    return "off" if value is False else value
 
 
-def _auto_or_whole(value: object) -> object:
+def parse_auto_or_whole(value: object) -> object:
+    """Accept `auto` or a whole number from 1 to 1,000,000."""
     if value == "auto":
         return value
-    number = whole_number(value)
+    number = parse_whole_number(value)
     if not 1 <= int(str(number)) <= 1_000_000:
         raise ValueError("a positive number is expected")
     return int(str(number))
 
 
-Whole = Annotated[int, BeforeValidator(whole_number)]
-Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-AutoWhole = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_whole)]
-Tracking = Annotated[Literal["off", "offline", "online"], BeforeValidator(_off)]
-AutoBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
+Whole = Annotated[int, BeforeValidator(parse_whole_number)]
+Number = Annotated[float, BeforeValidator(check_number), Field(allow_inf_nan=False)]
+AutoWhole = Annotated[Literal["auto"] | int, BeforeValidator(parse_auto_or_whole)]
+Tracking = Annotated[Literal["off", "offline", "online"], BeforeValidator(parse_tracking)]
+AutoBool = Annotated[Literal["auto"] | bool, BeforeValidator(parse_auto_or_bool)]
 
 
 def setting(default: Any, description: str, *, group: str, may_change: bool = False, **limits: Any) -> Any:
-    """A field of `Config`. `may_change`: a run may be resumed with another value of it."""
+    """Define a field of `Config`. `may_change`: a run may be resumed with another value."""
     extra: Any = {"group": group, "may_change": may_change}
     return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
 class Config(BaseModel):
-    """All settings of a run. `None` means: derived from the others (see the description)."""
+    """All settings of a run. None: derived from other settings, as the description says."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    name: str = setting("", "the run's name, volumes/runs/NAME (default: the config's file name)", group="Run")
-    dataset: str = setting("", "a prepared dataset, by name or by folder (a path with a slash)", group="Run")
+    name: str = setting(
+        "", "name of the run and of its folder in volumes/runs (default: the config's file name)", group="Run"
+    )
+    dataset: str = setting("", "prepared dataset, by name or by path (with a slash)", group="Run")
     init_from: str = setting(
         "scratch",
-        "scratch, a published size (gpt2-medium, …), a run, a Hugging Face folder, or OWNER/NAME of the Hub",
+        "initial weights: scratch, a published size (gpt2-medium, …), a run, a Hugging Face folder or OWNER/NAME",
         group="Run",
     )
-    seed: Whole = setting(1337, "of the initial weights, the batches' order and dropout", group="Run", ge=0, lt=2**32)
+    seed: Whole = setting(1337, "random seed of initial weights, batch order and dropout", group="Run", ge=0, lt=2**32)
 
     model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = setting(
-        "gpt2-medium", "the shape by name; the three below override it", group="Model"
+        "gpt2-medium", "model size by name; n_layer, n_head and n_embd override it", group="Model"
     )
-    n_layer: Whole | None = setting(None, "layers", group="Model", ge=1, le=1000)
-    n_head: Whole | None = setting(None, "attention heads in a layer", group="Model", ge=1, le=1000)
-    n_embd: Whole | None = setting(None, "width, a multiple of n_head", group="Model", ge=1, le=100_000)
+    n_layer: Whole | None = setting(None, "number of layers", group="Model", ge=1, le=1000)
+    n_head: Whole | None = setting(None, "attention heads per layer", group="Model", ge=1, le=1000)
+    n_embd: Whole | None = setting(None, "embedding width, a multiple of n_head", group="Model", ge=1, le=100_000)
     block_size: Whole = setting(1024, "context length in tokens", group="Model", ge=1, le=1_048_576)
-    dropout: Number = setting(
-        0.0, "share of activations dropped; 0.1 to 0.2 helps on small texts", group="Model", ge=0, lt=1
+    dropout: Number = setting(0.0, "dropout probability; 0.1 to 0.2 helps on small texts", group="Model", ge=0, lt=1)
+    bias: bool = setting(
+        True, "use biases in linear layers and layer norms, as the published GPT-2 does", group="Model"
     )
-    bias: bool = setting(True, "biases in linear layers and layer norms, as in the published GPT-2", group="Model")
 
     micro_batch_size: AutoWhole = setting(
         "auto",
-        "sequences in one forward and backward pass. auto: the fastest that fits",
+        "sequences per forward and backward pass. auto: the fastest that fits into memory",
         group="Batch",
         may_change=True,
     )
     tokens_per_step: Whole = setting(
-        65_536, "tokens in one optimizer step; accumulation follows from it", group="Batch", ge=1, le=1 << 30
+        65_536, "tokens per optimizer step; gradient accumulation follows from it", group="Batch", ge=1, le=1 << 30
     )
 
-    max_steps: Whole = setting(100_000, "optimizer steps", group="Optimizer", may_change=True, ge=0)
+    max_steps: Whole = setting(100_000, "number of optimizer steps", group="Optimizer", may_change=True, ge=0)
     optimizer: Literal["adamw", "muon"] = setting(
         "adamw",
-        "muon: for the matrices inside the blocks, AdamW for the rest; fewer tokens to a loss, from scratch",
+        "muon: for the matrices inside the blocks, AdamW for the rest; from scratch it needs fewer tokens",
         group="Optimizer",
     )
-    learning_rate: Number = setting(3e-4, "highest learning rate", group="Optimizer", gt=0, le=1)
-    min_lr: Number | None = setting(None, "learning rate at the end (default: a tenth)", group="Optimizer", ge=0, le=1)
+    learning_rate: Number = setting(3e-4, "peak learning rate", group="Optimizer", gt=0, le=1)
+    min_lr: Number | None = setting(
+        None, "final learning rate (default: a tenth of learning_rate)", group="Optimizer", ge=0, le=1
+    )
     warmup_steps: Whole | None = setting(
-        None, "steps of linear rise (default: 2% of max_steps, at most 2000)", group="Optimizer", ge=0
+        None, "steps of linear warm-up (default: 2% of max_steps, at most 2000)", group="Optimizer", ge=0
     )
     lr_schedule: Literal["cosine", "linear", "constant-linear", "constant"] = setting(
-        "cosine", "from the highest to min_lr; constant-linear stays, then falls", group="Optimizer"
+        "cosine",
+        "decay from learning_rate to min_lr; constant-linear stays constant first, then decays linearly",
+        group="Optimizer",
     )
     decay_steps: Whole | None = setting(
         None, "step at which min_lr is reached (default: max_steps)", group="Optimizer", ge=1
     )
     decay_fraction: Number = setting(
-        0.2, "constant-linear: the last share of decay_steps in which it falls", group="Optimizer", gt=0, le=1
+        0.2,
+        "constant-linear: last fraction of decay_steps, in which the learning rate decays",
+        group="Optimizer",
+        gt=0,
+        le=1,
     )
-    weight_decay: Number = setting(0.1, "on matrices only", group="Optimizer", ge=0)
-    beta1: Number = setting(0.9, "AdamW's average of gradients", group="Optimizer", ge=0, lt=1)
-    beta2: Number = setting(0.95, "AdamW's average of their squares", group="Optimizer", ge=0, lt=1)
+    weight_decay: Number = setting(0.1, "weight decay, applied to matrices only", group="Optimizer", ge=0)
+    beta1: Number = setting(0.9, "AdamW's decay of the first moment", group="Optimizer", ge=0, lt=1)
+    beta2: Number = setting(0.95, "AdamW's decay of the second moment", group="Optimizer", ge=0, lt=1)
     grad_clip: Number = setting(
-        1.0, "highest global norm of a step's gradient; 0: no clipping", group="Optimizer", ge=0
+        1.0, "maximum global norm of a step's gradient; 0: no clipping", group="Optimizer", ge=0
     )
     spike_sigma: Number = setting(
         6.0,
-        "leave out a step whose loss is so many standard deviations above the last 128 steps' mean; 0: none",
+        "skip a loss spike: a step whose loss is this many standard deviations above the last 128 steps' mean; 0: off",
         group="Optimizer",
         ge=0,
     )
     optimizer_states: Literal["float32", "int8"] = setting(
-        "float32", "AdamW's averages. int8: a quarter of their memory; changes the numbers", group="Optimizer"
+        "float32", "dtype of the optimizer state. int8: a quarter of its memory; changes the numbers", group="Optimizer"
     )
     optimizer_in_backward: bool = setting(
         False,
-        "take each gradient in and free it as it is made. Exact without accumulation below grad_clip; not compiled",
+        "apply and free gradients in the backward pass; not compiled. Exact without accumulation below grad_clip",
         group="Optimizer",
     )
 
     lora_rank: Whole = setting(
         0,
-        "train adapters of this rank on the frozen weights (LoRA), merged in checkpoints; 0: all",
+        "train LoRA adapters of this rank on frozen weights, merged in checkpoints; 0: train all weights",
         group="Adapters",
         ge=0,
     )
     lora_alpha: Number | None = setting(
-        None, "strength of the adapters, a multiple of lora_rank (default: twice lora_rank)", group="Adapters", gt=0
+        None, "scale of the LoRA adapters (default: twice lora_rank)", group="Adapters", gt=0
     )
 
     device: str = setting(
         "auto",
-        "auto, cpu, cuda or cuda:N",
+        "auto (a GPU if there is one), cpu, cuda or cuda:N",
         group="Machine",
         may_change=True,
-        pattern=f"^({DEVICES})$",
+        pattern=f"^({DEVICE_PATTERN})$",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "of activations. auto: bfloat16 where the GPU has it", group="Machine"
+        "auto",
+        "dtype of activations. auto: bfloat16 if the GPU supports it (mixed precision), else float32",
+        group="Machine",
     )
     weights_dtype: Literal["float32", "bfloat16"] = setting(
         "float32",
-        "of the matrices. bfloat16: half their memory, rounded by chance; changes the numbers",
+        "dtype of the weight matrices. bfloat16: half their memory, stochastic rounding; changes the numbers",
         group="Machine",
     )
     compile: AutoBool = setting(
-        "auto", "torch.compile. auto: on a GPU, unless bench --sweep found otherwise", group="Machine", may_change=True
+        "auto",
+        "use torch.compile. auto: on a GPU, unless bench --sweep measured it to be slower",
+        group="Machine",
+        may_change=True,
     )
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = setting(
-        "auto", "recompute in the backward pass: less memory, more time", group="Machine", may_change=True
+        "auto", "recompute activations in the backward pass: less memory, more time", group="Machine", may_change=True
     )
     loss_chunk_tokens: Whole = setting(
-        512, "tokens whose logits exist at a time", group="Machine", may_change=True, ge=1
+        512, "tokens whose logits are in memory at a time", group="Machine", may_change=True, ge=1
     )
     shard: bool = setting(
         False,
-        "with several GPUs: each keeps a share of weights, gradients and averages (FSDP2). Less memory, more is sent",
+        "shard weights, gradients and optimizer state over several GPUs (FSDP2): less memory, more traffic",
         group="Machine",
         may_change=True,
     )
     deterministic: AutoBool = setting(
         "auto",
-        "the same bits each time. auto: on a CPU, where it is free; on a GPU slower, by how much is not measured yet",
+        "repeat results bit for bit. auto: on a CPU, where it costs nothing; slower on a GPU (not measured yet)",
         group="Machine",
         may_change=True,
     )
 
     eval_interval: Whole = setting(500, "steps between evaluations", group="Evaluation", may_change=True, ge=1)
     eval_windows: Whole = setting(
-        400, "validation windows of block_size tokens, the same each time; 0: all", group="Evaluation", ge=0
+        400, "validation windows of block_size tokens, the same in each evaluation; 0: all", group="Evaluation", ge=0
     )
     patience: Whole = setting(
         0,
-        "stop after this many evaluations without a better val_loss; 0: never",
+        "stop early after this many evaluations without a better val_loss; 0: never",
         group="Evaluation",
         may_change=True,
         ge=0,
     )
-    eval_only: bool = setting(False, "evaluate and stop", group="Evaluation", may_change=True)
+    eval_only: bool = setting(False, "evaluate the run's best checkpoint and exit", group="Evaluation", may_change=True)
     sample_tokens: Whole = setting(
         0,
-        "tokens of a sample written at each evaluation; 0: none",
+        "length in tokens of the sample written at each evaluation; 0: no sample",
         group="Evaluation",
         may_change=True,
         ge=0,
         le=100_000,
     )
-    sample_prompt: str = setting("", "what the sample begins with", group="Evaluation", may_change=True)
+    sample_prompt: str = setting("", "prompt of the sample", group="Evaluation", may_change=True)
     expected_val_loss: Number | None = setting(
-        None, "a published best val_loss, printed beside this run's", group="Evaluation", may_change=True
+        None, "published best val_loss, printed beside this run's", group="Evaluation", may_change=True
     )
 
     save_interval: Whole | None = setting(
@@ -234,34 +245,34 @@ class Config(BaseModel):
     )
     save_minutes: Number = setting(
         30,
-        "and a checkpoint when none was written for so long; 0: by steps alone",
+        "also save when the last checkpoint is this many minutes old; 0: by steps alone",
         group="Checkpoints",
         may_change=True,
         ge=0,
     )
     keep_last: Whole = setting(
-        2, "newest checkpoints kept, besides the best", group="Checkpoints", may_change=True, ge=1
+        2, "newest checkpoints to keep, besides the best", group="Checkpoints", may_change=True, ge=1
     )
     log_interval: Whole = setting(
-        10, "steps between lines of metrics.jsonl and the log", group="Checkpoints", may_change=True, ge=1
+        10, "steps between rows of metrics.jsonl and lines of the log", group="Checkpoints", may_change=True, ge=1
     )
     log_format: Literal["auto", "text", "json"] = setting(
         "auto",
-        "auto: a panel on a terminal, else lines of text. json: metrics.jsonl's lines on standard output, too",
+        "auto: a panel on a terminal, else lines of text. json: the rows of metrics.jsonl on standard output, too",
         group="Checkpoints",
         may_change=True,
     )
 
     wandb: Tracking = setting(
         "off",
-        "Weights & Biases, with metrics.jsonl's figures. offline: in the run's folder, without an account",
+        "log metrics to Weights & Biases. offline: into the run's folder, without an account",
         group="Checkpoints",
         may_change=True,
     )
 
     @property
     def may_compile(self) -> bool:
-        """A compiled backward pass hands out all gradients at once, which is what optimizer_in_backward is to avoid."""
+        """False if compilation is off, or excluded: a compiled backward pass returns all gradients at once."""
         return self.compile is not False and not self.optimizer_in_backward
 
     @property
@@ -270,21 +281,21 @@ class Config(BaseModel):
         return self.keep_last + 4
 
     def shape(self) -> dict[str, Any]:
-        """n_layer, n_head and n_embd with the overrides applied."""
+        """Return n_layer, n_head and n_embd with the overrides applied."""
         own = {key: getattr(self, key) for key in ("n_layer", "n_head", "n_embd")}
         return {key: own[key] or size for key, size in MODEL_SHAPES[self.model].items()}
 
 
-class About(NamedTuple):
-    """A setting in words."""
+class SettingHelp(NamedTuple):
+    """A setting as help texts and messages show it."""
 
     meaning: str
-    values: str  # what may be given, with limits
+    values: str  # accepted values, with limits
     default: str
 
 
-def about(key: str) -> About:
-    """A setting for help texts and messages."""
+def describe_setting(key: str) -> SettingHelp:
+    """Describe a setting for help texts and messages."""
     field = Config.model_fields[key]
     kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
     values = "TEXT"
@@ -302,54 +313,18 @@ def about(key: str) -> About:
     limits = [f"{sign} {getattr(m, name)}" for m in field.metadata for name, sign in signs.items() if hasattr(m, name)]
     if limits:
         values += " " + " and ".join(limits)
-    return About(str(field.description), values, "" if field.default in (None, "") else str(field.default))
+    return SettingHelp(str(field.description), values, "" if field.default in (None, "") else str(field.default))
 
 
-def validate(values: dict[str, Any], source: str) -> Config:
-    """Check all values at once.
-
-    Raises:
-        BadInput: a list of every fault, each with what was found and what is expected.
-    """
-    faults = []
-    for number, key in enumerate(values.keys() - Config.model_fields.keys()):
-        near = difflib.get_close_matches(str(key), Config.model_fields, 1) if number < MOST_GUESSES else []
-        faults.append(f"{key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
-    known = {key: value for key, value in values.items() if key in Config.model_fields}
-    for key, value in known.items():
-        if isinstance(value, str) and harmless(value.replace("\n", "")) != value.replace("\n", ""):
-            faults.append(f"{key}: found {SHORT.repr(value)}; expected characters that can be written")
-    config = None
-    try:
-        config = Config.model_validate(known)
-    except ValidationError as error:
-        for fault in error.errors():
-            if not any(f.startswith(f"{fault['loc'][0]}: ") for f in faults):
-                key = str(fault["loc"][0])
-                found, expected = SHORT.repr(fault["input"]), about(key)
-                faults.append(f"{key}: found {found}; expected {expected.values}: {expected.meaning}")
-    if config is not None:
-        from gpt2box.config.validation import contradictions  # which needs this module
-
-        faults += contradictions(config)
-    if config is None or faults:
-        one = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise BadInput(
-            f"{source}: {one}\n    " + "\n    ".join(sorted(faults)),
-            next_step="gpt2box train --help lists all settings",
-        )
-    return config
-
-
-# What a run may be resumed with where --allow-change asks for it: it changes the course from here on, and leaves the
-# checkpoint, the position in the text and what val_loss means as they are.
+# Settings that --allow-change may change on resume: they affect the training from there on, but neither the checkpoint
+# format, the position in the data nor the meaning of val_loss.
 CHANGEABLE = (
     "learning_rate", "min_lr", "warmup_steps", "lr_schedule", "decay_steps", "decay_fraction",
     "weight_decay", "beta1", "beta2", "grad_clip", "spike_sigma", "dropout", "dtype",
 )  # fmt: skip
 
 
-def may_change(key: str) -> bool:
-    """Whether a run may be resumed with another value of this setting."""
+def can_change_on_resume(key: str) -> bool:
+    """Return True if a run may be resumed with another value of this setting."""
     extra = Config.model_fields[key].json_schema_extra
     return isinstance(extra, dict) and bool(extra["may_change"])

@@ -1,13 +1,57 @@
-"""Settings that are right each by itself, and not together."""
+"""Check all settings of a run, each by itself and together."""
 
 from __future__ import annotations
 
-from gpt2box.config.schema import Config
-from gpt2box.errors import BadInput
+import difflib
+import reprlib
+from typing import Any
+
+from pydantic import ValidationError
+
+from gpt2box.config.schema import Config, describe_setting
+from gpt2box.errors import BadInput, harmless
+
+SHORT_REPR = reprlib.Repr()  # values from a file may be very long
+SHORT_REPR.maxstring = SHORT_REPR.maxother = SHORT_REPR.maxlong = 200
+MAX_SUGGESTIONS = 20  # of the nearest name, each takes a millisecond
 
 
-def contradictions(config: Config) -> list[str]:
-    """Faults that no single value shows."""
+def validate(values: dict[str, Any], source: str) -> Config:
+    """Check all settings and return them as a frozen `Config`.
+
+    Raises:
+        BadInput: Lists every fault, each with what was found and what is expected.
+    """
+    faults = []
+    for number, key in enumerate(values.keys() - Config.model_fields.keys()):
+        near = difflib.get_close_matches(str(key), Config.model_fields, 1) if number < MAX_SUGGESTIONS else []
+        faults.append(f"{key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+    known = {key: value for key, value in values.items() if key in Config.model_fields}
+    for key, value in known.items():
+        if isinstance(value, str) and harmless(value.replace("\n", "")) != value.replace("\n", ""):
+            faults.append(f"{key}: found {SHORT_REPR.repr(value)}; expected characters that can be written")
+    config = None
+    try:
+        config = Config.model_validate(known)
+    except ValidationError as error:
+        for fault in error.errors():
+            if not any(f.startswith(f"{fault['loc'][0]}: ") for f in faults):
+                key = str(fault["loc"][0])
+                found, expected = SHORT_REPR.repr(fault["input"]), describe_setting(key)
+                faults.append(f"{key}: found {found}; expected {expected.values}: {expected.meaning}")
+    if config is not None:
+        faults += find_contradictions(config)
+    if config is None or faults:
+        one = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise BadInput(
+            f"{source}: {one}\n    " + "\n    ".join(sorted(faults)),
+            next_step="gpt2box train --help lists all settings",
+        )
+    return config
+
+
+def find_contradictions(config: Config) -> list[str]:
+    """Return faults of settings that are valid alone but not together."""
     faults = []
     shape = config.shape()
     if shape["n_embd"] % shape["n_head"]:
@@ -32,11 +76,11 @@ def contradictions(config: Config) -> list[str]:
     if config.compile is True and config.optimizer_in_backward:
         faults.append("compile: found true; expected auto or false with optimizer_in_backward")
     if config.optimizer == "muon" and config.optimizer_in_backward:
-        faults.append("optimizer: found muon with optimizer_in_backward; expected adamw: muon needs whole gradients")
+        faults.append("optimizer: found muon with optimizer_in_backward; expected adamw: muon needs complete gradients")
     if config.shard and config.weights_dtype != "float32":
         faults.append(f"shard: found with weights_dtype {config.weights_dtype}; expected float32")
     if config.lora_rank:
-        faults += contradictions_of_adapters(config)
+        faults += find_lora_contradictions(config)
     elif config.lora_alpha is not None:
         faults.append(f"lora_alpha: found {config.lora_alpha}; expected none without lora_rank")
     if not config.dataset:
@@ -44,18 +88,20 @@ def contradictions(config: Config) -> list[str]:
     return faults
 
 
-def contradictions_of_adapters(config: Config) -> list[str]:
-    """The same, of settings that adapters leave no room for."""
+def find_lora_contradictions(config: Config) -> list[str]:
+    """Return faults of settings that do not work with LoRA."""
     faults = []
     if config.init_from == "scratch":
-        faults.append("lora_rank: found with init_from scratch; expected weights to begin from, such as gpt2-medium")
+        faults.append("lora_rank: found with init_from scratch; expected initial weights, such as gpt2-medium")
     if config.lora_rank > config.shape()["n_embd"]:
         faults.append(f"lora_rank: found {config.lora_rank}; expected at most n_embd, {config.shape()['n_embd']}")
     if config.optimizer == "muon":
-        faults.append("optimizer: found muon with lora_rank; expected adamw, as adapters are published with")
+        faults.append("optimizer: found muon with lora_rank; expected adamw, which LoRA was published with")
     for key in ("optimizer_states", "optimizer_in_backward", "shard"):
         if getattr(config, key) != Config.model_fields[key].default:
-            faults.append(f"{key}: found with lora_rank, whose gradients and averages are small; expected the default")
+            faults.append(
+                f"{key}: found with lora_rank, whose gradients and optimizer state are small; expected the default"
+            )
     if config.activation_checkpointing == "selective":
         faults.append("activation_checkpointing: found selective; expected auto, none or full with lora_rank")
     return faults

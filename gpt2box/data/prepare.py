@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2box.config.loader import load, shipped
+from gpt2box.config.loader import list_presets, load_config
 from gpt2box.data import corpus, hub_models, tokenizer
 from gpt2box.data.dataset import SPLITS, open_dataset
 from gpt2box.data.dataset_folder import Made, check_content, read_manifest
@@ -245,7 +245,7 @@ def summary(folder: Path, manifest: dict[str, Any]) -> list[str]:
     if manifest["tokenizer"]["kind"] == "char":
         return lines
     for config in ("openwebtext", "finetune"):
-        settings, _ = load(config, {})
+        settings, _ = load_config(config, {})
         steps, per_step = settings.max_steps, settings.tokens_per_step
         passes = steps * per_step / train["tokens"]
         if passes > MOST_PASSES:
@@ -272,7 +272,7 @@ def documents_of(train: int, val: int) -> str:
 
 def next_command(folder: Path, manifest: dict[str, Any]) -> str:
     """What to do with a dataset."""
-    if folder.name in shipped():
+    if folder.name in list_presets():
         return f"  next  gpt2box train {folder.name}"
     kind, tokens = manifest["tokenizer"]["kind"], manifest["splits"]["train"]["tokens"]
     config = "demo" if kind == "char" else "finetune" if tokens < ENOUGH_FOR_MEDIUM else "openwebtext"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2box.config.loader import SHIPPED, read_yaml
+from gpt2box.config.loader import PRESETS_DIR, read_yaml
 from gpt2box.report.html import Chart, Html, Line, definition_list, plots_html, render_document, section, table, tag
 from gpt2box.runs.formatting import format_count, format_loss, format_step
 from gpt2box.runs.history import Curve, History
@@ -204,7 +204,9 @@ def published_val_loss(settings: dict[str, Any]) -> float | None:
     expected = settings.get("expected_val_loss")
     if not isinstance(expected, int | float):
         return None
-    presets = [own for path in SHIPPED.glob("*.yaml") if (own := read_yaml(path)).get("expected_val_loss") == expected]
+    presets = [
+        own for path in PRESETS_DIR.glob("*.yaml") if (own := read_yaml(path)).get("expected_val_loss") == expected
+    ]
     is_alike = [all(settings.get(key) == own[key] for key in PUBLISHED_RESULT_KEYS if key in own) for own in presets]
     return expected if any(is_alike) or not is_alike else None
 

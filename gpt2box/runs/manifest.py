@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt2box.config import loader
-from gpt2box.config.schema import CHANGEABLE, Config, may_change, validate
+from gpt2box.config.schema import CHANGEABLE, Config, can_change_on_resume
+from gpt2box.config.validation import validate
 from gpt2box.data.dataset import SPLITS, Dataset
 from gpt2box.data.downloads import sha256_of
 from gpt2box.data.pretrained import HUB_REVISIONS
@@ -55,7 +56,7 @@ def check_settings_unchanged(
             f"prepare it as it was, or begin another run with --name {config.name}-2",
         )
     differing = [key for key in Config.model_fields if getattr(before, key) != getattr(config, key)]
-    if refused := [key for key in differing if not may_change(key) and key not in allow]:
+    if refused := [key for key in differing if not can_change_on_resume(key) and key not in allow]:
         lines = [f"{key}: {getattr(before, key)} before, {getattr(config, key)} now" for key in refused]
         allowable = [key for key in refused if key in CHANGEABLE]
         asked = "".join(f" --allow-change {key.replace('_', '-')}" for key in allowable)
@@ -88,7 +89,7 @@ def parse_allowed_changes(given: Sequence[str]) -> tuple[str, ...]:
                 "no such setting"
                 if not known
                 else "it may change without"
-                if may_change(key)
+                if can_change_on_resume(key)
                 else "it must not change in a run"
             )
             raise BadInput(f"--allow-change {key}: {reason}", f"one of: {', '.join(CHANGEABLE)}")
@@ -161,7 +162,7 @@ def write_run_records(
     }
     write_atomically(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     write_atomically(run / "plan.json", json.dumps(asdict(plan), indent=2) + "\n")
-    write_atomically(run / "config.yaml", loader.to_yaml(config))
+    write_atomically(run / "config.yaml", loader.config_to_yaml(config))
 
 
 def file_stamps(dataset: Dataset) -> dict[str, list[int]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from gpt2box.config.schema import DEVICES
+from gpt2box.config.schema import DEVICE_PATTERN
 from gpt2box.errors import BadInput, MachineCannot
 from gpt2box.system.gpu import BFLOAT16_CAPABILITY
 from gpt2box.system.host import is_wsl
@@ -44,7 +44,7 @@ def choose_device(wanted: str) -> torch.device:
         BadInput: none of these.
         MachineCannot: no such GPU.
     """
-    if not re.fullmatch(DEVICES, wanted):
+    if not re.fullmatch(DEVICE_PATTERN, wanted):
         raise BadInput(f"device {wanted!r}", "auto, cpu, cuda or cuda:N")
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")

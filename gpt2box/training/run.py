@@ -61,7 +61,7 @@ def run_job(argument: str | None, flags: dict[str, Any], stop: StopRequest, allo
     """
     allowed = parse_allowed_changes(allow)
     with join_rank_group() as group:
-        config, notes = group.run_on_rank0(lambda: loader.load(argument, flags))
+        config, notes = group.run_on_rank0(lambda: loader.load_config(argument, flags))
         run_in(group, config, notes, text_path(str(flags.get("dataset") or "")), argument, stop, allowed)
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gpt2box.config.schema import Config, validate
+from gpt2box.config.schema import Config
+from gpt2box.config.validation import validate
 from gpt2box.data.dataset import SPLITS, open_dataset
 from gpt2box.data.hub_models import NAME as HUB_NAME
 from gpt2box.data.prepare import Options, prepare

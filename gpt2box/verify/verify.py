@@ -21,7 +21,8 @@ from gpt2box.checkpoint.loader import restore_checkpoint
 from gpt2box.checkpoint.metadata import TrainState, load_verified_state, parse_state
 from gpt2box.checkpoint.retention import checkpoint_name
 from gpt2box.checkpoint.writer import ADAPTERS_FILE, optimizer_tensors
-from gpt2box.config.schema import Config, validate
+from gpt2box.config.schema import Config
+from gpt2box.config.validation import validate
 from gpt2box.data.dataset import Dataset, open_dataset
 from gpt2box.data.pretrained import pretrained_folder, shape_on
 from gpt2box.distributed.group import NoOp, RankGroup

@@ -9,7 +9,8 @@ from typing import Any
 
 from gpt2box.checkpoint.retention import checkpoint_name
 from gpt2box.config import loader
-from gpt2box.config.schema import Config, validate
+from gpt2box.config.schema import Config
+from gpt2box.config.validation import validate
 from gpt2box.errors import BadInput
 from gpt2box.runs import metrics
 from gpt2box.runs.manifest import read_manifest

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gpt2box.checkpoint import retention
-from gpt2box.config.schema import validate
+from gpt2box.config.validation import validate
 from gpt2box.data.prepare import Options, prepare
 from gpt2box.errors import BadInput, MachineCannot
 from gpt2box.model.shape import ModelShape

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpt2box.checkpoint import retention
-from gpt2box.config.schema import validate
+from gpt2box.config.validation import validate
 from gpt2box.data.prepare import Options, prepare
 from gpt2box.errors import BadInput
 from gpt2box.model.shape import ModelShape

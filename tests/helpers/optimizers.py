@@ -17,7 +17,7 @@ from tests.helpers.models import tiny_model
 
 
 def plan(**flags: str) -> RunPlan:
-    settings = loader.load(None, {"dataset": "x", "max_steps": "1000", "warmup_steps": "100", **flags})[0]
+    settings = loader.load_config(None, {"dataset": "x", "max_steps": "1000", "warmup_steps": "100", **flags})[0]
     return planned(settings, ModelShape(3, 4, 32, 24, 101), 10_000)
 
 

@@ -26,7 +26,7 @@ def planned(
         "activation_checkpointing": mode,
         **settings,
     }
-    loaded = loader.load(None, {key: str(value) for key, value in flags.items()})[0]
+    loaded = loader.load_config(None, {key: str(value) for key, value in flags.items()})[0]
     place = TargetDevice("a card", 0, None, dtype, on_gpu=True, compiled=compiled, ranks=ranks)
     (way,) = list_execution_plans(loaded, shape, place)
     way = replace(way, memory=replace(way.memory, workspace=way.memory.workspace - (NCCL_BYTES if ranks > 1 else 0)))

@@ -128,5 +128,5 @@ def test_low_memory_settings_stay_close_and_are_deterministic(
 )
 def test_incompatible_settings_are_refused(flags: dict[str, str], message: str) -> None:
     with pytest.raises(BadInput) as raised:
-        loader.load(None, {"dataset": "x", "optimizer": "muon", **flags})
+        loader.load_config(None, {"dataset": "x", "optimizer": "muon", **flags})
     assert message in str(raised.value)

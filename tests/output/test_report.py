@@ -173,7 +173,7 @@ def test_no_peak_of_a_long_run_is_lost(tmp_path: Path) -> None:
 def test_what_was_published_is_said_of_the_same_text_and_network(
     changes: dict[str, object], said: float | None
 ) -> None:
-    settings = loader.load("demo", {})[0].model_dump()
+    settings = loader.load_config("demo", {})[0].model_dump()
     assert published_val_loss({**settings, **changes}) == said
     assert published_val_loss({**settings, **changes, "expected_val_loss": 2.5}) == 2.5, "of a config of one's own"
 

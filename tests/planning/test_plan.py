@@ -139,7 +139,7 @@ def card(free_gib: float, name: str = "rtx-4070", dtype: str = "bfloat16", compi
 
 
 def chosen(place: TargetDevice, shape: ModelShape | None = None, **flags: str) -> ExecutionPlan:
-    loaded = loader.load("openwebtext-adamw", flags)[0]
+    loaded = loader.load_config("openwebtext-adamw", flags)[0]
     shape = shape or shape_of("gpt2-medium")
     return choose_execution_plan(list_execution_plans(loaded, shape, place), loaded, shape, place)
 
@@ -164,7 +164,7 @@ def test_the_fastest_plan_that_fits_is_chosen_and_the_step_stays_the_same() -> N
     ],
 )
 def test_every_published_size_fits_twelve_gib(config: str, gib: float, at_least: int) -> None:
-    loaded = loader.load(config, {"dataset": "x"})[0]
+    loaded = loader.load_config(config, {"dataset": "x"})[0]
     shape = shape_of(loaded.init_from)
     place = card(gib, compiled=True)
     assert (
@@ -183,7 +183,7 @@ def test_where_nothing_fits_it_says_which_settings_would() -> None:
 
 
 def test_compiled_plans_count_what_the_compiler_keeps_and_leave_selective_out() -> None:
-    loaded = loader.load("openwebtext-adamw", {})[0]
+    loaded = loader.load_config("openwebtext-adamw", {})[0]
     shape = shape_of("gpt2-medium")
     compiled = list_execution_plans(loaded, shape, card(12, compiled=True))
     eager = list_execution_plans(loaded, shape, card(12))
@@ -293,7 +293,7 @@ def test_muon_takes_less_memory_a_little_more_time_and_smaller_checkpoints() -> 
     shape, place = shape_of("gpt2-medium"), card(12)
     ways = {}
     for optimizer in ("adamw", "muon"):
-        loaded = loader.load("openwebtext", {"optimizer": optimizer, "micro_batch_size": "4"})[0]
+        loaded = loader.load_config("openwebtext", {"optimizer": optimizer, "micro_batch_size": "4"})[0]
         (ways[optimizer],) = (
             w for w in list_execution_plans(loaded, shape, place) if w.activation_checkpointing == "full"
         )
@@ -305,7 +305,7 @@ def test_muon_takes_less_memory_a_little_more_time_and_smaller_checkpoints() -> 
 
 
 def test_where_muon_does_not_fit_what_is_offered_keeps_it() -> None:
-    loaded, shape, place = loader.load("openwebtext", {})[0], shape_of("gpt2-medium"), card(3.8)
+    loaded, shape, place = loader.load_config("openwebtext", {})[0], shape_of("gpt2-medium"), card(3.8)
     with pytest.raises(MachineCannot, match="--optimizer-states int8 --weights-dtype bfloat16 fits"):
         choose_execution_plan(list_execution_plans(loaded, shape, place), loaded, shape, place)
 

@@ -24,7 +24,7 @@ from tests.helpers.settings import options as tiny
 
 
 def plan(**flags: str) -> RunPlan:
-    config = loader.load(None, {"dataset": "x", **flags})[0]
+    config = loader.load_config(None, {"dataset": "x", **flags})[0]
     shape = ModelShape(24, 16, 1024, 1024, 50_257)
     way = list_execution_plans(config, shape, TargetDevice("a card", 0, None, "bfloat16", on_gpu=True, compiled=False))[
         0
