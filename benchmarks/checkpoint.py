@@ -1,17 +1,16 @@
-"""A checkpoint of GPT-2 Medium with AdamW: how long training waits for it, and how long reading it back takes.
+"""Time to save and to load a checkpoint of GPT-2 Medium with AdamW, compared with torch.save and torch.load.
 
     python benchmarks/checkpoint.py [--model gpt2-medium] [--rounds 3] [--folder /tmp]
-    python benchmarks/checkpoint.py --device cuda              the same from and to a GPU
-    python benchmarks/checkpoint.py --beside [--rounds 5]    what the thread that writes costs the steps beside it
+    python benchmarks/checkpoint.py --device cuda              the same with a GPU
+    python benchmarks/checkpoint.py --beside [--rounds 5]      how much the writer thread slows concurrent steps
 
-Contenders in turns, medians of all rounds. First torch.save (without fsync, as programs use it), against the wait for
-the copy and what the thread does then until all is durable, read back and named. Then torch.load of the same tensors,
-against reading back into the tensors that are there, and the checksums that are compared before. Medium needs 9 GB of
-memory and as much disk.
+Contenders take turns; the figures are medians of all rounds. Saving: torch.save (without fsync, as programs use it)
+against the copy that training waits for and the thread that writes, syncs, verifies and renames. Loading: torch.load
+against restoring into existing tensors and verifying the checksums. Medium needs 9 GB of memory and of disk.
 
-With --beside a network of 6 layers × 512 is trained on the CPU: in each round some steps with nothing else, then steps
-for as long as checkpoints are being written; the ratio of the round's medians. On a CPU the writer wants the cores that
-the step wants, which on a GPU it does not.
+--beside trains a network of 6 layers × 512 on the CPU: each round takes some steps alone, then steps for as long as
+checkpoints are being written, and compares their medians. On a CPU the writer competes with the step for cores; on a
+GPU it does not.
 """
 
 from __future__ import annotations
@@ -43,12 +42,11 @@ from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.shape import ModelShape
 from gpt2box.optim.clipped_step import ClippedStep
 
-BESIDE = ModelShape(n_layer=6, n_head=8, n_embd=512, block_size=128, vocab_size=50_257)  # 45M parameters
-ALONE, SAVES = 12, 4  # of a round: steps with nothing beside them, and checkpoints that are written one after the other
+CONCURRENT_SHAPE = ModelShape(n_layer=6, n_head=8, n_embd=512, block_size=128, vocab_size=50_257)  # 45M parameters
+STEPS_ALONE, SAVES = 12, 4  # of each round
 
 
 def main() -> None:
-    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gpt2-medium", choices=MODEL_SHAPES)
     parser.add_argument("--rounds", type=int, default=3)
@@ -61,130 +59,134 @@ def main() -> None:
     folder.mkdir(parents=True)
     try:
         if arguments.beside:
-            measure_beside(arguments.rounds, folder)
+            measure_concurrent_steps(arguments.rounds, folder)
         else:
             shape = ModelShape(**MODEL_SHAPES[arguments.model], block_size=1024, vocab_size=50_257)
-            measure(shape, arguments.device, arguments.rounds, folder)
+            measure_save_and_load(shape, arguments.device, arguments.rounds, folder)
     finally:
         shutil.rmtree(folder)
 
 
-def measure(shape: ModelShape, device: str, rounds: int, folder: Path) -> None:
-    """All contenders, `rounds` times in turns."""
-    model, optimizer = made(shape, device)
+def measure_save_and_load(shape: ModelShape, device: str, rounds: int, folder: Path) -> None:
+    """Time all contenders in turns and print the medians."""
+    model, optimizer = make_model(shape, device)
     state = TrainState(step=1, optimizer_steps=1)
     plain, checkpoints = folder / "plain.pt", folder / "checkpoints"
-    whole = checkpoints / retention.checkpoint_name(state.step)
-    watch = Watch()
-    save_rounds(model, optimizer, state, rounds, watch, plain, whole)
+    checkpoint = checkpoints / retention.checkpoint_name(state.step)
+    timer = Timer()
+    save_rounds(model, optimizer, state, rounds, timer, plain, checkpoint)
     for _ in range(rounds):
-        watch.time("torch.load", lambda: torch.load(plain, weights_only=True, map_location=device))
-        watch.time("reading back", lambda: restore_checkpoint(whole, model, optimizer, state))
-        watch.time("checksums", lambda: load_verified_state(whole))
+        timer.time("torch.load", lambda: torch.load(plain, weights_only=True, map_location=device))
+        timer.time("restore", lambda: restore_checkpoint(checkpoint, model, optimizer, state))
+        timer.time("checksums", lambda: load_verified_state(checkpoint))
     gigabytes = checkpoint_bytes(model, optimizer, state) / 1e9
     print(f"{gigabytes:.2f} GB, {device}, {torch.get_num_threads()} threads, medians of {rounds}")
     for name, base in {
-        "the wait": "torch.save",
-        "the thread": "torch.save",
-        "reading back": "torch.load",
+        "copy": "torch.save",
+        "thread": "torch.save",
+        "restore": "torch.load",
         "checksums": "torch.load",
     }.items():
-        mine, its = watch.median(name), watch.median(base)
-        print(f"{name:14} {mine:6.2f} s = {mine / its:.3f} of {base} ({its:.2f} s)")
+        seconds, reference = timer.median(name), timer.median(base)
+        print(f"{name:14} {seconds:6.2f} s = {seconds / reference:.3f} of {base} ({reference:.2f} s)")
 
 
-def made(shape: ModelShape, device: str = "cpu") -> tuple[GPT2, torch.optim.AdamW]:
-    """A network and its averages."""
+def make_model(shape: ModelShape, device: str = "cpu") -> tuple[GPT2, torch.optim.AdamW]:
+    """Make a network and its optimizer state."""
     model = GPT2.empty(shape, 0.0, device)
     model.init_weights(1)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for parameter in model.parameters():
-        averages = {key: torch.full_like(parameter, 0.01) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.ones((), device=device), **averages}
+        moments = {key: torch.full_like(parameter, 0.01) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.ones((), device=device), **moments}
     return model, optimizer
 
 
-def measure_beside(rounds: int, folder: Path) -> None:
-    """Steps with nothing else and beside checkpoints that are being written, in turns."""
-    model, optimizer = made(BESIDE)
-    words, state = CharTokenizer("ab", False), TrainState(step=1, optimizer_steps=1)
-    files, config = checkpoint_tensors(model, optimizer, state), checkpoint_config(model, words)
-    snapshot, update = StagingBuffer(files, pin=False), ClippedStep(optimizer, 1.0, torch.device("cpu"))
-    batch = torch.randint(0, BESIDE.vocab_size, (1, BESIDE.block_size + 1))
-    whole = folder / "checkpoints"
+def measure_concurrent_steps(rounds: int, folder: Path) -> None:
+    """Time steps alone and during saves, in turns."""
+    model, optimizer = make_model(CONCURRENT_SHAPE)
+    tokenizer, state = CharTokenizer("ab", False), TrainState(step=1, optimizer_steps=1)
+    files, config = checkpoint_tensors(model, optimizer, state), checkpoint_config(model, tokenizer)
+    staging_buffer, update = StagingBuffer(files, pin=False), ClippedStep(optimizer, 1.0, torch.device("cpu"))
+    batch = torch.randint(0, CONCURRENT_SHAPE.vocab_size, (1, CONCURRENT_SHAPE.block_size + 1))
+    checkpoint = folder / "checkpoints"
 
     def step() -> tuple[float, float]:
-        begun, worked = time.perf_counter(), time.thread_time()
+        start, cpu_start = time.perf_counter(), time.thread_time()
         loss = model(batch[:, :-1], batch[:, 1:], 1.0)
         update.before_backward(1, 0, 1e-5, loss)
         loss.backward()
         update(loss.detach())
-        return time.perf_counter() - begun, time.thread_time() - worked
+        return time.perf_counter() - start, time.thread_time() - cpu_start
 
     def save(copies: TensorFiles) -> None:
-        begun, worked = time.perf_counter(), time.thread_time()
+        start, cpu_start = time.perf_counter(), time.thread_time()
         for _ in range(SAVES):
-            shutil.rmtree(whole, ignore_errors=True)
-            publish_checkpoint(whole, copies, config, state, words)
-        writing.append(((time.perf_counter() - begun) / SAVES, (time.thread_time() - worked) / SAVES))
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            publish_checkpoint(checkpoint, copies, config, state, tokenizer)
+        saves.append(((time.perf_counter() - start) / SAVES, (time.thread_time() - cpu_start) / SAVES))
 
     ratios: list[tuple[float, float]] = []
-    writing: list[tuple[float, float]] = []
+    saves: list[tuple[float, float]] = []
     for number in range(rounds + 1):
-        alone = [step() for _ in range(ALONE)]
-        writer, beside = threading.Thread(target=save, args=(snapshot.copy(files),)), []
+        alone = [step() for _ in range(STEPS_ALONE)]
+        writer, concurrent = threading.Thread(target=save, args=(staging_buffer.copy(files),)), []
         writer.start()
         while writer.is_alive():
-            beside.append(step())
-        if number == 0:  # in which memory and the folder's pages are new
-            writing.clear()
+            concurrent.append(step())
+        if number == 0:  # warm-up
+            saves.clear()
             continue
-        usual, slowed = middle(alone), middle(beside[:-1] or beside)  # the last ran on alone
+        usual, slowed = medians(alone), medians(concurrent[:-1] or concurrent)  # the last step ended alone
         ratios.append((slowed[0] / usual[0], slowed[1] / usual[1]))
-        print(f"  {usual[0]:.2f} s a step, {slowed[0]:.2f} s beside, {len(beside)} steps", flush=True)
+        print(f"  {usual[0]:.2f} s per step alone, {slowed[0]:.2f} s during saves, {len(concurrent)} steps", flush=True)
     gigabytes = checkpoint_bytes(model, optimizer, state) / 1e9
-    print(
-        f"{gigabytes:.2f} GB, {torch.get_num_threads()} threads, {rounds} rounds: time, and its thread's processor time"
-    )
-    for name, found in {"a step beside, of one alone": ratios, "seconds a checkpoint": writing}.items():
-        time_, work = ([each[column] for each in found] for column in (0, 1))
-        shown = (f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})" for each in (time_, work))
-        print(f"{name:28}", *shown, sep="  ")
+    print(f"{gigabytes:.2f} GB, {torch.get_num_threads()} threads, {rounds} rounds: time, processor time of its thread")
+    for name, rows in {"step during saves / alone": ratios, "seconds per checkpoint": saves}.items():
+        columns = ([row[column] for row in rows] for column in (0, 1))
+        texts = (f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})" for each in columns)
+        print(f"{name:28}", *texts, sep="  ")
 
 
-def middle(times: list[tuple[float, float]]) -> tuple[float, float]:
-    """The median of each column."""
+def medians(times: list[tuple[float, float]]) -> tuple[float, float]:
+    """Return the median of each column."""
     return statistics.median(each[0] for each in times), statistics.median(each[1] for each in times)
 
 
 def save_rounds(
-    model: GPT2, optimizer: torch.optim.AdamW, state: TrainState, rounds: int, watch: Watch, plain: Path, whole: Path
+    model: GPT2,
+    optimizer: torch.optim.AdamW,
+    state: TrainState,
+    rounds: int,
+    timer: Timer,
+    plain: Path,
+    checkpoint: Path,
 ) -> None:
-    """Saving, in both ways; the copy's memory is given back at the end."""
-    words = CharTokenizer("ab", False)
-    files, config = checkpoint_tensors(model, optimizer, state), checkpoint_config(model, words)
-    snapshot = StagingBuffer(files, pin=next(model.parameters()).is_cuda)
-    copies = snapshot.copy(files)
+    """Time saving in both ways. The staging buffer is freed on return."""
+    tokenizer = CharTokenizer("ab", False)
+    files, config = checkpoint_tensors(model, optimizer, state), checkpoint_config(model, tokenizer)
+    staging_buffer = StagingBuffer(files, pin=next(model.parameters()).is_cuda)
+    copies = staging_buffer.copy(files)
     for _ in range(rounds):
         plain.unlink(missing_ok=True)
-        shutil.rmtree(whole, ignore_errors=True)
-        watch.time("torch.save", lambda: torch.save([model.state_dict(), optimizer.state_dict()], plain))
-        watch.time("the wait", lambda: snapshot.copy(files))
-        watch.time("the thread", lambda: publish_checkpoint(whole.parent, copies, config, state, words))
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        timer.time("torch.save", lambda: torch.save([model.state_dict(), optimizer.state_dict()], plain))
+        timer.time("copy", lambda: staging_buffer.copy(files))
+        timer.time("thread", lambda: publish_checkpoint(checkpoint.parent, copies, config, state, tokenizer))
 
 
-class Watch:
-    """Seconds by name."""
+class Timer:
+    """Measured seconds by name."""
 
     def __init__(self) -> None:
         self.times: dict[str, list[float]] = {}
 
-    def time(self, name: str, act: Callable[[], object]) -> None:
-        begun = time.perf_counter()
-        act()
+    def time(self, name: str, function: Callable[[], object]) -> None:
+        start = time.perf_counter()
+        function()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.times.setdefault(name, []).append(time.perf_counter() - begun)
+        self.times.setdefault(name, []).append(time.perf_counter() - start)
         print(f"  {name}: {self.times[name][-1]:.2f} s", flush=True)
 
     def median(self, name: str) -> float:

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from low_memory import SETTINGS, TEXT, curve
+from low_memory import SETTINGS, TEXT, train_curve
 
 from gpt2box.data.prepare_texts import Request, prepare_few
 from gpt2box.data.sources import own_text
@@ -103,7 +103,7 @@ def small_text(volumes: Path, arguments: argparse.Namespace) -> None:
 def tuned(volumes: Path, run: str, steps: int, evaluations: int, **settings: object) -> list[tuple[int, float]]:
     """(step, val_loss) of a fine-tuning of the base."""
     own = {"init_from": "base", "dataset": "second", "max_steps": steps, "min_lr": 0, "lr_schedule": "linear"}
-    return curve(volumes, run, **{**own, "eval_interval": max(steps // evaluations, 1), **settings})
+    return train_curve(volumes, run, **{**own, "eval_interval": max(steps // evaluations, 1), **settings})
 
 
 def stopped(rows: list[tuple[int, float]]) -> tuple[int, float]:
@@ -130,7 +130,9 @@ def main() -> None:
         volumes = Path(folder)
         os.environ["GPT2BOX_VOLUMES"] = folder
         texts(volumes, arguments.characters if arguments.sweep == "small" else None)
-        curve(volumes, "base", dataset="first", max_steps=arguments.base_steps, learning_rate=3e-3, eval_interval=500)
+        train_curve(
+            volumes, "base", dataset="first", max_steps=arguments.base_steps, learning_rate=3e-3, eval_interval=500
+        )
         (volumes / "models").mkdir(exist_ok=True)
         (volumes / "models" / "base").symlink_to((volumes / "runs/base/checkpoints/best").resolve())
         {"rates": learning_rates, "small": small_text}[arguments.sweep](volumes, arguments)

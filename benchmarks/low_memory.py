@@ -1,9 +1,9 @@
-"""What the rungs that change the numbers cost in loss: the same training with each, beside plain AdamW.
+"""What each low-memory setting costs in loss, compared with plain AdamW.
 
     python benchmarks/low_memory.py [--seeds 1 2 3] [--steps 600] [--plot docs/low-memory.png]
 
-tinyshakespeare in characters, 2 layers × 128 wide, block 64, 3,072 tokens a step; then, from the plain run's weights,
-half as many steps at a tenth of the learning rate, as in fine-tuning. Runs go to a folder of their own.
+Trains on tinyshakespeare in characters, 2 layers × 128, block 64, 3,072 tokens per step; then fine-tunes the plain
+run's weights with half as many steps at a tenth of the learning rate. Runs are written to a temporary folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SETTINGS = {
     "beta2": 0.99, "eval_windows": 600, "device": "cpu", "log_interval": 1000, "keep_last": 1, "micro_batch_size": 48,
     "activation_checkpointing": "none",
 }  # fmt: skip
-WAYS: dict[str, dict[str, object]] = {
+VARIANTS: dict[str, dict[str, object]] = {
     "plain": {},
     "optimizer_states int8": {"optimizer_states": "int8"},
     "weights_dtype bfloat16": {"weights_dtype": "bfloat16"},
@@ -41,8 +41,8 @@ WAYS: dict[str, dict[str, object]] = {
 }  # fmt: skip
 
 
-def curve(volumes: Path, name: str, **settings: object) -> list[tuple[int, float]]:
-    """(step, val_loss) of a run."""
+def train_curve(volumes: Path, name: str, **settings: object) -> list[tuple[int, float]]:
+    """Train a run; returns its (step, val_loss) pairs."""
     values = {key: str(value) for key, value in {**SETTINGS, "name": name, **settings}.items()}
     run_job(None, values, StopRequest())
     lines = (volumes / "runs" / name / "metrics.jsonl").read_text().splitlines()
@@ -51,7 +51,7 @@ def curve(volumes: Path, name: str, **settings: object) -> list[tuple[int, float
 
 
 def plot(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """The difference to plain, by step."""
+    """Plot the difference to plain AdamW by step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -64,13 +64,12 @@ def plot(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
             axes.plot([s for s, _ in points[1:]], [loss - plain[s] for s, loss in points[1:]], label=name)
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xlabel("step")
-    axes.set_ylabel("val_loss less plain AdamW's (mean over seeds)")
+    axes.set_ylabel("val_loss - val_loss of plain AdamW (mean over seeds)")
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=600)
@@ -81,31 +80,31 @@ def main() -> None:
         volumes = Path(folder)
         os.environ["GPT2BOX_VOLUMES"] = folder
         prepare_few(own_text([str(TEXT)]), Request("char", 0.1), volumes / "data" / "text")
-        scratch: dict[str, list[list[tuple[int, float]]]] = {way: [] for way in WAYS}
-        tuned: dict[str, list[float]] = {way: [] for way in WAYS}
+        scratch: dict[str, list[list[tuple[int, float]]]] = {variant: [] for variant in VARIANTS}
+        tuned: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
         for seed in arguments.seeds:
-            for number, (way, settings) in enumerate(WAYS.items()):
+            for number, (variant, settings) in enumerate(VARIANTS.items()):
                 common = {"seed": seed, "max_steps": steps, "learning_rate": 2e-3, "eval_interval": steps // 10}
                 common["warmup_steps"] = steps // 10
-                scratch[way].append(curve(volumes, f"{number}-{seed}", **common, **settings))
+                scratch[variant].append(train_curve(volumes, f"{number}-{seed}", **common, **settings))
                 start = volumes / "runs" / f"0-{seed}" / "checkpoints" / "last"
                 common |= {"max_steps": steps // 2, "learning_rate": 2e-4, "init_from": str(start)}
-                tuned[way].append(curve(volumes, f"tuned-{number}-{seed}", **common, **settings)[-1][1])
+                tuned[variant].append(train_curve(volumes, f"tuned-{number}-{seed}", **common, **settings)[-1][1])
     print(f"{threads} threads, {steps} steps, seeds {arguments.seeds}: mean val_loss ± deviation of the difference")
     plain, plain_tuned = scratch["plain"], tuned["plain"]
-    for way in WAYS:
-        ends = [run[-1][1] for run in scratch[way]]
-        apart = [end - run[-1][1] for end, run in zip(ends, plain, strict=True)]
-        further = [end - other for end, other in zip(tuned[way], plain_tuned, strict=True)]
-        spread = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in (apart, further)]
+    for variant in VARIANTS:
+        ends = [run[-1][1] for run in scratch[variant]]
+        differences = [end - run[-1][1] for end, run in zip(ends, plain, strict=True)]
+        tuned_differences = [end - other for end, other in zip(tuned[variant], plain_tuned, strict=True)]
+        spread = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in (differences, tuned_differences)]
         print(
-            f"| {way} | {statistics.mean(ends):.4f} | {statistics.mean(apart):+.4f} ± {spread[0]:.4f} "
-            f"| {statistics.mean(tuned[way]):.4f} | {statistics.mean(further):+.4f} ± {spread[1]:.4f} |"
+            f"| {variant} | {statistics.mean(ends):.4f} | {statistics.mean(differences):+.4f} ± {spread[0]:.4f} "
+            f"| {statistics.mean(tuned[variant]):.4f} | {statistics.mean(tuned_differences):+.4f} ± {spread[1]:.4f} |"
         )
     if arguments.plot:
         means = {
-            way: [(runs[0][i][0], statistics.mean(run[i][1] for run in runs)) for i in range(len(runs[0]))]
-            for way, runs in scratch.items()
+            variant: [(runs[0][i][0], statistics.mean(run[i][1] for run in runs)) for i in range(len(runs[0]))]
+            for variant, runs in scratch.items()
         }
         plot(means, arguments.plot)
 

@@ -1,11 +1,11 @@
-"""Sampling beside transformers' `generate` and nanoGPT's loop: tokens a second, ratios, share of the memory's pace.
+"""Sampling speed, compared with transformers' `generate`, nanoGPT's loop and the bandwidth of the memory.
 
     git clone https://github.com/karpathy/nanoGPT /tmp/nanoGPT
     python benchmarks/sample.py --nanogpt /tmp/nanoGPT [--device cuda]
 
-Random weights of GPT-2 Medium's shape, greedy, the contenders in turns, medians. A token reads every weight once, so
-the memory sets a floor: the bytes of all weights by the pace at which this machine reads a matrix in a matrix-vector
-product (a float32 one on a CPU, a float16 one on a GPU), measured in the same run.
+Random weights of GPT-2 Medium's shape, greedy sampling, contenders in turns, medians. A token reads every weight once,
+so the memory limits the speed: the bandwidth of matrix-vector products (float32 on a CPU, float16 on a GPU), measured
+in the same run, divided by the bytes of all weights.
 """
 
 from __future__ import annotations
@@ -45,41 +45,47 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     on_gpu = arguments.device == "cuda"
-    kinds = [*PACKERS][:2] if on_gpu else [*PACKERS]
+    formats = [*PACKERS][:2] if on_gpu else [*PACKERS]
     shape = ModelShape(**MODEL_SHAPES[arguments.model], block_size=1024, vocab_size=50_257, bias=True)
     model = GPT2(shape).to(arguments.device).eval()
     model.init_weights(1)
-    contenders: dict[str, Callable[[torch.Tensor, int], Any]] = {"transformers": of_transformers(model)}
+    contenders: dict[str, Callable[[torch.Tensor, int], Any]] = {"transformers": make_transformers(model)}
     if on_gpu:
-        contenders["transformers float16"] = of_transformers(model, torch.float16)
+        contenders["transformers float16"] = make_transformers(model, torch.float16)
     if arguments.nanogpt:
-        contenders["nanoGPT"] = of_nanogpt(arguments.nanogpt, shape, arguments.device)
-    for weights in kinds:
-        contenders[f"gpt2box {weights}"] = of_gpt2box(Decoder(copy.deepcopy(model), weights))
-    pace = dict.fromkeys(kinds, bandwidth_of_gpu()) if on_gpu else {weights: bandwidth(weights) for weights in kinds}
-    print("matrix-vector products:", ", ".join(f"{weights} {rate / 1e9:.1f} GB/s" for weights, rate in pace.items()))
+        contenders["nanoGPT"] = make_nanogpt(arguments.nanogpt, shape, arguments.device)
+    for weights in formats:
+        contenders[f"gpt2box {weights}"] = make_gpt2box(Decoder(copy.deepcopy(model), weights))
+    bandwidth = (
+        dict.fromkeys(formats, measure_gpu_bandwidth())
+        if on_gpu
+        else {weights: measure_bandwidth(weights) for weights in formats}
+    )
+    print(
+        "matrix-vector products:", ", ".join(f"{weights} {rate / 1e9:.1f} GB/s" for weights, rate in bandwidth.items())
+    )
     for batch in arguments.batches:
         ids = torch.randint(0, shape.vocab_size, (batch, arguments.prompt_tokens), device=arguments.device)
         rates: dict[str, list[float]] = {name: [] for name in contenders}
         for round_ in range(arguments.rounds + on_gpu):
             for name, run in contenders.items():
-                few = 4 if name == "nanoGPT" else arguments.new_tokens  # it is as slow for each token
-                begun = time.perf_counter()
-                run(ids, few)
-                if round_ or not on_gpu:  # whose first round is to warm up
-                    rates[name].append(batch * few / (time.perf_counter() - begun))
-        print(f"batch {batch}: tokens/s, × transformers, share of the floor")
+                count = 4 if name == "nanoGPT" else arguments.new_tokens  # nanoGPT is slow
+                start = time.perf_counter()
+                run(ids, count)
+                if round_ or not on_gpu:  # the first round on a GPU is warm-up
+                    rates[name].append(batch * count / (time.perf_counter() - start))
+        print(f"batch {batch}: tokens/s, × transformers, share of the limit")
         theirs = statistics.median(rates["transformers"])
-        for name, found in rates.items():
-            rate = statistics.median(found)
+        for name, measured in rates.items():
+            rate = statistics.median(measured)
             weights = name.rpartition(" ")[2] if " " in name else "float32"
-            floor = pace["float32"] / (BYTES[weights] * shape.parameters)  # tokens a second
-            share = f"{rate / floor:.0%}" if batch == 1 else ""
+            limit = bandwidth["float32"] / (BYTES[weights] * shape.parameters)  # tokens per second
+            share = f"{rate / limit:.0%}" if batch == 1 else ""
             print(f"  {name:20} {rate:7.2f}  {rate / theirs:5.2f}  {share}")
 
 
-def of_transformers(model: GPT2, dtype: torch.dtype = torch.float32) -> Callable[[torch.Tensor, int], Any]:
-    """Its own GPT-2 with the same weights."""
+def make_transformers(model: GPT2, dtype: torch.dtype = torch.float32) -> Callable[[torch.Tensor, int], Any]:
+    """Make transformers' GPT-2 with the same weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     shape = model.shape
@@ -101,8 +107,8 @@ def of_transformers(model: GPT2, dtype: torch.dtype = torch.float32) -> Callable
     return run
 
 
-def of_nanogpt(folder: Path, shape: ModelShape, device: str) -> Callable[[torch.Tensor, int], Any]:
-    """Its model, with weights of its own."""
+def make_nanogpt(folder: Path, shape: ModelShape, device: str) -> Callable[[torch.Tensor, int], Any]:
+    """Make nanoGPT's model with random weights."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -114,8 +120,8 @@ def of_nanogpt(folder: Path, shape: ModelShape, device: str) -> Callable[[torch.
     return lambda ids, count: theirs.generate(ids, count, top_k=1)
 
 
-def of_gpt2box(decoder: Decoder) -> Callable[[torch.Tensor, int], Any]:
-    """Ours."""
+def make_gpt2box(decoder: Decoder) -> Callable[[torch.Tensor, int], Any]:
+    """Make gpt2box's generation loop."""
 
     def run(ids: torch.Tensor, count: int) -> None:
         for _ in generate_batch(decoder, ids.tolist(), count, SamplingParams(temperature=0), [0] * len(ids)):
@@ -124,33 +130,33 @@ def of_gpt2box(decoder: Decoder) -> Callable[[torch.Tensor, int], Any]:
     return run
 
 
-def bandwidth_of_gpu() -> float:
-    """The same on a GPU, of float16 matrices, 1.6 GB of them."""
+def measure_gpu_bandwidth() -> float:
+    """Measure the bytes per second of matrix-vector products with 1.6 GB of float16 matrices."""
     layers = [torch.randn(1024, 4096, device="cuda", dtype=torch.float16) for _ in range(200)]
     x, best = torch.randn(1, 1024, device="cuda", dtype=torch.float16), 0.0
-    begun, over = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     for _ in range(15):
-        begun.record()
+        start.record()
         for layer in layers:
             x @ layer
-        over.record()
+        end.record()
         torch.cuda.synchronize()
-        best = max(best, len(layers) * 1024 * 4096 * 2 / (begun.elapsed_time(over) / 1000))
+        best = max(best, len(layers) * 1024 * 4096 * 2 / (start.elapsed_time(end) / 1000))
     return best
 
 
-def bandwidth(weights: str) -> float:
-    """Bytes a second of matrices that a product with one row reads; larger in all than the processor's caches."""
+def measure_bandwidth(weights: str) -> float:
+    """Measure the bytes per second of matrix-vector products on the CPU, with more matrices than its caches hold."""
     layers = [torch.nn.Linear(1024, 4096, bias=False) for _ in range(24)]
     size = len(layers) * 1024 * 4096 * BYTES[weights]
     x, best = torch.randn(1, 1024), 0.0
     with torch.inference_mode():
         products = [PACKERS[weights](layer) for layer in layers]
         for _ in range(15):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             for product in products:
                 product(x)
-            best = max(best, size / (time.perf_counter() - begun))
+            best = max(best, size / (time.perf_counter() - start))
     return best
 
 

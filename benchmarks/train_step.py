@@ -1,14 +1,14 @@
-"""Time and memory of a training step: gpt2box beside transformers and, where a checkout is given, nanoGPT.
+"""Time and memory of a training step: gpt2box, transformers and, given a checkout, nanoGPT.
 
     python benchmarks/train_step.py                                    # 124M, micro-batch 2 × 256
     python benchmarks/train_step.py --nanogpt ../nanoGPT --model gpt2-medium --micro-batch-size 1
     python benchmarks/train_step.py --nanogpt ../nanoGPT --memory --micro-batch-size 1 --recompute selective full
     python benchmarks/train_step.py --nanogpt ../nanoGPT --device cuda --compile --model gpt2-medium --block-size 1024
 
-Steps are taken in turns in one process, so that other load on the machine meets all alike; what counts
-is the ratio of medians. Memory (--memory) is each contender's peak in a process of its own: resident size, on a GPU
-what PyTorch reserved. All train the same shape on the same random tokens with AdamW as each comes: nanoGPT's own
-optimizer, transformers with torch's fused one; on a CPU in float32, on a GPU under bfloat16 autocast.
+Contenders take turns in one process, so that other load on the machine affects all equally; the result is the ratio of
+medians. Memory (--memory) is each contender's peak in a process of its own: resident size, on a GPU what PyTorch
+reserved. All train the same shape on the same random tokens: float32 on a CPU, bfloat16 autocast on a GPU. nanoGPT uses
+the optimizer it configures, the others PyTorch's AdamW.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ VOCABULARY = {"char": 65}
 WEIGHT_DECAY, LEARNING_RATE = 0.1, 3e-4
 
 
-def ours(arguments: argparse.Namespace, recompute: str) -> Step:
-    """gpt2box's model, chunked loss and guarded fused step."""
+def gpt2box(arguments: argparse.Namespace, activation_checkpointing: str) -> Step:
+    """Make a step of gpt2box: chunked loss, clipped step with the fused AdamW."""
     vocab_size = VOCABULARY.get(arguments.model, 50_257)
     shape = ModelShape(**SHAPES[arguments.model], block_size=1024, vocab_size=vocab_size, bias=arguments.bias)
     model = GPT2.empty(shape, 0.0, arguments.device)
     model.init_weights(0)
     model.train()
-    model.activation_checkpointing = recompute
+    model.activation_checkpointing = activation_checkpointing
     model.loss_chunk_tokens = arguments.loss_chunk_tokens
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-    guarded = ClippedStep(optimizer, 1.0, torch.device(arguments.device))
-    forward = compiled(model, arguments)
+    optimizer_step = ClippedStep(optimizer, 1.0, torch.device(arguments.device))
+    forward = compile_if_asked(model, arguments)
 
     def step(ids: torch.Tensor) -> None:
-        with autocast(arguments, keeps_casts=False):
+        with autocast(arguments, cache_casts=False):
             loss = forward(ids[:, :-1], ids[:, 1:])
-        guarded.before_backward(0, 0, LEARNING_RATE, loss)
+        optimizer_step.before_backward(0, 0, LEARNING_RATE, loss)
         loss.backward()
-        guarded(loss.detach())
+        optimizer_step(loss.detach())
 
     return step
 
 
 def nanogpt(arguments: argparse.Namespace) -> Step:
-    """nanoGPT's model and optimizer, stepped as its train.py does."""
+    """Make a step of nanoGPT as its train.py takes it."""
     sys.path.insert(0, arguments.nanogpt)
     import model as theirs  # the checkout's model.py
 
@@ -67,7 +67,7 @@ def nanogpt(arguments: argparse.Namespace) -> Step:
     shape = theirs.GPTConfig(**SHAPES[arguments.model], block_size=1024, vocab_size=rows, bias=arguments.bias)
     model = theirs.GPT(shape).to(arguments.device)
     optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, (0.9, 0.95), arguments.device)
-    forward = compiled(model, arguments)
+    forward = compile_if_asked(model, arguments)
 
     def step(ids: torch.Tensor) -> None:
         with autocast(arguments):
@@ -81,7 +81,7 @@ def nanogpt(arguments: argparse.Namespace) -> Step:
 
 
 def transformers(arguments: argparse.Namespace) -> Step:
-    """transformers' GPT2LMHeadModel with scaled-dot-product attention and torch's AdamW."""
+    """Make a step of transformers' GPT2LMHeadModel with scaled-dot-product attention and PyTorch's AdamW."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -94,7 +94,7 @@ def transformers(arguments: argparse.Namespace) -> Step:
     model = GPT2LMHeadModel(config).to(arguments.device).train()
     fused = arguments.device == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=fused)
-    forward = compiled(model, arguments)
+    forward = compile_if_asked(model, arguments)
 
     def step(ids: torch.Tensor) -> None:
         with autocast(arguments):
@@ -107,49 +107,49 @@ def transformers(arguments: argparse.Namespace) -> Step:
     return step
 
 
-def compiled(model: torch.nn.Module, arguments: argparse.Namespace) -> Any:
-    """The network, through the compiler if so wished."""
+def compile_if_asked(model: torch.nn.Module, arguments: argparse.Namespace) -> Any:
+    """Compile the network if --compile is given."""
     return torch.compile(model, dynamic=False) if arguments.compile else model
 
 
-def autocast(arguments: argparse.Namespace, keeps_casts: bool = True) -> torch.autocast:
-    """bfloat16 on a GPU."""
+def autocast(arguments: argparse.Namespace, cache_casts: bool = True) -> torch.autocast:
+    """Autocast to bfloat16 on a GPU."""
     on_gpu = arguments.device == "cuda"
-    return torch.autocast(arguments.device, torch.bfloat16, enabled=on_gpu, cache_enabled=keeps_casts)
+    return torch.autocast(arguments.device, torch.bfloat16, enabled=on_gpu, cache_enabled=cache_casts)
 
 
-def contender(name: str, arguments: argparse.Namespace) -> Step:
-    """A contender's step, by its name in the table."""
+def make_contender(name: str, arguments: argparse.Namespace) -> Step:
+    """Make a contender's step from its name in the table."""
     if name.startswith("gpt2box"):
-        return ours(arguments, name.partition(", recompute ")[2] or "none")
+        return gpt2box(arguments, name.partition(", recompute ")[2] or "none")
     return nanogpt(arguments) if name == "nanoGPT" else transformers(arguments)
 
 
-def tokens(arguments: argparse.Namespace) -> torch.Tensor:
+def random_tokens(arguments: argparse.Namespace) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     size = (arguments.micro_batch_size, arguments.block_size + 1)
     return torch.randint(0, VOCABULARY.get(arguments.model, 50_257), size, generator=generator).to(arguments.device)
 
 
-def timings(names: list[str], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds a step, contenders in turns, the first two rounds left out."""
-    steps = {name: contender(name, arguments) for name in names}
+def time_steps(names: list[str], arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Measure the seconds per step, contenders in turns, without the first two rounds."""
+    steps = {name: make_contender(name, arguments) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    ids = tokens(arguments)
-    for turn in range(arguments.rounds + 2):
+    ids = random_tokens(arguments)
+    for round_ in range(arguments.rounds + 2):
         for name, step in steps.items():
-            wait(arguments)
-            begun = time.perf_counter()
+            synchronize(arguments)
+            start = time.perf_counter()
             for _ in range(arguments.steps):
                 step(ids)
-            wait(arguments)
-            if turn >= 2:
-                seconds[name].append((time.perf_counter() - begun) / arguments.steps)
+            synchronize(arguments)
+            if round_ >= 2:
+                seconds[name].append((time.perf_counter() - start) / arguments.steps)
     return seconds
 
 
-def wait(arguments: argparse.Namespace) -> None:
-    """Until the device has done what it was given."""
+def synchronize(arguments: argparse.Namespace) -> None:
+    """Wait for the GPU."""
     if arguments.device == "cuda":
         torch.cuda.synchronize()
 
@@ -165,18 +165,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--compile", action="store_true", help="all contenders by torch.compile")
-    parser.add_argument("--steps", type=int, default=1, help="of a turn")
-    parser.add_argument("--recompute", nargs="+", default=[], choices=("selective", "full"), help="with these, too")
+    parser.add_argument("--compile", action="store_true", help="compile all contenders with torch.compile")
+    parser.add_argument("--steps", type=int, default=1, help="steps per turn")
+    parser.add_argument(
+        "--recompute",
+        nargs="+",
+        default=[],
+        choices=("selective", "full"),
+        help="also measure these modes of activation checkpointing",
+    )
     parser.add_argument("--memory", action="store_true", help="peak resident memory instead of time")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
     if arguments.only:
-        step = contender(arguments.only, arguments)
+        step = make_contender(arguments.only, arguments)
         for _ in range(3):
-            step(tokens(arguments))
+            step(random_tokens(arguments))
         on_gpu = arguments.device == "cuda"
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print((torch.cuda.max_memory_reserved() if on_gpu else resident) / 2**20)
@@ -200,7 +206,7 @@ def main() -> None:
         spread = dict.fromkeys(names, "")
         unit = "MiB"
     else:
-        seconds = timings(names, arguments)
+        seconds = time_steps(names, arguments)
         figures = {name: statistics.median(values) * 1000 for name, values in seconds.items()}
         spread = {name: f"  ({min(v) * 1000:,.1f} to {max(v) * 1000:,.1f})" for name, v in seconds.items()}
         unit = "ms"
