@@ -92,7 +92,7 @@ def test_a_run_that_goes_on_after_memory_ran_out_says_in_what_it_differs_and_is_
     with Refuse("gelu_backward", 5):
         train(max_steps=8, **STEADY)
     train(max_steps=12, **STEADY)
-    assert "way.micro_batch_size: 2 before, 4 now: from here on not in the bits" in capsys.readouterr().err
+    assert "way.micro_batch_size: 2 before, 4 now: from here on the run is not bit-identical" in capsys.readouterr().err
     content = manifest(volumes)
     content["sessions"][1]["changed"] = {}  # as if the first had only been stopped
     (volumes / "runs/run/manifest.json").write_text(json.dumps(content))
