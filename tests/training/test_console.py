@@ -75,7 +75,7 @@ ASIDE = """
 import os, sys, warnings
 from pathlib import Path
 from gpt2box.utils.progress import kept_log
-from tests.training.test_display import ROW, Display, plan
+from tests.training.test_console import ROW, Display, plan
 with kept_log(Path(sys.argv[1])):
     display = Display("a", 0, plan())
     warnings.warn("of Python")
@@ -164,7 +164,7 @@ import os, signal, sys, time
 from pathlib import Path
 from gpt2box.utils.progress import kept_log
 from gpt2box.utils.signals import StopRequest
-from tests.training.test_display import ROW, Display, plan
+from tests.training.test_console import ROW, Display, plan
 with kept_log(Path(sys.argv[1])):
     stop = StopRequest().install()
     display = Display("a", 0, plan())

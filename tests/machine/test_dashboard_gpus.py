@@ -1,4 +1,4 @@
-"""What the dashboard shows of cards, as a stand-in for the driver's library tells it."""
+"""The dashboard shows what the driver reports of each GPU; a stand-in library takes the driver's place."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ CODE = (
 )
 
 
-def cards() -> dict[str, Any]:
+def query_gpus() -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-def test_the_memory_of_each_card_is_shown_by_program(scene: Scene) -> None:
+def test_gpu_memory_is_shown_by_process(scene: Scene) -> None:
     scene("two")
-    first, second = cards()["cards"]
+    first, second = query_gpus()["cards"]
     assert (first["name"], second["name"]) == ("NVIDIA GeForce RTX 4070", "NVIDIA GeForce RTX 5090")
     assert dict(first["figures"])["memory"] == "3.0 of 12.0 GiB" and first["used"] == 0.25
     assert ["Xorg", "1111", "1.0 GiB"] in first["processes"]
 
 
-def test_what_the_driver_does_not_tell_is_left_out(scene: Scene) -> None:
+def test_figures_missing_from_the_driver_are_left_out(scene: Scene) -> None:
     scene("mute")
-    (card,) = cards()["cards"]
+    (card,) = query_gpus()["cards"]
     assert card["used"] == 0 and "memory" not in dict(card["figures"])
     scene("mismatch")
-    found = cards()
+    found = query_gpus()
     assert found["cards"] == [] and "reboot" in found["fault"]
