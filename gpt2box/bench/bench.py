@@ -86,14 +86,14 @@ def bench(config: Config, steps: int, sweep: bool, share: bool, as_json: bool) -
     if sweep:  # also of a turn that was broken off
         store_bench_records(bench_file(), [way.record(task.job, task.place.free_bytes) for way in ways if way.known])
     done = fastest(ways, task)
-    figures = table.figures(config, plan, task.place, done, [way for way in ways if way.fault], beside)
+    figures = table.build_results(config, plan, task.place, done, [way for way in ways if way.fault], beside)
     figures["interrupted"] = stopped is not None
     if as_json:
         print(json.dumps(figures, indent=2))
     elif done and share:
-        print(table.row(figures))
+        print(table.format_share_row(figures))
     elif done:
-        print("\n".join(table.lines(figures)))
+        print("\n".join(table.format_lines(figures)))
     if done and sweep:
         say(f"kept in {shown(bench_file())}: plan and train go by it where a setting is auto")
     if stopped is not None:
@@ -163,7 +163,7 @@ def in_turns(watch: Stopwatch, ways: list[Way], steps: int, task: Task, sweep: b
             if sweep and way.known:
                 store_bench_records(bench_file(), [way.record(task.job, task.place.free_bytes)])
             if sweep and number == 0:
-                say(f"  {way.words()}: {way.fault or table.rate(fastest([way], task)[0][2])}")
+                say(f"  {way.words()}: {way.fault or table.format_rate(fastest([way], task)[0][2])}")
 
 
 def fastest(ways: list[Way], task: Task) -> list[tuple[Way, BenchRecord, float]]:
