@@ -27,25 +27,23 @@ asks_for_help() {
     return 1
 }
 
-# check_volumes: exit with 78 if a volume is mounted for writing but this user cannot write to it.
+# check_volumes: exit with 78 if volumes are mounted for writing but this user cannot write to them.
 # Volumes that are mounted read-only or not at all are left to the command, which knows what it writes.
 check_volumes() {
     volumes=${GPT2BOX_VOLUMES:-/volumes}
+    unwritable=
     while read -r _ folder _ options _; do
         case $folder in "$volumes" | "$volumes"/*) ;; *) continue ;; esac
         case ,$options, in *,ro,*) continue ;; esac
         if [ ! -w "$folder" ] || [ ! -x "$folder" ]; then
-            fail "$folder is not writable" "write permission for uid $(id -u), or a read-only mount (:ro)" \
-                "$(how_to_make_writable "$folder")" 78
+            unwritable="$unwritable volumes${folder#"$volumes"}" # compose.yaml's name on the host
+            owner=$(stat -c %u:%g "$folder")
         fi
     done </proc/mounts
-}
-
-# how_to_make_writable FOLDER: print the command for the host, and the user who owns the folder unless that is root.
-how_to_make_writable() {
-    printf 'on the host: sudo chown -R %s:%s volumes%s' "$(id -u)" "$(id -g)" "${1#"$volumes"}"
-    owner=$(stat -c %u:%g "$1")
-    case $owner in 0:*) ;; *) printf '; or start with --user %s, who owns it' "$owner" ;; esac
+    [ -n "$unwritable" ] || return 0
+    next="on the host: sudo chown -R $(id -u):$(id -g)$unwritable"
+    case $owner in 0:*) ;; *) next="$next; or start with --user $owner, who owns it" ;; esac
+    fail "not writable:$unwritable" "write permission for uid $(id -u), or a read-only mount (:ro)" "$next" 78
 }
 
 _main() {

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Install a stack's locked packages into a virtual environment: requirements/install.sh VENV [cpu|cu121|cu13x]
-# With uv where it is on the PATH, else with pip.
+# It uses uv if that is on the PATH, else pip.
 set -eu
 here=$(dirname "$0")
 venv=$1
@@ -14,7 +14,7 @@ fi
 
 locks="--requirement $here/$stack.lock"
 if [ "$stack" = cpu ]; then
-    # PyTorch's CPU build where it is found (200 MB), else the index's default build (3 GB on Linux).
+    # Install PyTorch's CPU build (200 MB) if it is available, else the index's default build (3 GB on Linux).
     torch=cpu-torch.lock
     if ! $pip --dry-run --no-deps --require-hashes --requirement "$here/$torch" >/dev/null 2>&1; then
         torch=cpu-torch-default.lock
@@ -22,5 +22,5 @@ if [ "$stack" = cpu ]; then
     fi
     locks="$locks --requirement $here/$torch"
 fi
-# shellcheck disable=SC2086 # lists of words
+# shellcheck disable=SC2086 # each holds several arguments
 $pip --require-hashes $locks

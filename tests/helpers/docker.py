@@ -1,4 +1,4 @@
-"""Docker's command line, and a project folder like a user's."""
+"""Run Docker and create a project folder like a user's."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ Done = subprocess.CompletedProcess[str]
 
 
 def docker(*arguments: object, **options: object) -> Done:
-    """A docker command, with what it printed."""
+    """Run a docker command and capture its output."""
     command = ["docker", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, **options)  # type: ignore[call-overload, no-any-return]
 
 
 @dataclass
 class Project:
-    """A checkout of a user's: compose files, Makefile, configs, volumes."""
+    """A user's checkout: Compose files, Makefile, configs, volumes."""
 
     folder: Path
     owner: int
@@ -52,27 +52,28 @@ class Project:
         (self.folder / "configs" / f"{name}.yaml").write_text(yaml.safe_dump({**TINY, **settings}))
 
     def environment(self, **changes: str) -> dict[str, str]:
-        """This process's, as the project's owner."""
+        """Return this process's environment with the project's owner as the user."""
         uid = str(self.owner)
         own = {"COMPOSE_PROJECT_NAME": self.folder.parent.name, "GPT2BOX_UID": uid, "GPT2BOX_GID": uid}
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
         return {**inherited, **own, **changes}
 
     def run(self, *command: str, **environment: str) -> Done:
-        """A command in the project's folder."""
+        """Run a command in the project's folder."""
         everything = self.environment(**environment)
         return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=self.folder, env=everything)
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
-        """The same, in the background."""
+        """Start a command in the project's folder, in the background."""
         quiet = subprocess.DEVNULL
         return subprocess.Popen(command, cwd=self.folder, env=self.environment(), stdout=quiet, stderr=quiet)
 
     def compose(self, *arguments: str, **environment: str) -> Done:
-        """docker compose on the CPU override."""
+        """Run docker compose with the CPU override."""
         return self.run("docker", "compose", "-f", "compose.yaml", "-f", "compose.cpu.yaml", *arguments, **environment)
 
     def path(self, *parts: str) -> Path:
+        """Return a path in the project's volumes."""
         return self.folder.joinpath("volumes", *parts)
 
 

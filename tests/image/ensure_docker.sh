@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# A Docker engine with Compose 2 for the image tests: the one that is there, or Debian 13's packages, which also run on
-# Debian 12, and a daemon started for these tests. Prints the process id of a daemon it started, else nothing.
+# Provide a Docker engine with Compose 2 for the image tests. If there is none, install Debian 13's packages, which also
+# run on Debian 12, and start a daemon. Print the process id of that daemon, or nothing if an engine was running.
 set -euo pipefail
 
-enough() { # an engine that answers, and a Compose that knows !reset and the features of compose.yaml
+is_docker_ready() { # the engine answers, and Compose has !reset and the other features of compose.yaml
     docker info >/dev/null 2>&1 && docker buildx version >/dev/null 2>&1 &&
         printf '2.24.0\n%s\n' "$(docker compose version --short 2>/dev/null || echo 0)" | sort -VC
 }
 
-install() {
+install_docker() {
     [ "$(id -u)" = 0 ] && [ -f /etc/apt/sources.list.d/debian.sources ] || {
         echo "no Docker engine with Compose 2.24 or newer, and only root on Debian can install one here" >&2
         exit 3
     }
-    # The machine's own source, of the next release; at a priority at which only what is asked for comes from it.
+    # Add the machine's own package source for the next release, with a priority so low that only named packages use it.
     awk 'BEGIN { RS = ""; ORS = "\n\n" } !/security/' /etc/apt/sources.list.d/debian.sources |
         sed 's/^Suites:.*/Suites: trixie/' >/etc/apt/sources.list.d/gpt2box-trixie.sources
     printf 'Package: *\nPin: release n=trixie\nPin-Priority: 100\n' >/etc/apt/preferences.d/gpt2box-trixie
@@ -23,16 +23,16 @@ install() {
 }
 
 export PATH=/usr/bin:$PATH # another client earlier on the PATH may lack buildx
-if ! enough; then
-    # A newer Compose in the distribution, or an engine whose daemon is not running, needs no second installation.
-    { [ -x /usr/sbin/dockerd ] && docker compose version >/dev/null 2>&1; } || install >&2
+if ! is_docker_ready; then
+    # Do not install if the distribution has a newer Compose or the daemon is just not running.
+    { [ -x /usr/sbin/dockerd ] && docker compose version >/dev/null 2>&1; } || install_docker >&2
     setsid dockerd >/tmp/gpt2box-dockerd.log 2>&1 </dev/null &
     pid=$!
     for _ in $(seq 60); do
-        enough && break
+        is_docker_ready && break
         kill -0 "$pid" 2>/dev/null || { tail -5 /tmp/gpt2box-dockerd.log >&2; exit 3; }
         sleep 1
     done
-    enough || { echo "the Docker engine did not answer within a minute" >&2; exit 3; }
+    is_docker_ready || { echo "the Docker engine did not answer within a minute" >&2; exit 3; }
     echo "$pid"
 fi

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# tests/image/make_base_image.sh TAG: a Debian 12 base image from Debian's packages, for machines that reach no image registry.
-# It stands in for the pinned base images, with the machine's own certificate authorities, if it has any.
+# tests/image/make_base_image.sh TAG: build a Debian 12 base image from Debian's packages.
+# It replaces the pinned base images on machines that reach no image registry, and includes the machine's own certificate
+# authorities.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

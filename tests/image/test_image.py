@@ -1,4 +1,4 @@
-"""What `docker run gpt2box …` does, on the real images."""
+"""Run `docker run gpt2box …` on the built images."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_entrypoint_takes_help_a_command_or_a_program(box: Run) -> None:
     assert smi.returncode == 3 and "--gpus all" in smi.stderr
 
 
-def test_nothing_mounted_is_said_before_anything_could_be_lost(box: Run) -> None:
+def test_missing_mount_is_exit_78_before_anything_is_written(box: Run) -> None:
     done = box("prepare", "shakespeare", mount=False)
     assert done.returncode == 78 and "nothing is mounted" in done.stderr and "-v" in done.stderr
 
@@ -53,7 +53,7 @@ def test_a_read_only_volume_is_exit_78(box: Run, tmp_path: Path) -> None:
     assert done.returncode == 78 and "read-only" in done.stderr
 
 
-def test_any_user_read_only_and_without_network_from_text_to_sample(box: Run) -> None:
+def test_any_user_trains_and_samples_read_only_without_network(box: Run) -> None:
     assert box("prepare", "shakespeare", "--tokenizer", "char", options=READ_ONLY).returncode == 0
     train = ("train", "demo", "--name", "run", "--max-steps", "20", "--warmup-steps", "0", *TINY.split())
     done = box(*train, options=READ_ONLY)
@@ -62,7 +62,7 @@ def test_any_user_read_only_and_without_network_from_text_to_sample(box: Run) ->
     assert sample.returncode == 0 and sample.stdout.startswith("KING")
 
 
-def test_sample_with_no_run_says_what_to_do(box: Run) -> None:
+def test_sample_without_a_run_is_exit_2(box: Run) -> None:
     done = box("sample")
     assert done.returncode == 2 and "no run with a checkpoint" in done.stderr
 
@@ -82,7 +82,7 @@ def test_the_cuda_image_holds_its_lock(box: Run) -> None:
     assert box("nvitop", "--version", image="gpt2box-test:cu121").stdout.startswith("nvitop")
 
 
-def test_the_cuda_image_without_a_card_stops_before_any_work(box: Run, tmp_path: Path) -> None:
+def test_the_cuda_image_without_a_gpu_stops_before_any_work(box: Run, tmp_path: Path) -> None:
     for command in (["train", "shakespeare"], ["preflight"]):
         done = box(*command, image="gpt2box-test:cu121")
         assert done.returncode == 3 and "--gpus all" in done.stderr + done.stdout and "Traceback" not in done.stderr
@@ -90,7 +90,7 @@ def test_the_cuda_image_without_a_card_stops_before_any_work(box: Run, tmp_path:
 
 
 @pytest.mark.parametrize("init", [(), ("--init",)], ids=["first process", "under init"])
-def test_docker_stop_saves_and_the_same_command_goes_on(box: Run, tmp_path: Path, init: tuple[str, ...]) -> None:
+def test_docker_stop_saves_and_the_same_command_resumes(box: Run, tmp_path: Path, init: tuple[str, ...]) -> None:
     assert box("prepare", "tinyshakespeare", "--tokenizer", "char").returncode == 0
     train = ["train", "--dataset", "tinyshakespeare-char", "--name", "run", "--device", "cpu", *TINY.split()]
     started = docker(
@@ -117,7 +117,7 @@ def wait_for(condition: object, seconds: float = 120) -> None:
         time.sleep(0.2)
 
 
-def test_a_stop_while_nobody_saves_ends_at_once(box: Run) -> None:
+def test_docker_stop_ends_a_command_that_saves_nothing(box: Run) -> None:
     container = docker("run", "-d", "gpt2box-test:cpu", "monitor").stdout.strip()
     try:
         wait_for(lambda: "no run" in docker("logs", container).stdout)
@@ -127,7 +127,7 @@ def test_a_stop_while_nobody_saves_ends_at_once(box: Run) -> None:
         docker("rm", "-f", container)
 
 
-def test_a_change_of_the_source_alone_rebuilds_the_last_layers_only(tmp_path: Path) -> None:
+def test_source_change_rebuilds_only_the_last_layers(tmp_path: Path) -> None:
     for name in ("Dockerfile", ".dockerignore"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("configs", "entrypoint", "gpt2box", "requirements", "tests/data_files"):
