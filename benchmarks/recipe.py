@@ -34,7 +34,7 @@ from gpt2box.model.shape import ModelShape
 from gpt2box.optim.clipped_step import make_optimizer_step
 from gpt2box.optim.factory import make_optimizer
 from gpt2box.optim.schedule import learning_rate_at
-from gpt2box.planner.run_plan import RunPlan, make_plan
+from gpt2box.planner.run_plan import RunPlan, make_run_plan
 from gpt2box.planner.search import list_execution_plans
 from gpt2box.planner.target_device import TargetDevice
 from gpt2box.training.evaluate import evaluate
@@ -77,7 +77,7 @@ class Runs:
         row = {"key": key, "tokens": curve[-1][0], "val_loss": curve[-1][1], "seconds": seconds, "curve": curve}
         with open(self.results, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        said = f"learning rate {plan.learning_rate:g}, {row['tokens']:,} tokens, seed {seed}"
+        said = f"learning rate {plan.config.learning_rate:g}, {row['tokens']:,} tokens, seed {seed}"
         print(f"{size} {recipe}: {said}: {row['val_loss']:.4f} in {seconds:.0f} s", flush=True)
         return row
 
@@ -101,31 +101,35 @@ def planned(dataset: Dataset, settings: dict[str, Any]) -> RunPlan:
     way = list_execution_plans(
         config, shape, TargetDevice("this CPU", 1 << 62, None, "float32", on_gpu=False, compiled=False)
     )[0]
-    return make_plan(config, shape, dataset.tokens("train"), "cpu", "float32", False, way)
+    return make_run_plan(config, shape, dataset.tokens("train"), "cpu", "float32", way)
 
 
 def trained(dataset: Dataset, plan: RunPlan, evaluations: int = 4) -> tuple[list[tuple[int, float]], float]:
     """(tokens, val_loss) along the way, and seconds of one thread without the evaluations."""
-    model = GPT2(plan.shape, plan.dropout)
-    model.init_weights(plan.seed)
-    model.loss_chunk_tokens = plan.loss_chunk_tokens
+    model = GPT2(plan.shape, plan.config.dropout)
+    model.init_weights(plan.config.seed)
+    model.loss_chunk_tokens = plan.config.loss_chunk_tokens
     update = make_optimizer_step(make_optimizer(model, plan), plan)
-    windows = TrainWindows(dataset.tokens("train"), plan.shape.block_size, plan.seed)
+    windows = TrainWindows(dataset.tokens("train"), plan.shape.block_size, plan.config.seed)
     path, curve, seconds = dataset.folder / "train.bin", [], 0.0
-    with closing(micro_batches(path, windows, plan.shape.vocab_size, 0, plan.micro_batch_size, False, 1)) as batches:
-        for step in range(plan.max_steps):
+    with closing(
+        micro_batches(path, windows, plan.shape.vocab_size, 0, plan.execution.micro_batch_size, False, 1)
+    ) as batches:
+        for step in range(plan.config.max_steps):
             begun = time.thread_time()
             total = torch.zeros(())
-            for micro_step in range(plan.grad_accum_steps):
+            for micro_step in range(plan.execution.grad_accum_steps):
                 inputs, targets = inputs_and_targets(next(batches))
-                loss = model(inputs, targets, 1.0 / plan.grad_accum_steps)
+                loss = model(inputs, targets, 1.0 / plan.execution.grad_accum_steps)
                 update.before_backward(step, micro_step, learning_rate_at(step, plan), loss)
                 loss.backward()
                 total += loss.detach()
             update(total)
             seconds += time.thread_time() - begun
-            if (step + 1) % (plan.max_steps // evaluations) == 0 or step + 1 == plan.max_steps:
-                curve.append(((step + 1) * plan.tokens_per_step, evaluate(model, dataset, plan, RankGroup(ALONE))[0]))
+            if (step + 1) % (plan.config.max_steps // evaluations) == 0 or step + 1 == plan.config.max_steps:
+                curve.append(
+                    ((step + 1) * plan.config.tokens_per_step, evaluate(model, dataset, plan, RankGroup(ALONE))[0])
+                )
     return curve, seconds
 
 

@@ -19,7 +19,7 @@ from gpt2box.errors import MachineCannot, VolumeUnwritable
 from gpt2box.model.shape import ModelShape
 from gpt2box.planner.bench_records import BenchKey, BenchRecord, bench_key, store_bench_records
 from gpt2box.planner.model_shape import resolve_model_shape
-from gpt2box.planner.run_plan import make_plan
+from gpt2box.planner.run_plan import make_run_plan
 from gpt2box.planner.search import CHECKPOINTING_MODES, choose_execution_plan, list_execution_plans
 from gpt2box.planner.target_device import TargetDevice, apply_bench_records
 from gpt2box.preflight.preflight import check_gpu
@@ -68,7 +68,7 @@ def bench(config: Config, steps: int, sweep: bool, share: bool, as_json: bool) -
     ways = candidates(task) if sweep else []
     ways = ways or [as_trained(task)]
     peak = task.place.spec.bf16_tflops if task.place.spec and task.place.dtype == "bfloat16" else 0.0
-    plan = make_plan(config, task.shape, 0, str(task.device), task.place.dtype, ways[0].compiled, ways[0].option, peak)
+    plan = make_run_plan(config, task.shape, 0, str(task.device), task.place.dtype, ways[0].execution, peak)
     set_arithmetic(plan)
     beside: dict[str, Any] = {}
     stopped = None
@@ -131,7 +131,7 @@ def as_trained(task: Task) -> Way:
     chosen = choose_execution_plan(list_execution_plans(config, shape, known), config, shape, known)
     plain = list_execution_plans(config, shape, replace(known, bench_records=[]))
     way = (chosen.micro_batch_size, chosen.activation_checkpointing)
-    return Way(next(o for o in plain if (o.micro_batch_size, o.activation_checkpointing) == way), known.compiled)
+    return Way(next(o for o in plain if (o.micro_batch_size, o.activation_checkpointing) == way))
 
 
 def candidates(task: Task) -> list[Way]:
@@ -148,7 +148,7 @@ def candidates(task: Task) -> list[Way]:
             # On a CPU, running out of memory ends the process, and compiling takes longer than most tries.
             sizes = SIZES if task.place.on_gpu or not compiled else 1
             tried = fits[-sizes:] + (beyond[:1] if task.place.on_gpu else [])
-            found += [Way(option, compiled) for option in tried]
+            found += [Way(option) for option in tried]
     return found
 
 
@@ -169,7 +169,7 @@ def in_turns(watch: Stopwatch, ways: list[Way], steps: int, task: Task, sweep: b
 def fastest(ways: list[Way], task: Task) -> list[tuple[Way, BenchRecord, float]]:
     """The ways that were timed, with their records and tokens a second in the config's step, fastest first."""
     records = [(way, way.record(task.job, task.place.free_bytes)) for way in ways if way.done]
-    rated = [(way, record, record.tokens_per_sec(way.option.grad_accum_steps)) for way, record in records]
+    rated = [(way, record, record.tokens_per_sec(way.execution.grad_accum_steps)) for way, record in records]
     return sorted(rated, key=lambda each: -each[2])
 
 
@@ -212,7 +212,7 @@ def saying_too_large(way: Way) -> Iterator[None]:
 def too_large(way: Way, fault: str) -> MachineCannot:
     """What to do where no way could be measured."""
     return MachineCannot(
-        f"nothing could be measured: {fault}; estimated: {size(way.option.memory.total)} ({way.words()})",
+        f"nothing could be measured: {fault}; estimated: {size(way.execution.memory.total)} ({way.words()})",
         "memory for one sequence",
         "close other programs (gpt2box monitor), or a smaller model or block_size",
     )

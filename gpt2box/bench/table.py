@@ -43,9 +43,9 @@ def build_results(
         "versions": program_versions(),
         "when": time.strftime("%Y-%m-%d"),
         "shape": asdict(plan.shape),
-        "parameters": plan.parameters,
-        "dtype": plan.dtype,
-        "tokens_per_step": plan.tokens_per_step,
+        "parameters": plan.shape.parameters,
+        "dtype": plan.derived.dtype,
+        "tokens_per_step": plan.config.tokens_per_step,
         "ways": [way_row(way, record, tokens_per_sec) for way, record, tokens_per_sec in measured_ways]
         + [way_row(way, None, None) for way in failed_ways],
     }
@@ -53,20 +53,20 @@ def build_results(
         return results
     way, record, tokens_per_sec = measured_ways[0]
     results["way"] = way_row(way, record, tokens_per_sec)
-    step_s = record.step_s(way.option.grad_accum_steps)
-    save_every_s = plan.save_interval * step_s
-    if plan.save_minutes:
-        save_every_s = min(save_every_s, plan.save_minutes * 60)
+    step_s = record.step_s(way.execution.grad_accum_steps)
+    save_every_s = plan.derived.save_interval * step_s
+    if plan.config.save_minutes:
+        save_every_s = min(save_every_s, plan.config.save_minutes * 60)
     results["measured"] = {
         "step_s": step_s,
-        "micro_step_s": step_s / way.option.grad_accum_steps,
+        "micro_step_s": step_s / way.execution.grad_accum_steps,
         "tokens_per_sec": tokens_per_sec,
         "mfu": plan.mfu(tokens_per_sec),
         "memory_bytes": record.peak_bytes or other.get("memory_bytes"),
         "loader_s": other.get("loader_s"),
         "evaluation_s": other.get("evaluation_s"),
         "evaluation_windows": other.get("evaluation_windows"),
-        "evaluation_share": time_share(other.get("evaluation_s"), plan.eval_interval * step_s),
+        "evaluation_share": time_share(other.get("evaluation_s"), plan.config.eval_interval * step_s),
         "checkpoint_s": other.get("checkpoint_s"),
         "checkpoint_durable_s": other.get("checkpoint_durable_s"),
         "checkpoint_bytes": other.get("checkpoint_bytes"),
@@ -74,9 +74,9 @@ def build_results(
         "checkpoint_fault": other.get("checkpoint_fault"),
     }
     results["estimated"] = {
-        "tokens_per_sec": way.option.tokens_per_sec or None,
-        "memory_bytes": way.option.memory.total,
-        "checkpoint_bytes": plan.checkpoint_bytes,
+        "tokens_per_sec": way.execution.tokens_per_sec or None,
+        "memory_bytes": way.execution.memory.total,
+        "checkpoint_bytes": plan.derived.checkpoint_bytes,
     }
     return results
 
@@ -84,14 +84,14 @@ def build_results(
 def way_row(way: Way, record: BenchRecord | None, tokens_per_sec: float | None) -> dict[str, Any]:
     """Return one entry of "ways": an execution plan with its measured and estimated speed and memory."""
     return {
-        "micro_batch_size": way.option.micro_batch_size,
-        "grad_accum_steps": way.option.grad_accum_steps,
-        "activation_checkpointing": way.option.activation_checkpointing,
-        "compiled": way.compiled,
+        "micro_batch_size": way.execution.micro_batch_size,
+        "grad_accum_steps": way.execution.grad_accum_steps,
+        "activation_checkpointing": way.execution.activation_checkpointing,
+        "compiled": way.execution.compile,
         "tokens_per_sec": tokens_per_sec,
-        "tokens_per_sec_estimated": way.option.tokens_per_sec or None,
+        "tokens_per_sec_estimated": way.execution.tokens_per_sec or None,
         "memory_bytes": (record.peak_bytes if record else 0) or None,
-        "memory_bytes_estimated": way.option.memory.total,
+        "memory_bytes_estimated": way.execution.memory.total,
         "fault": way.fault or None,
     }
 

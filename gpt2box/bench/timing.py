@@ -34,7 +34,7 @@ from gpt2box.planner import bench_records
 from gpt2box.planner.bench_records import LONG_STEP_MICRO_STEPS, BenchRecord
 from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.memory import CUDA_CONTEXT_BYTES
-from gpt2box.planner.run_plan import RunPlan, in_this_way
+from gpt2box.planner.run_plan import RunPlan
 from gpt2box.planner.search import MAX_MICRO_BATCH_TOKENS
 from gpt2box.system.device import peak_memory_bytes
 from gpt2box.training.evaluate import evaluate
@@ -56,8 +56,7 @@ SYNTHETIC_WINDOWS = 64  # at least
 class Way:
     """A way to do the steps, and the seconds of those that were timed, by their number of micro-steps."""
 
-    option: ExecutionPlan
-    compiled: bool
+    execution: ExecutionPlan
     seconds: dict[int, list[float]] = field(default_factory=lambda: {length: [] for length in LENGTHS})
     peak_bytes: int = 0  # of memory, with CUDA's own; 0 on a CPU
     fault: str = ""  # why it cannot be done here
@@ -77,9 +76,9 @@ class Way:
         one, many = (statistics.median(self.seconds[length]) if self.done else 0.0 for length in LENGTHS)
         return BenchRecord(
             job=job,
-            micro_batch_size=self.option.micro_batch_size,
-            activation_checkpointing=self.option.activation_checkpointing,
-            compiled=self.compiled,
+            micro_batch_size=self.execution.micro_batch_size,
+            activation_checkpointing=self.execution.activation_checkpointing,
+            compiled=self.execution.compile,
             fits=self.done,
             free_bytes=free_bytes,
             peak_bytes=self.peak_bytes,
@@ -91,17 +90,17 @@ class Way:
 
     def words(self) -> str:
         """As settings."""
-        return f"{self.option.describe()}, {'compiled' if self.compiled else 'not compiled'}"
+        return f"{self.execution.describe()}, {'compiled' if self.execution.compile else 'not compiled'}"
 
 
 class Stopwatch:
     """One network, its optimizer and a dataset, to take steps with and time them."""
 
     def __init__(self, plan: RunPlan, dataset: Dataset) -> None:
-        self.device = torch.device(plan.device)
+        self.device = torch.device(plan.derived.device)
         self.before_bytes = peak_memory_bytes(self.device)  # on a CPU: Python and PyTorch
         self.model = empty_model(plan)
-        self.model.init_weights(plan.seed)
+        self.model.init_weights(plan.config.seed)
         self.model.train()
         self.optimizer = make_optimizer(self.model, plan)
         tokenizer = CharTokenizer("a", False)  # a checkpoint has one; its size is not what takes time
@@ -135,7 +134,7 @@ class Stopwatch:
         except torch.cuda.OutOfMemoryError:
             way.fault = OUT_OF_MEMORY
         except Exception as error:
-            if not way.compiled:
+            if not way.execution.compile:
                 raise
             lines = str(error).splitlines() or [""]  # the compiler's errors are of many kinds
             way.fault = f"not compiled: {type(error).__name__} {lines[0]}"
@@ -143,11 +142,11 @@ class Stopwatch:
 
     def _turn(self, way: Way, steps: int) -> None:
         self.use(way)
-        forward = self.compiled if way.compiled else self.model
+        forward = self.compiled if way.execution.compile else self.model
         with closing(open_batches(self.job)) as batches:
             for number in range(-1 if any(way.seconds.values()) else -2, steps):  # the first are to warm up
                 for length in LENGTHS:
-                    self.job.plan = replace(self.job.plan, grad_accum_steps=length)
+                    self.job.plan = self.job.plan.with_execution(grad_accum_steps=length)
                     with closing(make_optimizer_step(self.optimizer, self.job.plan)) as update, self.timed() as seconds:
                         take_step(self.job, forward, batches, update)
                     self.job.state.step += 1
@@ -159,7 +158,7 @@ class Stopwatch:
     def use(self, way: Way) -> None:
         """Do from now on as this way does, with all its micro-steps."""
         self.give_back()
-        self.job.plan = replace(in_this_way(self.job.plan, way.option), compile=way.compiled)
+        self.job.plan = replace(self.job.plan, execution=way.execution)
         configure(self.model, self.job.plan)
 
     @contextmanager
@@ -198,11 +197,11 @@ class Stopwatch:
     def evaluation_s(self) -> tuple[float, int]:
         """Seconds of an evaluation as it is set, from a few of its windows, and how many it has."""
         plan, dataset = self.job.plan, self.job.dataset
-        windows = plan.eval_windows
+        windows = plan.config.eval_windows
         if dataset.manifest or not windows:
-            windows = len(val_window_starts(dataset.tokens("val"), plan.shape.block_size, plan.eval_windows))
+            windows = len(val_window_starts(dataset.tokens("val"), plan.shape.block_size, plan.config.eval_windows))
         few = min(windows, 2 * plan.eval_batch_size)
-        plan = replace(plan, eval_windows=few)
+        plan = plan.with_settings(eval_windows=few)
         evaluate(self.model, dataset, plan, RankGroup(ALONE))
 
         def once() -> float:

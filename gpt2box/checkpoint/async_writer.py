@@ -158,7 +158,7 @@ class AsyncCheckpointWriter:
             self._drop_staging_buffer(needed)
         else:
             files = checkpoint_tensors(model, optimizer, after_first_step)
-            self.staging_buffer = StagingBuffer(files, pin=torch.device(plan.device).type == "cuda")
+            self.staging_buffer = StagingBuffer(files, pin=torch.device(plan.derived.device).type == "cuda")
 
     def save(self, state: TrainState) -> None:
         """Wait for the save in flight, copy the tensors, and start to save them and to delete old checkpoints.
@@ -220,7 +220,9 @@ class AsyncCheckpointWriter:
     def _write(self, files: TensorFiles, config: dict[str, object], state: TrainState) -> None:
         publish_checkpoint(self.folder, files, config, state, self.tokenizer, self._lock_mark)
         check_mark(self.folder.parent / ".lock", self._lock_mark)
-        retention.delete_old_checkpoints(self.folder, self.plan.keep_last, state, self.plan.save_interval)
+        retention.delete_old_checkpoints(
+            self.folder, self.plan.config.keep_last, state, self.plan.derived.save_interval
+        )
 
     def _drop_staging_buffer(self, needed: int) -> None:
         self.staging_buffer = None

@@ -74,13 +74,13 @@ OptimizerStep = ClippedStep | InBackwardStep
 
 def make_optimizer_step(optimizer: Optimizer, plan: RunPlan, bad_steps: BadStepCounter | None = None) -> OptimizerStep:
     """Make the object that turns gradients into a step, with new counters or `bad_steps` of a run so far."""
-    device = torch.device(plan.device)
+    device = torch.device(plan.derived.device)
     step: OptimizerStep
-    if plan.optimizer_in_backward:
+    if plan.config.optimizer_in_backward:
         assert isinstance(optimizer, LowMemoryAdamW)
-        step = InBackwardStep(optimizer, plan.grad_clip, plan.grad_accum_steps, device)
+        step = InBackwardStep(optimizer, plan.config.grad_clip, plan.execution.grad_accum_steps, device)
     else:
-        keep_gradients = plan.ranks > 1 and not plan.shard
-        step = ClippedStep(optimizer, plan.grad_clip, device, keep_gradients, sharded=plan.shard)
+        keep_gradients = plan.execution.ranks > 1 and not plan.derived.shard
+        step = ClippedStep(optimizer, plan.config.grad_clip, device, keep_gradients, sharded=plan.derived.shard)
     step.bad_steps = bad_steps or BadStepCounter.from_plan(plan)
     return step

@@ -22,19 +22,25 @@ def make_optimizer(model: GPT2, plan: RunPlan) -> Optimizer:
     matrices, not to biases and norms. The optimizer state is allocated here, because running out of memory for it in
     the middle of the first step could not be undone.
     """
-    betas = (plan.beta1, plan.beta2)
-    if plan.optimizer == "muon":
-        product_dtype = torch.bfloat16 if plan.dtype == "bfloat16" else torch.float32
+    config = plan.config
+    betas = (config.beta1, config.beta2)
+    if config.optimizer == "muon":
+        product_dtype = torch.bfloat16 if plan.derived.dtype == "bfloat16" else torch.float32
         return Muon(
-            muon_groups(model, plan), plan.learning_rate, betas, plan.optimizer_states, plan.seed, product_dtype
+            muon_groups(model, plan),
+            config.learning_rate,
+            betas,
+            config.optimizer_states,
+            config.seed,
+            product_dtype,
         )
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    all_float32 = plan.optimizer_states == "float32" and matrices[0].dtype == torch.float32
-    if plan.optimizer_in_backward or plan.shard or not all_float32:
-        return LowMemoryAdamW(groups, plan.learning_rate, betas, plan.optimizer_states, plan.seed)
-    optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=betas, fused=True)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    all_float32 = config.optimizer_states == "float32" and matrices[0].dtype == torch.float32
+    if config.optimizer_in_backward or plan.derived.shard or not all_float32:
+        return LowMemoryAdamW(groups, config.learning_rate, betas, config.optimizer_states, config.seed)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
     for parameter in [*matrices, *vectors]:
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -55,8 +61,8 @@ def muon_groups(model: GPT2, plan: RunPlan) -> list[dict[str, Any]]:
         return [p for name, p in named.items() if name in names]
 
     return [
-        {"params": select(attention), "weight_decay": plan.weight_decay, "stacked": 3},
-        {"params": select(in_blocks - attention), "weight_decay": plan.weight_decay, "stacked": 1},
-        {"params": select(embeddings), "weight_decay": plan.weight_decay},
+        {"params": select(attention), "weight_decay": plan.config.weight_decay, "stacked": 3},
+        {"params": select(in_blocks - attention), "weight_decay": plan.config.weight_decay, "stacked": 1},
+        {"params": select(embeddings), "weight_decay": plan.config.weight_decay},
         {"params": select(named.keys() - in_blocks - embeddings), "weight_decay": 0.0},
     ]

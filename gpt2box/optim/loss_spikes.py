@@ -49,8 +49,8 @@ class BadStepCounter:
     @classmethod
     def from_plan(cls, plan: RunPlan, consecutive: int = 0, losses: Sequence[float] = ()) -> BadStepCounter:
         """Make the counters of a run: new, or with the values that a checkpoint holds."""
-        device = torch.device(plan.device)
-        return cls(device, plan.spike_sigma, plan.sequences_per_step, consecutive, losses)
+        device = torch.device(plan.derived.device)
+        return cls(device, plan.config.spike_sigma, plan.sequences_per_step, consecutive, losses)
 
     def spike_limit(self, micro_steps: int = 1) -> Tensor:
         """Return the highest loss that is not a spike; NaN while the history is too short.

@@ -19,6 +19,7 @@ class ExecutionPlan:
     ranks: int = 1
     measured: bool = False  # tokens_per_sec was measured on this machine
     measured_bytes: int = 0  # peak memory measured on this machine; 0: not measured
+    compile: bool = False
 
     @property
     def total_bytes(self) -> int:

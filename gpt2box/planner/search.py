@@ -107,7 +107,7 @@ def enumerate_execution_plans(config: Config, shape: ModelShape, device: TargetD
         memory = estimate_training_memory(shape, step)
         if device.ranks > 1 and device.on_gpu:
             memory = replace(memory, workspace=memory.workspace + NCCL_BYTES)
-        plan = ExecutionPlan(micro_batch_size, grad_accum_steps, mode, memory, 0.0, device.ranks)
+        plan = ExecutionPlan(micro_batch_size, grad_accum_steps, mode, memory, 0.0, device.ranks, compile=compiled)
         if device.spec and device.on_gpu and device.dtype == "bfloat16":
             speed = estimate_tokens_per_sec(config, shape, device.spec, plan, compiled)
             plan = replace(plan, tokens_per_sec=speed)

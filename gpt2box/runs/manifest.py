@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -147,21 +146,21 @@ def write_run_records(
         os.replace(path, run / DAMAGED_COPY_NAME)
         say(f"note: the damaged manifest.json is kept as {DAMAGED_COPY_NAME}")
     known = (
-        before.get("weights") if plan.lora_rank == 0 or session["step"] else None
+        before.get("weights") if plan.config.lora_rank == 0 or session["step"] else None
     )  # LoRA reads the base weights at every start
     manifest = {
         "format": FORMAT,
         "name": config.name,
         "settings": config.model_dump(mode="json"),
         "seed": config.seed,
-        "plan": asdict(plan),
+        "plan": plan.as_dict(),
         "weights": known or describe_weights(config.init_from, weights),
         "dataset": {"folder": str(dataset.folder), **describe_dataset(dataset, before)},
         "checked": file_stamps(dataset),
         "sessions": [*recorded_sessions(before), session],
     }
     write_atomically(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    write_atomically(run / "plan.json", json.dumps(asdict(plan), indent=2) + "\n")
+    write_atomically(run / "plan.json", json.dumps(plan.as_dict(), indent=2) + "\n")
     write_atomically(run / "config.yaml", loader.config_to_yaml(config))
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gpt2box.config.schema import CHANGEABLE
 from gpt2box.planner.run_plan import RunPlan
-from gpt2box.runs.plan_file import flatten_plan
 from gpt2box.utils.files import read_object, write_atomically
 
 # Execution settings recorded per session: another value adds numbers in another order. "way" in manifest.json.
@@ -28,9 +26,9 @@ CUDA_ONLY_FACTS = ("environment.CUBLAS_WORKSPACE_CONFIG",)  # gpt2box sets it on
 
 def make_session(facts: dict[str, Any], plan: RunPlan, step: int, changed: dict[str, Any]) -> dict[str, Any]:
     """Describe a session that starts at `step`: its facts (system/provenance.py), execution and changed settings."""
-    execution = {key: value for key, value in flatten_plan(asdict(plan)).items() if key in EXECUTION_KEYS}
+    execution = {key: value for key, value in plan.as_dict().items() if key in EXECUTION_KEYS}
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    device_type = plan.device.partition(":")[0]
+    device_type = plan.derived.device.partition(":")[0]
     return {
         "started": started, **facts, "device_type": device_type, "step": step, "way": execution, "changed": changed
     }  # fmt: skip
@@ -137,7 +135,7 @@ def record_execution(run: Path, plan: RunPlan, step: int) -> None:
     sessions = valid_sessions(manifest)
     if not sessions:
         return  # the manifest was lost: there is no session to add to
-    now, session = changeable_execution(flatten_plan(asdict(plan))), sessions[-1]
+    now, session = changeable_execution(plan.as_dict()), sessions[-1]
     steps, executions = zip(*execution_changes(session), strict=True)
     if max(steps) <= step and changeable_execution(executions[-1]) == now:
         return

@@ -35,7 +35,7 @@ class Display:
         self._queried_at = self._printed_at = 0.0
         self._skipped_reported = ""
         self._live: Any = None
-        if plan.log_format == "auto" and sys.stderr.isatty():
+        if plan.config.log_format == "auto" and sys.stderr.isatty():
             from rich.console import Console
             from rich.live import Live
 
@@ -49,23 +49,23 @@ class Display:
     def show_train_row(self, step: int, row: dict[str, Any], seconds_left: float) -> None:
         """Show a train row of metrics.jsonl; as a line at most every LINE_SECONDS."""
         self.step, self.seconds_left = step, seconds_left
-        self.figures = format_figures(row, peak_tflops=self.plan.peak_tflops)
+        self.figures = format_figures(row, peak_tflops=self.plan.derived.peak_tflops)
         if row["loss"] is not None:
             self.losses.append((step, row["loss"]))
         now = time.monotonic()
         if self._live is not None:
             self.flush_stderr()
             if now - self._queried_at >= GPU_QUERY_SECONDS:
-                self._queried_at, self.gpu = now, card_of(self.plan.device)
-        if now - self._printed_at < LINE_SECONDS and step != self.plan.max_steps:
+                self._queried_at, self.gpu = now, card_of(self.plan.derived.device)
+        if now - self._printed_at < LINE_SECONDS and step != self.plan.config.max_steps:
             return
         self._printed_at = now
         figures = dict(self.figures)
         if (skipped := figures.get("skipped", "")) == self._skipped_reported:
             figures.pop("skipped", None)
         self._skipped_reported = skipped
-        is_shown_elsewhere = self._live is not None or self.plan.log_format == "json"
-        line = format_log_line(step, self.plan.max_steps, figures, duration(seconds_left))
+        is_shown_elsewhere = self._live is not None or self.plan.config.log_format == "json"
+        line = format_log_line(step, self.plan.config.max_steps, figures, duration(seconds_left))
         (note if is_shown_elsewhere else say)(line)
 
     def show_evaluation(self, step: int, val_loss: float, is_best: bool, best: float | None, best_step: int) -> None:
@@ -73,7 +73,9 @@ class Display:
         compared = "the best so far" if is_best else f"best {format_loss(best, best_step)}" if best is not None else ""
         self.val_loss = f"{format_loss(val_loss, step)}, {compared}".rstrip(", ")
         self.print_line(
-            format_log_line(step, self.plan.max_steps, {"val_loss": f"{val_loss:.4f}{'  best' if is_best else ''}"})
+            format_log_line(
+                step, self.plan.config.max_steps, {"val_loss": f"{val_loss:.4f}{'  best' if is_best else ''}"}
+            )
         )
 
     def show_sample(self, lines: list[str]) -> None:
@@ -126,7 +128,7 @@ class Display:
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(ratio=1)
         grid.add_row("step", self._format_progress())
-        grid.add_row("", ProgressBar(total=max(self.plan.max_steps, 1), completed=self.step))
+        grid.add_row("", ProgressBar(total=max(self.plan.config.max_steps, 1), completed=self.step))
         if self._aside.request:
             grid.add_row("stopping", Text(self._aside.request, style="bold"))
         for name, text in self.panel_lines().items():
@@ -161,8 +163,10 @@ class Display:
         return lines
 
     def _format_progress(self) -> str:
-        left = f", {duration(self.seconds_left)} left" if self.figures and self.step < self.plan.max_steps else ""
-        return format_step(self.step, self.plan.max_steps) + left
+        left = (
+            f", {duration(self.seconds_left)} left" if self.figures and self.step < self.plan.config.max_steps else ""
+        )
+        return format_step(self.step, self.plan.config.max_steps) + left
 
     def trend(self) -> str:
         """Format the difference of the mean losses in the second and first half of the curve."""

@@ -24,21 +24,21 @@ from gpt2box.system.device import card_memory_named
 
 def autocast(plan: RunPlan) -> AbstractContextManager[object]:
     """bfloat16 products where the plan says so; weights stay float32."""
-    wanted = plan.dtype == "bfloat16"
-    return torch.autocast(torch.device(plan.device).type, torch.bfloat16, enabled=wanted, cache_enabled=False)
+    wanted = plan.derived.dtype == "bfloat16"
+    return torch.autocast(torch.device(plan.derived.device).type, torch.bfloat16, enabled=wanted, cache_enabled=False)
 
 
 @torch.no_grad()
 def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan, group: RankGroup) -> tuple[float, str]:
     """Mean loss over the fixed validation windows, and that set's name. Each rank of the group takes its share."""
-    windows = val_window_starts(dataset.tokens("val"), plan.shape.block_size, plan.eval_windows)
+    windows = val_window_starts(dataset.tokens("val"), plan.shape.block_size, plan.config.eval_windows)
     starts = windows[group.ranks.rank :: group.ranks.count]
     # Where weights are split, all ranks put them together as often: one that has a window less looks at another's.
     share = -(-len(windows) // group.ranks.count) if is_sharded(model) else len(starts)
-    total, weights = torch.zeros((), device=plan.device), 0.0
+    total, weights = torch.zeros((), device=plan.derived.device), 0.0
     was_training = model.training
     model.eval()
-    begin, count, device = 0, plan.eval_batch_size, torch.device(plan.device)
+    begin, count, device = 0, plan.eval_batch_size, torch.device(plan.derived.device)
     with closing(TokenFile(dataset.folder / "val.bin")) as file, autocast(plan):
         while begin < share:
             chosen = [int(start) for start in starts[begin : begin + count]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +20,22 @@ MOST_WAYS = 64  # compiled: PyTorch would go on without the compiler from the ni
 
 def empty_model(plan: RunPlan) -> GPT2:
     """The network without values, as the plan has it."""
-    weights_dtype = getattr(torch, plan.weights_dtype)
-    if plan.shard:
-        model = GPT2.on_meta_device(plan.shape, plan.dropout, weights_dtype)
-        fsdp.shard_model(model, torch.device(plan.device), plan.ranks, plan.compile)
+    weights_dtype = getattr(torch, plan.config.weights_dtype)
+    if plan.derived.shard:
+        model = GPT2.on_meta_device(plan.shape, plan.config.dropout, weights_dtype)
+        fsdp.shard_model(model, torch.device(plan.derived.device), plan.execution.ranks, plan.execution.compile)
     else:
-        model = GPT2.empty(plan.shape, plan.dropout, plan.device, weights_dtype)
+        model = GPT2.empty(plan.shape, plan.config.dropout, plan.derived.device, weights_dtype)
     configure(model, plan)
-    if plan.lora_rank:
-        add_adapters(model, plan.lora_rank, plan.lora_alpha, plan.seed)
+    if plan.config.lora_rank:
+        add_adapters(model, plan.config.lora_rank, plan.derived.lora_alpha, plan.config.seed)
     return model
 
 
 def configure(model: GPT2, plan: RunPlan) -> None:
     """What trades memory for time."""
-    model.activation_checkpointing = plan.activation_checkpointing
-    model.loss_chunk_tokens = plan.loss_chunk_tokens
+    model.activation_checkpointing = plan.execution.activation_checkpointing
+    model.loss_chunk_tokens = plan.config.loss_chunk_tokens
 
 
 class CompiledGPT2(nn.Module):
@@ -81,7 +80,7 @@ def fill(
         MachineCannot: the first rank's host has no memory for the whole ones.
         Gpt2boxError: as `values` does.
     """
-    if not plan.shard:
+    if not plan.derived.shard:
         group.run_on_rank0(lambda: values(model, optimizer))
         return group.broadcast_from_rank0(model, optimizer)
     whole_ones: list[tuple[GPT2, Optimizer]] = []
@@ -89,7 +88,7 @@ def fill(
     def make_whole() -> None:
         if torch.cuda.is_available():  # a snapshot's page-locked memory, after a return to a checkpoint
             getattr(torch._C, "_host_emptyCache", lambda: None)()
-        on_host = replace(plan, device="cpu", shard=False)
+        on_host = plan.with_derived(device="cpu", shard=False)
         with memory_while("all weights and averages are made, to be dealt out"):
             whole_model = empty_model(on_host)
             whole_ones.append((whole_model, make_optimizer(whole_model, on_host)))

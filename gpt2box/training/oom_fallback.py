@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gpt2box.planner.execution_plan import ExecutionPlan
-from gpt2box.planner.memory import MemoryEstimate
-from gpt2box.planner.run_plan import RunPlan, in_this_way
 from gpt2box.planner.search import next_smaller_plan
 from gpt2box.runs.sessions import record_execution
 from gpt2box.system.device import card_memory_named
@@ -33,13 +32,13 @@ def step_down(job: Job, display: Display) -> None:
     if not job.group.is_single_process:
         raise torch.cuda.OutOfMemoryError(f"at step {job.state.step}")
     way = next_way(job)
-    job.left.append(way_of(job.plan))
+    job.left.append(job.plan.execution)
     job.retry_steps = max(2 * job.retry_steps, RETRY_STEPS)
     job.retry_at = job.state.step + job.retry_steps
     take_way(job, way)
     display.print_line(
         f"out of memory in step {job.state.step + 1:,}: doing it again with {way.describe()}; "
-        f"a step stays {job.plan.tokens_per_step:,} tokens"
+        f"a step stays {job.plan.config.tokens_per_step:,} tokens"
     )
 
 
@@ -52,7 +51,7 @@ def next_way(job: Job) -> ExecutionPlan:
     job.optimizer.zero_grad(set_to_none=job.group.is_single_process)
     gc.collect()
     torch.cuda.empty_cache()
-    way = next_smaller_plan(job.ways, job.plan.memory)
+    way = next_smaller_plan(job.ways, job.plan.execution.memory.components())
     if way is None:
         raise torch.cuda.OutOfMemoryError(f"at step {job.state.step}")
     return way
@@ -68,9 +67,11 @@ def rehearse(job: Job, forward: Any, display: Display) -> None:
     Raises:
         torch.cuda.OutOfMemoryError: even the least was too much for one of them.
     """
-    while not job.group.is_single_process and not job.plan.shard:
+    while not job.group.is_single_process and not job.plan.derived.shard:
         plan, done = job.plan, False
-        nothing = torch.zeros(plan.micro_batch_size, plan.shape.block_size, dtype=torch.int32, device=plan.device)
+        nothing = torch.zeros(
+            plan.execution.micro_batch_size, plan.shape.block_size, dtype=torch.int32, device=plan.derived.device
+        )
         loss = None
         with (
             suppress(torch.cuda.OutOfMemoryError),
@@ -86,14 +87,14 @@ def rehearse(job: Job, forward: Any, display: Display) -> None:
             job.optimizer.zero_grad(set_to_none=False)
             return
         take_way(job, next_way(job))
-        display.print_line(f"out of memory: going on with {way_of(job.plan).describe()} on all ranks")
+        display.print_line(f"out of memory: going on with {job.plan.execution.describe()} on all ranks")
 
 
 def step_up(job: Job, display: Display) -> None:
     """Return to the way before memory ran out, where there seems to be memory for it again."""
     way = job.left[-1]
-    further = way.total_bytes - way_of(job.plan).total_bytes
-    device = torch.device(job.plan.device)
+    further = way.total_bytes - job.plan.execution.total_bytes
+    device = torch.device(job.plan.derived.device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_bytes()[1]
     job.retry_at = job.state.step + RETRY_STEPS
     if free < further:
@@ -105,7 +106,7 @@ def step_up(job: Job, display: Display) -> None:
 
 def take_way(job: Job, way: ExecutionPlan) -> None:
     """The same steps, done otherwise from now on."""
-    job.plan = in_this_way(job.plan, way)
+    job.plan = replace(job.plan, execution=way)
     job.model.activation_checkpointing = way.activation_checkpointing
 
 
@@ -120,20 +121,6 @@ def note_way(job: Job, display: Display) -> None:
         record_execution(job.run, job.plan, job.state.step)
     except OSError as error:
         display.print_line(
-            f"note: manifest.json does not say that steps are done with {way_of(job.plan).describe()} after step "
+            f"note: manifest.json does not say that steps are done with {job.plan.execution.describe()} after step "
             f"{job.state.step:,}, so `gpt2box verify` cannot do them in the same bits: {error.strerror}"
         )
-
-
-def way_of(plan: RunPlan) -> ExecutionPlan:
-    """How the plan does its steps."""
-    memory = MemoryEstimate(**plan.memory, peak_phase="")
-    return ExecutionPlan(
-        plan.micro_batch_size,
-        plan.grad_accum_steps,
-        plan.activation_checkpointing,
-        memory,
-        plan.expected_tokens_per_sec,
-        plan.ranks,
-        plan.speed_measured,
-    )

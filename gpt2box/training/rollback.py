@@ -114,7 +114,7 @@ def newest_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState, int]:
     """
     past = 0
     paths = [path for path in checkpoints(job.run / "checkpoints") if step_of(path) <= trouble.step]
-    for path, _ in retention.rollback_candidates(paths, job.plan.save_interval):
+    for path, _ in retention.rollback_candidates(paths, job.plan.derived.save_interval):
         try:
             state = load_verified_state(path)
         except Damaged as fault:
@@ -139,7 +139,7 @@ def no_way_on(job: Job, trouble: TooManyBad, tried: Path | None) -> BadInput:
         f"step {trouble.step}: {trouble.reason}, {MAX_CONSECUTIVE_BAD_STEPS} steps in a row "
         f"({trouble.left_out}){again}",
         f"finite numbers{' near those before' if trouble.spikes else ''}; {usual}",
-        f"try --learning-rate {job.plan.learning_rate / 2:g} or --dtype float32 under another --name"
+        f"try --learning-rate {job.plan.config.learning_rate / 2:g} or --dtype float32 under another --name"
         + (f"; the last good checkpoint is {last.resolve()}" if last.exists() else "")
         + meant,
     )
@@ -147,25 +147,31 @@ def no_way_on(job: Job, trouble: TooManyBad, tried: Path | None) -> BadInput:
 
 def out_of_memory(plan: RunPlan) -> MachineCannot:
     """What to do where even the way that takes least does not fit, or another rank is in the midst of the step."""
-    if plan.shard:
-        less = next((n for n in range(plan.micro_batch_size - 1, 0, -1) if plan.micro_batch_size % n == 0), 0)
+    execution = plan.execution
+    if plan.derived.shard:
+        less = next(
+            (n for n in range(execution.micro_batch_size - 1, 0, -1) if execution.micro_batch_size % n == 0),
+            0,
+        )
         flags = f"--micro-batch-size {less} " if less else ""
-        flags += "" if plan.activation_checkpointing == "full" else "--activation-checkpointing full"
+        flags += "" if execution.activation_checkpointing == "full" else "--activation-checkpointing full"
         return MachineCannot(
-            f"rank {ranks().rank}: out of memory with micro_batch_size {plan.micro_batch_size}, "
-            f"activation_checkpointing {plan.activation_checkpointing}, in a step of all ranks, that share the weights",
+            f"rank {ranks().rank}: out of memory with micro_batch_size {execution.micro_batch_size}, "
+            f"activation_checkpointing {execution.activation_checkpointing}, in a step of all ranks, "
+            "that share the weights",
             "as much free memory on each GPU as at the beginning, and a plan that holds (it is estimated)",
             f"{flags.strip() or 'more GPUs'}: goes on from the last checkpoint with less on each",
         )
-    if plan.ranks > 1:
+    if execution.ranks > 1:
         return MachineCannot(
-            f"rank {ranks().rank}: out of memory with micro_batch_size {plan.micro_batch_size}, in a step of all ranks",
+            f"rank {ranks().rank}: out of memory with micro_batch_size {execution.micro_batch_size}, "
+            "in a step of all ranks",
             "as much free memory on each GPU as at the beginning (other programs' share counts: gpt2box monitor)",
             "the same command goes on from the last checkpoint, in a way that takes less if need be",
         )
     return MachineCannot(
-        f"out of memory with micro_batch_size {plan.micro_batch_size}, block_size {plan.shape.block_size}, "
-        f"activation_checkpointing {plan.activation_checkpointing}, and no way is left that takes less",
+        f"out of memory with micro_batch_size {execution.micro_batch_size}, block_size {plan.shape.block_size}, "
+        f"activation_checkpointing {execution.activation_checkpointing}, and no way is left that takes less",
         "memory for one sequence (other programs' share counts: gpt2box monitor)",
         "close other programs; the same command then goes on from the last checkpoint",
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from gpt2box.model.hf_weights import load_hf_weights
 from gpt2box.model.sampling import SamplingParams, generate
 from gpt2box.model.shape import ModelShape
 from gpt2box.optim.factory import Optimizer, make_optimizer
-from gpt2box.planner.run_plan import RunPlan, make_plan
+from gpt2box.planner.run_plan import RunPlan, make_run_plan
 from gpt2box.preflight.preflight import check_gpu
 from gpt2box.report.loss_plot import plot_loss
 from gpt2box.report.page import published_val_loss, write_report
@@ -98,7 +97,7 @@ def run_in(
         torch.cuda.set_device(device)  # else some of the first card's memory would be held, too
     option = group.run_on_rank0(lambda: choose_way(config, shape, place))
     peak = place.spec.bf16_tflops if place.spec and place.on_gpu and place.dtype == "bfloat16" else 0.0
-    plan = make_plan(config, shape, dataset.tokens("train"), str(device), place.dtype, place.compiled, option, peak)
+    plan = make_run_plan(config, shape, dataset.tokens("train"), str(device), place.dtype, option, peak)
     set_arithmetic(plan)
 
     if config.eval_only:
@@ -112,15 +111,17 @@ def run_in(
         state = found[1] if found else TrainState()
         if state.stopped_early and (config.patience == 0 or state.evaluations_without_best < config.patience):
             state.stopped_early = False  # the patience was raised
-        unevaluated = state.step == plan.max_steps != state.evaluated_step  # stopped by a signal in the last step
-        due = (state.step < plan.max_steps or unevaluated) and not state.stopped_early
+        unevaluated = (
+            state.step == plan.config.max_steps != state.evaluated_step
+        )  # stopped by a signal in the last step
+        due = (state.step < plan.config.max_steps or unevaluated) and not state.stopped_early
         if due:
             with saying_out_of_memory(plan):
                 model = empty_model(plan)
                 optimizer = make_optimizer(model, plan)
 
                 def values(model: GPT2, optimizer: Optimizer) -> None:
-                    if not found or plan.lora_rank:
+                    if not found or plan.config.lora_rank:
                         initialise(model, config, weights)
                     if found:
                         restore_checkpoint(found[0], model, optimizer, state)
@@ -132,7 +133,9 @@ def run_in(
                 if found:
                     warn_if_not_bit_exact(run, session)
                 write_run_records(run, config, plan, dataset, session, weights)
-            sampler: Any = Sampler(config, model, dataset, run) if group.is_rank_0 and not plan.shard else NoOp()
+            sampler: Any = (
+                Sampler(config, model, dataset, run) if group.is_rank_0 and not plan.derived.shard else NoOp()
+            )
             pretrained = config.init_from != "scratch"
             ways = ways_down(config, shape, place)
             job = Job(
@@ -149,7 +152,7 @@ def run_in(
                     raise fault from error
                 raise
             state = job.state
-            if config.sample_tokens and not stop and group.is_rank_0 and not plan.shard:
+            if config.sample_tokens and not stop and group.is_rank_0 and not plan.derived.shard:
                 look_back(config, job)
     if not group.is_rank_0:
         return
@@ -159,9 +162,9 @@ def run_in(
 
 def set_arithmetic(plan: RunPlan) -> None:
     """How products and sums are formed, for the rest of this process; before the first of them."""
-    if plan.deterministic:
-        make_deterministic(plan.compile)
-    if not plan.device.startswith("cpu"):
+    if plan.derived.deterministic:
+        make_deterministic(plan.execution.compile)
+    if not plan.derived.device.startswith("cpu"):
         torch.set_float32_matmul_precision("high")  # TF32 where a product is float32
 
 
@@ -207,32 +210,34 @@ def initialise(model: GPT2, config: Config, weights: Path | None) -> None:
 
 def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
     """What is about to happen, in a few lines."""
-    shape = plan.shape
-    shared_by = f" × {plan.ranks} ranks" if plan.ranks > 1 else ""
+    shape, execution, derived = plan.shape, plan.execution, plan.derived
+    shared_by = f" × {execution.ranks} ranks" if execution.ranks > 1 else ""
     say(
         f"{config.name}: {shape.n_layer} layers × {shape.n_embd} wide, {shape.n_head} heads, "
-        f"{plan.parameters:,} parameters, from {config.init_from}, on {config.dataset}"
+        f"{plan.shape.parameters:,} parameters, from {config.init_from}, on {config.dataset}"
     )
     say(
-        f"  {plan.tokens_per_step:,} tokens a step = {plan.micro_batch_size} × {shape.block_size} × "
-        f"{counted(plan.grad_accum_steps, 'micro-step')}{shared_by}; "
-        f"{plan.max_steps:,} steps = {plan.epochs:.2g} passes over the text"
+        f"  {config.tokens_per_step:,} tokens a step = {execution.micro_batch_size} × {shape.block_size} × "
+        f"{counted(execution.grad_accum_steps, 'micro-step')}{shared_by}; "
+        f"{config.max_steps:,} steps = {derived.epochs:.2g} passes over the text"
     )
-    if plan.lora_rank:
-        trained = shape.adapter_parameters(plan.lora_rank)
-        say(f"  trained are adapters of rank {plan.lora_rank}, {trained:,} parameters; the weights stay as they are")
-    compiled = "compiled" if plan.compile else "not compiled"
-    recompute = "" if plan.activation_checkpointing == "none" else f", {plan.activation_checkpointing} recompute"
-    say(f"  {device}; {plan.dtype}, {compiled}{recompute}; a checkpoint is {size(plan.checkpoint_bytes)}")
-    pace = plan.expected_tokens_per_sec
-    seconds = plan.max_steps * plan.tokens_per_step / pace if pace else 0
+    if config.lora_rank:
+        trained = shape.adapter_parameters(config.lora_rank)
+        say(f"  trained are adapters of rank {config.lora_rank}, {trained:,} parameters; the weights stay as they are")
+    compiled = "compiled" if execution.compile else "not compiled"
+    recompute = (
+        "" if execution.activation_checkpointing == "none" else f", {execution.activation_checkpointing} recompute"
+    )
+    say(f"  {device}; {derived.dtype}, {compiled}{recompute}; a checkpoint is {size(derived.checkpoint_bytes)}")
+    pace = execution.tokens_per_sec
+    seconds = config.max_steps * config.tokens_per_step / pace if pace else 0
     speed = f"{pace:,.0f} tokens/s, {duration(seconds)} to the end" if pace else ""
-    if plan.shard:
+    if derived.shard:
         say("  each rank keeps a share of weights, gradients and averages; samples are left to gpt2box sample")
-    if plan.device != "cpu":
-        estimated = "" if plan.speed_measured or not speed else f"; {speed}"
-        say(f"  estimated: {size(sum(plan.memory.values()))} of the card's memory{estimated}")
-    if plan.speed_measured:
+    if derived.device != "cpu":
+        estimated = "" if execution.measured or not speed else f"; {speed}"
+        say(f"  estimated: {size(sum(execution.memory.components().values()))} of the card's memory{estimated}")
+    if execution.measured:
         say(f"  measured here (gpt2box bench): {speed}")
 
 
@@ -252,9 +257,9 @@ def evaluate_only(config: Config, plan: RunPlan, dataset: Dataset, weights: Path
     best = run / "checkpoints" / "best"
     began = loader.read_yaml(run / "config.yaml").get("init_from") if (run / "config.yaml").exists() else None
     of_run = best.exists() and began == config.init_from
-    if plan.lora_rank:  # its checkpoints have the adapters added in
-        plan = replace(plan, lora_rank=0, weights_dtype="float32")
-    plan = replace(plan, shard=False)  # the first rank evaluates by itself
+    if plan.config.lora_rank:  # its checkpoints have the adapters added in
+        plan = plan.with_settings(lora_rank=0, weights_dtype="float32")
+    plan = plan.with_derived(shard=False)  # the first rank evaluates by itself
     with saying_out_of_memory(plan):
         model = empty_model(plan)
         if of_run:
@@ -316,12 +321,12 @@ def report(
     picture = plot_loss(run)
     if stop:
         retention = "saved" if (run / "checkpoints" / "last").exists() else "with nothing to save yet"
-        say(f"stopped by {stop.name} at step {state.step:,} of {plan.max_steps:,}, {retention}")
+        say(f"stopped by {stop.name} at step {state.step:,} of {plan.config.max_steps:,}, {retention}")
         say(f"  to go on        {again(argument, plan)}")
         return
-    pace = plan.expected_tokens_per_sec
-    kind = "as measured before" if plan.speed_measured else "estimated"
-    estimate = f" ({kind}: {duration(state.step * plan.tokens_per_step / pace)})" if pace else ""
+    pace = plan.execution.tokens_per_sec
+    kind = "as measured before" if plan.execution.measured else "estimated"
+    estimate = f" ({kind}: {duration(state.step * plan.config.tokens_per_step / pace)})" if pace else ""
     say(f"{config.name}: {ended} at step {state.step:,} after {duration(state.seconds)} of training{estimate}")
     if state.best_val_loss is not None:
         expected = published_val_loss(config.model_dump())
@@ -342,7 +347,7 @@ def report(
 
 def again(argument: str | None, plan: RunPlan, *more: str) -> str:
     """The same command with more options: to paste, unless it is a container's or torchrun's."""
-    if in_image() or plan.ranks > 1:
+    if in_image() or plan.execution.ranks > 1:
         return " ".join(["the same command again", *(["with"] if more else []), *more])
     words = sys.argv[1:] if sys.argv[1:2] == ["train"] else ["train", *([argument] if argument else [])]
     return f"{'' if more else 'the same command again: '}{called(*words, *more)}"

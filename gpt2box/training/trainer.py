@@ -82,7 +82,7 @@ def train(job: Job) -> None:
     """
     state, consensus = job.state, Consensus(job.stop, job.group)
     job.model.train()
-    compiled = job.plan.compile and not job.plan.shard  # else its blocks are, each by itself
+    compiled = job.plan.execution.compile and not job.plan.derived.shard  # else its blocks are, each by itself
     forward = job.group.wrap_ddp(job.model, through_compiler(job.model) if compiled else job.model)
     # LowMemoryAdamW's step may break off half-way: then one must be there to go back to (several ranks end).
     saved_step = (
@@ -116,7 +116,7 @@ def train(job: Job) -> None:
             begun = time.monotonic()
             saver.raise_if_failed()
             improved = False
-            consensus.update(wants_save=0 < job.plan.save_minutes * 60 <= begun - saved_at)
+            consensus.update(wants_save=0 < job.plan.config.save_minutes * 60 <= begun - saved_at)
             if evaluation_due(job) and not consensus.should_stop:
                 check_bad_steps(job, update)
                 try:
@@ -125,8 +125,10 @@ def train(job: Job) -> None:
                     if state.step != saved_step:
                         save_in_need(job, saver)
                     raise
-            over = consensus.should_stop or state.step >= plan.max_steps or state.stopped_early
-            new = state.step != saved_step and (over or consensus.should_save or state.step % plan.save_interval == 0)
+            over = consensus.should_stop or state.step >= plan.config.max_steps or state.stopped_early
+            new = state.step != saved_step and (
+                over or consensus.should_save or state.step % plan.derived.save_interval == 0
+            )
             if new or (improved and (state.step > 0 or job.pretrained)):
                 save()
             if over:
@@ -168,14 +170,16 @@ def train(job: Job) -> None:
             if done is None:
                 continue
 
-            if state.step % plan.log_interval == 0 or state.step == plan.max_steps:
+            if state.step % plan.config.log_interval == 0 or state.step == plan.config.max_steps:
                 log(job, metrics, display, interval, update, lr, grad_norm)
 
 
 def open_saver(job: Job, display: Display) -> AsyncCheckpointWriter:
     """What writes checkpoints; of other ranks than the first, nothing, or what hands it their rows."""
     if not job.group.is_rank_0:
-        return cast(AsyncCheckpointWriter, ShardContributor(job.model, job.optimizer) if job.plan.shard else NoOp())
+        return cast(
+            AsyncCheckpointWriter, ShardContributor(job.model, job.optimizer) if job.plan.derived.shard else NoOp()
+        )
     folder = job.run / "checkpoints"
     saver = AsyncCheckpointWriter(
         folder, job.model, job.optimizer, job.tokenizer, job.plan, display.print_line, job.mark, job.snapshot
@@ -190,7 +194,7 @@ def save_in_need(job: Job, saver: AsyncCheckpointWriter) -> None:
     All ranks have the same weights, and the first waits for this one in the midst of a step. Where they are split,
     nobody has all of them.
     """
-    if job.plan.shard:
+    if job.plan.derived.shard:
         return
     if not job.group.is_rank_0 and (job.run / "plan.json").exists():
         with suppress(Gpt2boxError):  # what ends the run is that memory ran out
@@ -202,15 +206,16 @@ def open_batches(job: Job) -> Generator[Tensor, None, None]:
     """The micro-batches from the present step on."""
     job.check_dataset()
     plan = job.plan
-    windows = TrainWindows(job.dataset.tokens("train"), plan.shape.block_size, plan.seed)
+    windows = TrainWindows(job.dataset.tokens("train"), plan.shape.block_size, plan.config.seed)
     return micro_batches(
         job.dataset.folder / "train.bin",
         windows,
         plan.shape.vocab_size,
-        first_sequence=job.state.data_step * plan.sequences_per_step + job.group.ranks.rank * plan.micro_batch_size,
-        micro_batch_size=plan.micro_batch_size,
-        pin=torch.device(plan.device).type == "cuda",
-        ranks=plan.ranks,
+        first_sequence=job.state.data_step * plan.sequences_per_step
+        + job.group.ranks.rank * plan.execution.micro_batch_size,
+        micro_batch_size=plan.execution.micro_batch_size,
+        pin=torch.device(plan.derived.device).type == "cuda",
+        ranks=plan.execution.ranks,
     )
 
 
@@ -223,9 +228,9 @@ def open_metrics(job: Job, display: Display) -> MetricsWriter:
     """Where the run's figures go."""
     if not job.group.is_rank_0:
         return cast(MetricsWriter, NoOp())
-    state, echo = job.state, job.plan.log_format == "json"
+    state, echo = job.state, job.plan.config.log_format == "json"
     path = job.run / "metrics.jsonl"
-    return MetricsWriter(path, state.step, state.evaluated_step, echo, job.plan.wandb, display.print_line)
+    return MetricsWriter(path, state.step, state.evaluated_step, echo, job.plan.config.wandb, display.print_line)
 
 
 @card_memory_named()
@@ -234,22 +239,22 @@ def take_step(job: Job, forward: Any, batches: Iterator[Tensor], update: Update)
 
     PyTorch's AdamW changes the weights at the end only; LowMemoryAdamW may stop half-way (`is_step_unfinished`).
     """
-    plan, device = job.plan, torch.device(job.plan.device)
-    if plan.dropout:
+    plan, device = job.plan, torch.device(job.plan.derived.device)
+    if plan.config.dropout:
         # So that resuming needs no generator's state. Each rank drops others.
-        torch.manual_seed(plan.seed + job.state.step + (job.group.ranks.rank << 40))
+        torch.manual_seed(plan.config.seed + job.state.step + (job.group.ranks.rank << 40))
     loss = torch.zeros((), device=device)
     lr = learning_rate_at(job.state.step, plan)
-    of_step: Iterable[Tensor] = (next(batches) for _ in range(plan.grad_accum_steps))
+    of_step: Iterable[Tensor] = (next(batches) for _ in range(plan.execution.grad_accum_steps))
     shares = None
     if job.dataset.masked:
         of_step = list(of_step)
         shares = target_shares(of_step, job.group)
     for micro_step, batch in enumerate(of_step):
         inputs, targets = inputs_and_targets(upload(batch, device))  # (B, T)
-        with job.group.gradient_sync(forward, is_last=micro_step == plan.grad_accum_steps - 1):
+        with job.group.gradient_sync(forward, is_last=micro_step == plan.execution.grad_accum_steps - 1):
             with autocast(plan):
-                micro_loss = forward(inputs, targets, 1.0 / plan.grad_accum_steps)
+                micro_loss = forward(inputs, targets, 1.0 / plan.execution.grad_accum_steps)
             update.before_backward(job.state.step, micro_step, lr, micro_loss)  # a mean as other steps', not weighted
             if shares is not None:
                 micro_loss = micro_loss * shares[micro_step]
@@ -280,20 +285,20 @@ def log(
     loss, steps, seconds = interval.finish()
     check_bad_steps(job, update)
     state.seconds += seconds
-    tokens_per_sec = steps * plan.tokens_per_step / max(seconds, 1e-9)
+    tokens_per_sec = steps * plan.config.tokens_per_step / max(seconds, 1e-9)
     row = {
         "loss": to_number(loss),
         "learning_rate": lr,
         "grad_norm": to_number(float(grad_norm)),
         "tokens_per_sec": round(tokens_per_sec, 1),
-        "peak_memory_bytes": peak_memory_bytes(torch.device(plan.device)),
+        "peak_memory_bytes": peak_memory_bytes(torch.device(plan.derived.device)),
         "skipped_steps": int(update.bad_steps.total),
         "loss_spikes": int(update.bad_steps.spikes),
         "mfu": plan.mfu(tokens_per_sec),
         "digest": fingerprint_run_state(job.model, job.optimizer),
     }
     metrics.write(state.step, "train", **row)
-    display.show_train_row(state.step, row, (plan.max_steps - state.step) * interval.mean_step_seconds())
+    display.show_train_row(state.step, row, (plan.config.max_steps - state.step) * interval.mean_step_seconds())
 
 
 def check_bad_steps(job: Job, update: Update) -> None:
@@ -320,7 +325,7 @@ def optimizer_steps(optimizer: Optimizer) -> int:
 def evaluation_due(job: Job) -> bool:
     """At every eval_interval, and at the end; once a step."""
     state, plan = job.state, job.plan
-    at_interval = state.step % plan.eval_interval == 0 or state.step >= plan.max_steps
+    at_interval = state.step % plan.config.eval_interval == 0 or state.step >= plan.config.max_steps
     return at_interval and state.evaluated_step != state.step
 
 
@@ -335,7 +340,7 @@ def evaluate_and_note(job: Job, metrics: MetricsWriter, display: Display) -> boo
         state.best_val_loss, state.best_step, state.evaluations_without_best = val_loss, state.step, 0
     else:
         state.evaluations_without_best += 1
-        state.stopped_early = 0 < plan.patience <= state.evaluations_without_best
+        state.stopped_early = 0 < plan.config.patience <= state.evaluations_without_best
     metrics.write(state.step, "eval", val_loss=to_number(val_loss), val_set=val_set, best=improved)
     display.show_evaluation(state.step, val_loss, improved, state.best_val_loss, state.best_step)
     if math.isfinite(val_loss):

@@ -34,7 +34,7 @@ from gpt2box.optim.clipped_step import make_optimizer_step
 from gpt2box.optim.factory import make_optimizer
 from gpt2box.optim.loss_spikes import BadStepCounter
 from gpt2box.planner.execution_plan import ExecutionPlan
-from gpt2box.planner.run_plan import RunPlan, make_plan
+from gpt2box.planner.run_plan import RunPlan, make_run_plan
 from gpt2box.planner.search import list_execution_plans
 from gpt2box.preflight.preflight import check_gpu
 from gpt2box.runs.manifest import describe_dataset, describe_weights, is_same_dataset, read_manifest
@@ -155,7 +155,7 @@ def job_of(stretch: Stretch) -> tuple[Job, dict[int, ExecutionPlan], dict[str, A
     if weights:
         shape = shape_on(config, weights, dataset.tokenizer)
     plan, device = plan_of(config, shape, dataset)
-    place = place_of(device, config.dtype, plan.compile)
+    place = place_of(device, config.dtype, plan.execution.compile)
     ways = {step: list_execution_plans(with_way(stretch, way), shape, place)[0] for step, way in stretch.ways.items()}
     folder = run / "checkpoints" / checkpoint_name(start)
     state = load_verified_state(folder) if start else TrainState()
@@ -164,7 +164,7 @@ def job_of(stretch: Stretch) -> tuple[Job, dict[int, ExecutionPlan], dict[str, A
     set_arithmetic(plan)
     model = empty_model(plan)
     optimizer = make_optimizer(model, plan)
-    if start == 0 or plan.lora_rank:
+    if start == 0 or plan.config.lora_rank:
         initialise(model, config, weights)
     if start:
         restore_checkpoint(folder, model, optimizer, state)
@@ -200,12 +200,12 @@ def plan_of(config: Config, shape: ModelShape, dataset: Dataset) -> tuple[RunPla
     if note:
         say(f"note: {note}")
     way = list_execution_plans(config, shape, place_of(device, config.dtype, compiled))[0]
-    return make_plan(config, shape, dataset.tokens("train"), str(device), config.dtype, compiled, way), device
+    return make_run_plan(config, shape, dataset.tokens("train"), str(device), config.dtype, way), device
 
 
 def again(job: Job, ways: dict[int, ExecutionPlan], last: int) -> Iterator[int]:
     """Do the steps up to `last`, each in the way that it was done in; yields the number of each when it is done."""
-    forward = through_compiler(job.model) if job.plan.compile else job.model
+    forward = through_compiler(job.model) if job.plan.execution.compile else job.model
     update = make_optimizer_step(
         job.optimizer, job.plan, BadStepCounter.from_plan(job.plan, job.state.bad_steps, job.state.recent_losses)
     )

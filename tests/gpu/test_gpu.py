@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,7 +71,7 @@ def test_planned_memory_is_what_the_card_gives(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     plan, way = planned(shape_of(size), micro_batch_size, mode, "bfloat16", compiled=compiled, **settings)
-    plan = replace(plan, device="cuda", compile=compiled)
+    plan = plan.with_derived(device="cuda").with_execution(compile=compiled)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -83,10 +82,10 @@ def test_planned_memory_is_what_the_card_gives(
     update = make_optimizer_step(make_optimizer(model, plan), plan)
     for step in range(2):
         loss = torch.zeros((), device="cuda")
-        for micro_step in range(plan.grad_accum_steps):
+        for micro_step in range(plan.execution.grad_accum_steps):
             batch = torch.randint(0, 50_257, (micro_batch_size, 1025), device="cuda")
             with autocast(plan):
-                micro_loss = forward(batch[:, :-1], batch[:, 1:], 1.0 / plan.grad_accum_steps)
+                micro_loss = forward(batch[:, :-1], batch[:, 1:], 1.0 / plan.execution.grad_accum_steps)
             update.before_backward(step, micro_step, 1e-5, micro_loss)
             micro_loss.backward()
             loss += micro_loss.detach()

@@ -273,17 +273,17 @@ def simulate(plan: RunPlan, real: bool = False) -> Simulated:
     `real`: with data, as the CPU does it, to hold the fake tensors against.
     """
     recorder = Recorder()
-    ranks = split_over(plan.ranks, recorder) if plan.shard else nullcontext()
+    ranks = split_over(plan.execution.ranks, recorder) if plan.derived.shard else nullcontext()
     tensors = nullcontext() if real else FakeTensorMode()
     with ranks, tensors, nullcontext() if real else cuda_rules(), recorder:
-        if plan.shard:
+        if plan.derived.shard:
             model = empty_model(plan)
         else:  # the same on fake tensors, to which nothing can be given that was on no device
-            model = GPT2(plan.shape, plan.dropout)
-            model.cast_matrices(getattr(torch, plan.weights_dtype))
+            model = GPT2(plan.shape, plan.config.dropout)
+            model.cast_matrices(getattr(torch, plan.config.weights_dtype))
             configure(model, plan)
-        if plan.lora_rank:
-            add_adapters(model, plan.lora_rank, plan.lora_alpha, plan.seed)
+        if plan.config.lora_rank:
+            add_adapters(model, plan.config.lora_rank, plan.derived.lora_alpha, plan.config.seed)
         for parameter in model.parameters():
             recorder.see(parameter, "weights")
             recorder.name(parameter, "weights")
@@ -292,11 +292,11 @@ def simulate(plan: RunPlan, real: bool = False) -> Simulated:
         update = make_optimizer_step(optimizer, plan)
         for _ in range(2):
             loss = torch.zeros(())
-            for micro_step in range(min(plan.grad_accum_steps, 2)):
+            for micro_step in range(min(plan.execution.grad_accum_steps, 2)):
                 recorder.phase = "forward"
-                batch = torch.zeros((plan.micro_batch_size, plan.shape.block_size + 1), dtype=torch.int64)
+                batch = torch.zeros((plan.execution.micro_batch_size, plan.shape.block_size + 1), dtype=torch.int64)
                 with autocast(plan):
-                    micro_loss = model(batch[:, :-1], batch[:, 1:], 1.0 / plan.grad_accum_steps)
+                    micro_loss = model(batch[:, :-1], batch[:, 1:], 1.0 / plan.execution.grad_accum_steps)
                 recorder.phase = "backward"
                 update.before_backward(0, micro_step, 1e-3, micro_loss)
                 micro_loss.backward()

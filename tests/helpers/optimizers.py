@@ -10,7 +10,7 @@ from gpt2box.config.schema import Config
 from gpt2box.model.shape import ModelShape
 from gpt2box.optim.clipped_step import make_optimizer_step
 from gpt2box.optim.factory import make_optimizer
-from gpt2box.planner.run_plan import RunPlan, make_plan
+from gpt2box.planner.run_plan import RunPlan, make_run_plan
 from gpt2box.planner.search import list_execution_plans
 from gpt2box.planner.target_device import TargetDevice
 from tests.helpers.models import tiny_model
@@ -25,7 +25,7 @@ def planned(settings: Config, shape: ModelShape, train_tokens: int) -> RunPlan:
     way = list_execution_plans(
         settings, shape, TargetDevice("a CPU", 0, None, "float32", on_gpu=False, compiled=False)
     )[0]
-    return make_plan(settings, shape, train_tokens, "cpu", "float32", False, way)
+    return make_run_plan(settings, shape, train_tokens, "cpu", "float32", way)
 
 
 def generator() -> torch.Generator:
@@ -41,7 +41,7 @@ def trained(steps: int, micro_steps: int = 1, **flags: str) -> list[Tensor]:
     sizes = {"micro_batch_size": "4", "block_size": "24", "tokens_per_step": f"{96 * micro_steps}"}
     settings = plan(grad_clip="100", **sizes, **flags)
     model = tiny_model(bias=False)  # a key's bias has no gradient but rounding, which AdamW makes large
-    model.cast_matrices(torch.bfloat16 if settings.weights_dtype == "bfloat16" else torch.float32)
+    model.cast_matrices(torch.bfloat16 if settings.config.weights_dtype == "bfloat16" else torch.float32)
     update = make_optimizer_step(make_optimizer(model, settings), settings)
     data = batches(steps * micro_steps)
     for step in range(steps):

@@ -8,7 +8,7 @@ from gpt2box.config import loader
 from gpt2box.config.schema import MODEL_SHAPES
 from gpt2box.model.shape import ModelShape
 from gpt2box.planner.execution_plan import ExecutionPlan
-from gpt2box.planner.run_plan import RunPlan, make_plan
+from gpt2box.planner.run_plan import RunPlan, make_run_plan
 from gpt2box.planner.search import NCCL_BYTES, list_execution_plans
 from gpt2box.planner.target_device import TargetDevice
 
@@ -30,7 +30,7 @@ def planned(
     place = TargetDevice("a card", 0, None, dtype, on_gpu=True, compiled=compiled, ranks=ranks)
     (way,) = list_execution_plans(loaded, shape, place)
     way = replace(way, memory=replace(way.memory, workspace=way.memory.workspace - (NCCL_BYTES if ranks > 1 else 0)))
-    return make_plan(loaded, shape, 10**6, "cpu", dtype, False, way), way
+    return make_run_plan(loaded, shape, 10**6, "cpu", dtype, way), way
 
 
 def shape_of(name: str, block_size: int = 1024) -> ModelShape:

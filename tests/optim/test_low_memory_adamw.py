@@ -43,10 +43,10 @@ def test_low_memory_settings_stay_close_to_adamw_and_are_deterministic(flags: di
 def test_a_non_finite_step_changes_neither_weights_nor_optimizer_state(flags: dict[str, str], bad: float) -> None:
     settings = plan(tokens_per_step="1024", **flags)
     model = tiny_model()
-    model.cast_matrices(getattr(torch, settings.weights_dtype))
+    model.cast_matrices(getattr(torch, settings.config.weights_dtype))
     optimizer = make_optimizer(model, settings)
     update = make_optimizer_step(optimizer, settings)
-    assert isinstance(update, InBackwardStep if settings.optimizer_in_backward else ClippedStep)
+    assert isinstance(update, InBackwardStep if settings.config.optimizer_in_backward else ClippedStep)
 
     def take_step(step: int, factor: float) -> None:
         (x,) = batches(1)

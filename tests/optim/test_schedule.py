@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from gpt2box.config import loader
@@ -27,8 +25,10 @@ def test_the_learning_rate_warms_up_and_decays(schedule: str, middle: float) -> 
 
 def test_unset_settings_are_derived() -> None:
     p = plan()
-    assert p.min_lr == pytest.approx(p.learning_rate / 10) and p.decay_steps == p.max_steps
-    derived = planned(loader.load_config(None, {"dataset": "x", "max_steps": "5000"})[0], p.shape, 1)
-    assert derived.warmup_steps == 100 and derived.save_interval == derived.eval_interval
-    assert derived.grad_accum_steps * derived.micro_batch_size == derived.sequences_per_step == 64
-    assert learning_rate_at(0, replace(p, warmup_steps=0)) == pytest.approx(p.learning_rate)
+    assert p.derived.min_lr == pytest.approx(p.config.learning_rate / 10)
+    assert p.derived.decay_steps == p.config.max_steps
+    other = planned(loader.load_config(None, {"dataset": "x", "max_steps": "5000"})[0], p.shape, 1)
+    assert other.derived.warmup_steps == 100 and other.derived.save_interval == other.config.eval_interval
+    execution = other.execution
+    assert execution.grad_accum_steps * execution.micro_batch_size == other.sequences_per_step == 64
+    assert learning_rate_at(0, p.with_derived(warmup_steps=0)) == pytest.approx(p.config.learning_rate)

@@ -8,14 +8,13 @@ import pty
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gpt2box.config import loader
 from gpt2box.model.shape import ModelShape
-from gpt2box.planner.run_plan import RunPlan, make_plan
+from gpt2box.planner.run_plan import RunPlan, make_run_plan
 from gpt2box.planner.search import list_execution_plans
 from gpt2box.planner.target_device import TargetDevice
 from gpt2box.training.console import Display
@@ -29,7 +28,7 @@ def plan(**flags: str) -> RunPlan:
     way = list_execution_plans(config, shape, TargetDevice("a card", 0, None, "bfloat16", on_gpu=True, compiled=False))[
         0
     ]
-    return make_plan(config, shape, 10**6, "cpu", "bfloat16", False, way, peak_tflops=58.3)
+    return make_run_plan(config, shape, 10**6, "cpu", "bfloat16", way, peak_tflops=58.3)
 
 
 ROW = {
@@ -135,7 +134,7 @@ def test_the_share_of_the_peak_is_that_of_the_models_own_arithmetic() -> None:
     mine = plan()
     per_token = 6 * mine.shape.parameters + 12 * 24 * 1024 * 1024
     assert mine.mfu(10_000) == pytest.approx(10_000 * per_token / 58.3e12, abs=1e-4)
-    assert replace(mine, peak_tflops=0.0).mfu(10_000) is None
+    assert mine.with_derived(peak_tflops=0.0).mfu(10_000) is None
     assert plan(init_from="gpt2-medium", lora_rank="4").mfu(10_000) is None
 
 

@@ -121,8 +121,8 @@ def step_cost(
     shape = replace(SHAPE, n_layer=layers)
     plan, _ = planned(shape, 4, mode, dtype, accumulation=micro_steps, **settings)
     with FakeTensorMode(), cuda_rules():
-        model = GPT2(shape, plan.dropout).train()
-        model.cast_matrices(getattr(torch, plan.weights_dtype))
+        model = GPT2(shape, plan.config.dropout).train()
+        model.cast_matrices(getattr(torch, plan.config.weights_dtype))
         configure(model, plan)
         optimizer = make_optimizer(model, plan)
         dataset: Any = SimpleNamespace(masked=False)
@@ -186,7 +186,7 @@ def test_an_evaluation_takes_no_more_memory_than_a_step_does(
 ) -> None:
     shape = replace(shape_of(name), n_layer=4)
     plan, way = planned(shape, micro_batch_size, mode, dtype)
-    count = max_evaluation_batch(shape, dtype, plan.loss_chunk_tokens, way.memory.components())
+    count = max_evaluation_batch(shape, dtype, plan.config.loss_chunk_tokens, way.memory.components())
     assert count > micro_batch_size
     with FakeTensorMode(), cuda_rules(), Recorder() as recorder:
         model = GPT2(shape).eval()
