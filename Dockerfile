@@ -71,7 +71,7 @@ COPY gpt2box/__init__.py gpt2box/errors.py gpt2box/
 COPY gpt2box/utils/__init__.py gpt2box/utils/files.py gpt2box/utils/paths.py gpt2box/utils/progress.py gpt2box/utils/ranks.py gpt2box/utils/
 COPY gpt2box/data/__init__.py gpt2box/data/downloads.py gpt2box/data/
 COPY tests/data_files/tinyshakespeare.txt /opt/gpt2box/assets/
-RUN python -c "from gpt2box.data.downloads import bring_all; bring_all('/opt/gpt2box/assets')"
+RUN python -c "from gpt2box.data.downloads import fetch_all_assets; fetch_all_assets('/opt/gpt2box/assets')"
 
 FROM deps AS runtime
 # Any user may run the image, with a read-only root file system and a /tmp that is mounted exec.

@@ -20,8 +20,9 @@ from pydoc_data.topics import topics
 
 from low_memory import SETTINGS, TEXT, train_curve
 
-from gpt2box.data.prepare_texts import Request, prepare_few
-from gpt2box.data.sources import own_text
+from gpt2box.data.prepare_config import PrepareConfig
+from gpt2box.data.prepare_texts import prepare_texts
+from gpt2box.data.sources import load_texts
 
 RATES = {"all weights": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "adapters": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]}
 RANKS = (2, 8, 32)
@@ -37,7 +38,7 @@ def texts(volumes: Path, characters_of_second: int | None) -> None:
     for name, text in (("first", first), ("second", second[:characters_of_second])):
         path = volumes / f"{name}.txt"
         path.write_text(characters + text)
-        prepare_few(own_text([str(path)]), Request("char", 0.1), volumes / "data" / name)
+        prepare_texts(load_texts([str(path)]), PrepareConfig("char", 0.1), volumes / "data" / name)
 
 
 def plot(least: dict[str, dict[float, float]], path: Path) -> None:

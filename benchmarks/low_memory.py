@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from gpt2box.data.prepare_texts import Request, prepare_few
-from gpt2box.data.sources import own_text
+from gpt2box.data.prepare_config import PrepareConfig
+from gpt2box.data.prepare_texts import prepare_texts
+from gpt2box.data.sources import load_texts
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
 
@@ -79,7 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         volumes = Path(folder)
         os.environ["GPT2BOX_VOLUMES"] = folder
-        prepare_few(own_text([str(TEXT)]), Request("char", 0.1), volumes / "data" / "text")
+        prepare_texts(load_texts([str(TEXT)]), PrepareConfig("char", 0.1), volumes / "data" / "text")
         scratch: dict[str, list[list[tuple[int, float]]]] = {variant: [] for variant in VARIANTS}
         tuned: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
         for seed in arguments.seeds:

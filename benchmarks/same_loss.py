@@ -25,7 +25,7 @@ import torch
 
 from gpt2box.data.dataloader import read_windows, val_window_starts
 from gpt2box.data.dataset import TokenFile, open_dataset
-from gpt2box.data.pretrained import shape_in
+from gpt2box.data.pretrained import load_shape
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.hf_weights import load_hf_weights
 from gpt2box.utils.paths import dataset_dir
@@ -89,7 +89,7 @@ def train_ours(dataset: Path, steps: int, seed: int, work: Path) -> float:
     environment = {"GPT2BOX_VOLUMES": str(work / "volumes")}
     subprocess.run(command, check=True, env=os.environ | environment, stderr=subprocess.DEVNULL)
     folder = work / "volumes" / "runs" / f"seed-{seed}" / "checkpoints" / "last"
-    network = GPT2(shape_in(folder)).eval()
+    network = GPT2(load_shape(folder)).eval()
     load_hf_weights(network, folder)
     return val_loss(lambda ids: network.logits(network.hidden_states(ids)), dataset)
 

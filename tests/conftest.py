@@ -14,9 +14,10 @@ import torch
 from hypothesis import settings
 
 from gpt2box.data import downloads
-from gpt2box.data.prepare_texts import Request, prepare_few
-from gpt2box.data.sources import own_text, tinyshakespeare
-from gpt2box.data.tokenizer import Gpt2Tokenizer, from_ranks
+from gpt2box.data.prepare_config import PrepareConfig
+from gpt2box.data.prepare_texts import prepare_texts
+from gpt2box.data.sources import load_texts, load_tinyshakespeare
+from gpt2box.data.tokenizer import Gpt2Tokenizer, load_gpt2_tokenizer
 from tests.helpers.commands import Command, Forked
 from tests.helpers.settings import ROOT, TINYSHAKESPEARE
 
@@ -42,7 +43,7 @@ def ranks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def gpt2_tokenizer(ranks_file: Path) -> Gpt2Tokenizer:
-    return from_ranks(ranks_file)
+    return load_gpt2_tokenizer(ranks_file)
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +56,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, ranks_file: Path) -> Path
     shutil.copy(ranks_file, raw)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPT2BOX_VOLUMES", str(volumes))
-        prepare_few(tinyshakespeare(), Request("char", 0.1), volumes / "data" / "text")
-        prepare_few(own_text([str(TINYSHAKESPEARE)]), Request("gpt2", 0.1), volumes / "data" / "bpe")
+        prepare_texts(load_tinyshakespeare(), PrepareConfig("char", 0.1), volumes / "data" / "text")
+        prepare_texts(load_texts([str(TINYSHAKESPEARE)]), PrepareConfig("gpt2", 0.1), volumes / "data" / "bpe")
     return volumes
 
 

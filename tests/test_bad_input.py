@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from gpt2box.checkpoint.metadata import load_verified_state
 from gpt2box.data.dataset import open_dataset
-from gpt2box.data.dataset_folder import damaged_splits
-from gpt2box.data.pretrained import shape_in
+from gpt2box.data.dataset_folder import find_damaged_splits
+from gpt2box.data.pretrained import load_shape
 from gpt2box.errors import LONGEST, BadInput, Gpt2boxError
 from gpt2box.inference.model_loader import load_model
 from gpt2box.runs.view import RunView
@@ -167,11 +167,11 @@ def test_any_value_anywhere_in_what_is_read_is_used_or_refused(
     try:
         with contextlib.suppress(Gpt2boxError):
             if name == "dataset.json":
-                damaged_splits(file.parent, open_dataset(file.parent).manifest)
+                find_damaged_splits(file.parent, open_dataset(file.parent).manifest)
             elif name == "state.json":
                 load_verified_state(last)
             elif name == "config.json":
-                if shape_in(last).parameters < 10**6:
+                if load_shape(last).parameters < 10**6:
                     load_model(last, "cpu")
             else:
                 load_settings(read_complete_manifest(file), file, None, None)

@@ -21,8 +21,8 @@ from gpt2box.checkpoint.metadata import load_verified_state
 from gpt2box.config import loader
 from gpt2box.data import readers, tokenizer
 from gpt2box.data.dataset import open_dataset
-from gpt2box.data.dataset_folder import damaged_splits, read_manifest
-from gpt2box.data.pretrained import shape_in
+from gpt2box.data.dataset_folder import find_damaged_splits, read_manifest
+from gpt2box.data.pretrained import load_shape
 from gpt2box.errors import Gpt2boxError
 from gpt2box.evaluation import benchmarks
 from gpt2box.model.gpt2 import GPT2
@@ -127,10 +127,13 @@ def test_texts_and_records(tmp_path: Path, name: str) -> None:
     path = record_file(tmp_path, name)
 
     def read() -> int:
-        readers.names_in(path)
+        readers.read_column_names(path)
         column = "text" if "txt" not in name else ""
         return sum(
-            len(text) for unit in readers.units_of(path, name, column) for part in readers.texts(unit) for text in part
+            len(text)
+            for unit in readers.split_into_units(path, name, column)
+            for part in readers.read_documents(unit)
+            for text in part
         )
 
     broken(path, read)
@@ -145,7 +148,7 @@ def test_a_dataset(volumes: Path, dataset: str, name: str) -> None:
 
     def read() -> None:
         found = open_dataset(folder)
-        damaged_splits(folder, read_manifest(folder))
+        find_damaged_splits(folder, read_manifest(folder))
         assert found.tokens("train") >= 0
 
     broken(folder / name, read)
@@ -173,10 +176,10 @@ def test_a_checkpoint(trained: Path, tmp_path: Path, name: str) -> None:
     def read() -> None:
         with contextlib.suppress(Gpt2boxError):
             load_verified_state(folder)
-        shape = shape_in(folder)
+        shape = load_shape(folder)
         if shape.parameters < 10**7:
             load_hf_weights(GPT2(shape), folder)
-        tokenizer.load(folder)
+        tokenizer.load_tokenizer(folder)
 
     broken(folder / name, read)
 

@@ -97,14 +97,15 @@ def prepare(inputs: tuple[str, ...], name: str | None, verify: bool, **options: 
     half-way, it goes on where it was.
     """
     from gpt2box.data import prepare as datasets
+    from gpt2box.data.prepare_config import PrepareConfig
 
     if verify:
         for item in inputs:
-            datasets.verify(item)
+            datasets.verify_dataset(item)
         return
     options["workers"] = options["workers"] or 0
     with going_on_later():
-        datasets.prepare(inputs, datasets.Options(**options), name)
+        datasets.prepare(inputs, PrepareConfig(**options), name)
 
 
 @contextmanager
@@ -171,7 +172,7 @@ def fetch(config: str, **flags: str | None) -> None:
     settings, _ = loader.load_config(config, given(config, flags))
     requirements.check_space(settings)
     with going_on_later():
-        requirements.bring(settings, paths.text_path(flags["dataset"] or ""))
+        requirements.fetch_requirements(settings, paths.text_path(flags["dataset"] or ""))
 
 
 @cli.command(cls=SettingsCommand, show_settings=False, short_help="Check driver, card, memory, disk and network.")

@@ -2,7 +2,7 @@
 
 `Sink` appends in the order of the source and decides by each document's content whether it is held out. `ShuffledSink`
 puts the documents into the order that nanoGPT's preparation has them in: it appends each to one of many buckets by its
-place in that order, and at the end sorts one bucket after the other in memory. What is durable stands in
+position in that order, and at the end sorts one bucket after the other in memory. What is durable stands in
 progress.json; on going on, the files are cut back to that.
 """
 
@@ -32,7 +32,7 @@ SORTED = "sorted"  # in progress.json: how many buckets are
 
 
 @dataclass(frozen=True)
-class Chunk:
+class DocumentBatch:
     """Documents of one unit, tokenised."""
 
     tokens: Tokens | Path  # all, each document's end-of-text token with it; or the file with them
@@ -48,7 +48,7 @@ class Chunk:
         return [tokens[end - length : end] for end, length in zip(ends, self.lengths, strict=True)]
 
 
-def digest_of(text_digest: Any) -> bytes:
+def finish_digest(text_digest: Any) -> bytes:
     """A short digest, finished."""
     return bytes(text_digest.digest())
 
@@ -58,44 +58,44 @@ def new_digest() -> Any:
     return hashlib.blake2b(digest_size=DIGEST_BYTES)
 
 
-def first(chunk: Chunk, count: int) -> Chunk:
+def truncate_batch(batch: DocumentBatch, count: int) -> DocumentBatch:
     """Its first documents."""
-    parts = chunk.lengths[:count], chunk.digests[: count * DIGEST_BYTES], chunk.characters[:count]
-    return Chunk(chunk.tokens, *parts, chunk.empty)
+    parts = batch.lengths[:count], batch.digests[: count * DIGEST_BYTES], batch.characters[:count]
+    return DocumentBatch(batch.tokens, *parts, batch.empty)
 
 
-def put(file: BinaryIO, documents: Iterable[Tokens]) -> None:
+def write_tokens(file: BinaryIO, documents: Iterable[Tokens]) -> None:
     """Write token ids as they stand in a .bin file."""
     file.writelines(ids.astype("<u2", copy=False).data for ids in documents)
 
 
-class Seen:
+class DuplicateFilter:
     """Which digests have come before; 16 bytes for each, where a Python set would take a hundred."""
 
     RECENT = 1 << 19
 
     def __init__(self, digests: bytes) -> None:
-        self.old = np.unique(np.frombuffer(digests, dtype=f"S{DIGEST_BYTES}"))
+        self.sorted_digests = np.unique(np.frombuffer(digests, dtype=f"S{DIGEST_BYTES}"))
         self.recent: set[bytes] = set()
 
-    def firsts(self, digests: bytes) -> npt.NDArray[np.bool_]:
+    def mark_first(self, digests: bytes) -> npt.NDArray[np.bool_]:
         """Of digests in a row, those that come for the first time."""
         new = np.frombuffer(digests, dtype=f"S{DIGEST_BYTES}")
-        places = np.searchsorted(self.old, new)
-        first = np.ones(len(new), dtype=bool)
-        inside = places < len(self.old)
-        first[inside] = self.old[places[inside]] != new[inside]
-        for index in np.flatnonzero(first):
+        positions = np.searchsorted(self.sorted_digests, new)
+        is_first = np.ones(len(new), dtype=bool)
+        inside = positions < len(self.sorted_digests)
+        is_first[inside] = self.sorted_digests[positions[inside]] != new[inside]
+        for index in np.flatnonzero(is_first):
             digest = digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
-            first[index] = digest not in self.recent
+            is_first[index] = digest not in self.recent
             self.recent.add(digest)
         if len(self.recent) > self.RECENT:
-            added = np.array(sorted(self.recent), dtype=self.old.dtype)
-            self.old, self.recent = np.sort(np.concatenate([self.old, added])), set()
-        return first
+            added = np.array(sorted(self.recent), dtype=self.sorted_digests.dtype)
+            self.sorted_digests, self.recent = np.sort(np.concatenate([self.sorted_digests, added])), set()
+        return is_first
 
 
-class Sink:
+class BinWriter:
     """Documents in the source's order, held out by chance that their content decides, exact duplicates left out."""
 
     def __init__(self, folder: Path, val_fraction: float, seed: int, drop_duplicates: bool, tail: bool = False) -> None:
@@ -103,7 +103,7 @@ class Sink:
         self.tail = 1 - val_fraction if tail else None  # the end of each document is held out
         self.threshold = round(val_fraction * 2**64)
         self.key = seed.to_bytes(8, "little")
-        self.seen = Seen(b"")
+        self.duplicates = DuplicateFilter(b"")
         self.files: dict[str, BinaryIO] = {}
         self.state: dict[str, Any] = {"sizes": {}, "counts": {}, "file": 0, "unit": 0}
 
@@ -115,62 +115,62 @@ class Sink:
             for name, size in stored["sizes"].items()
         ):
             self.state = stored
-        for name in self.names():
+        for name in self.output_names():
             size = self.state["sizes"].setdefault(name, 0)
             path = self.folder / name
             path.touch()
             os.truncate(path, size)
             self.files[name] = open(path, "ab")  # noqa: SIM115, closed by finish
         if self.drop_duplicates:
-            self.seen = Seen((self.folder / "digests").read_bytes())
+            self.duplicates = DuplicateFilter((self.folder / "digests").read_bytes())
         return self.state["file"], self.state["unit"]
 
-    def names(self) -> list[str]:
+    def output_names(self) -> list[str]:
         """Files that grow."""
         return ["train.bin", "val.bin", *(["digests"] if self.drop_duplicates else [])]
 
     @property
-    def taken(self) -> int:
+    def document_count(self) -> int:
         """Documents so far, duplicates and all."""
         return int(self.state["counts"].get("documents", 0))
 
-    def count(self, name: str, by: int) -> None:
+    def add_count(self, name: str, by: int) -> None:
         """Add to a figure for the manifest."""
         self.state["counts"][name] = self.state["counts"].get(name, 0) + int(by)
 
-    def take(self, chunk: Chunk) -> None:
+    def write_batch(self, batch: DocumentBatch) -> None:
         """The next unit's documents."""
-        count = len(chunk.lengths)
-        digests = [chunk.digests[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES] for i in range(count)]
-        blank = chunk.characters == 0
-        keep = ~blank
+        count = len(batch.lengths)
+        digests = [batch.digests[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES] for i in range(count)]
+        is_blank = batch.characters == 0
+        is_kept = ~is_blank
         if self.drop_duplicates:
-            keep &= self.seen.firsts(chunk.digests)
-            self.files["digests"].write(b"".join(digests[i] for i in np.flatnonzero(keep)))
+            is_kept &= self.duplicates.mark_first(batch.digests)
+            self.files["digests"].write(b"".join(digests[i] for i in np.flatnonzero(is_kept)))
         drawn = [hashlib.blake2b(digest, key=self.key, digest_size=8).digest() for digest in digests]
         held_out = np.array([int.from_bytes(number, "little") < self.threshold for number in drawn], dtype=bool)
-        documents = chunk.documents()
+        documents = batch.documents()
         if self.tail is None:
-            put(self.files["train.bin"], (documents[i] for i in np.flatnonzero(keep & ~held_out)))
-            put(self.files["val.bin"], (documents[i] for i in np.flatnonzero(keep & held_out)))
-            self.note(chunk, keep & ~held_out, keep & held_out)
+            write_tokens(self.files["train.bin"], (documents[i] for i in np.flatnonzero(is_kept & ~held_out)))
+            write_tokens(self.files["val.bin"], (documents[i] for i in np.flatnonzero(is_kept & held_out)))
+            self.count_splits(batch, is_kept & ~held_out, is_kept & held_out)
         else:
-            cuts = [(documents[i], int(chunk.lengths[i] * self.tail)) for i in np.flatnonzero(keep)]
-            put(self.files["train.bin"], (ids[:cut] for ids, cut in cuts))
-            put(self.files["val.bin"], (ids[cut:] for ids, cut in cuts))
-            self.note(chunk, keep, keep)
-        self.count("empty", blank.sum())
-        self.count("duplicates", (~keep & ~blank).sum())
-        self.count("documents", count)
+            cuts = [(documents[i], int(batch.lengths[i] * self.tail)) for i in np.flatnonzero(is_kept)]
+            write_tokens(self.files["train.bin"], (ids[:cut] for ids, cut in cuts))
+            write_tokens(self.files["val.bin"], (ids[cut:] for ids, cut in cuts))
+            self.count_splits(batch, is_kept, is_kept)
+        self.add_count("empty", is_blank.sum())
+        self.add_count("duplicates", (~is_kept & ~is_blank).sum())
+        self.add_count("documents", count)
 
-    def note(self, chunk: Chunk, train: npt.NDArray[np.bool_], val: npt.NDArray[np.bool_]) -> None:
+    def count_splits(self, batch: DocumentBatch, train: npt.NDArray[np.bool_], val: npt.NDArray[np.bool_]) -> None:
         """Count what went where."""
         shares = (1.0, 1.0) if self.tail is None else (self.tail, 1 - self.tail)
         for split, chosen, share in zip(SPLITS, (train, val), shares, strict=True):
-            self.count(f"{split} documents", chosen.sum())
-            self.count(f"{split} characters", round(share * int(chunk.characters[chosen].sum(dtype=np.int64))))
-        self.count("empty", chunk.empty)
-        longest = int(chunk.lengths.max(initial=0))
+            self.add_count(f"{split} documents", chosen.sum())
+            self.add_count(f"{split} characters", round(share * int(batch.characters[chosen].sum(dtype=np.int64))))
+        self.add_count("empty", batch.empty)
+        longest = int(batch.lengths.max(initial=0))
         self.state["counts"]["longest"] = max(self.state["counts"].get("longest", 0), longest)
 
     def save(self, file: int, unit: int) -> None:
@@ -185,16 +185,16 @@ class Sink:
     def finish(self) -> dict[str, int]:
         """All is taken: close; returns the counts. What else is in the folder stays until the dataset is published."""
         if self.tail is None and self.threshold:
-            self.hold_out_the_end()
-        return self.closed()
+            self.hold_out_end()
+        return self.close()
 
-    def closed(self) -> dict[str, int]:
+    def close(self) -> dict[str, int]:
         """Close the files; returns the counts."""
         for stream in self.files.values():
             stream.close()
         return dict(self.state["counts"])
 
-    def hold_out_the_end(self) -> None:
+    def hold_out_end(self) -> None:
         """Where chance held out next to nothing, as it may of few documents, the end of the whole text is held out.
 
         From the document's beginning that is nearest to the wanted share, if one is near; else from within one.
@@ -211,7 +211,7 @@ class Sink:
         if len(begins):
             cut = int(begins[np.abs(begins - cut).argmin()])
         moved = tokens[cut:]
-        put(self.files["val.bin"], (moved[i : i + (1 << 22)] for i in range(0, len(moved), 1 << 22)))
+        write_tokens(self.files["val.bin"], (moved[i : i + (1 << 22)] for i in range(0, len(moved), 1 << 22)))
         counts, documents = self.state["counts"], int((moved == end_of_text).sum())
         share = round(counts["train characters"] * len(moved) / len(tokens))
         for split, sign in zip(SPLITS, (-1, 1), strict=True):
@@ -224,7 +224,7 @@ class Sink:
         say(f"note: chance held out too few of {counts['documents']:,} documents, so the end of the text is held out")
 
 
-class ShuffledSink(Sink):
+class ShuffledBinWriter(BinWriter):
     """nanoGPT's order and split: those of `datasets.Dataset.train_test_split(test_size=…, seed=…, shuffle=True)`.
 
     That draws one permutation of all documents from NumPy's default generator; its beginning is the validation set.
@@ -233,36 +233,36 @@ class ShuffledSink(Sink):
     def __init__(self, folder: Path, documents: int, val_fraction: float, seed: int) -> None:
         super().__init__(folder, val_fraction, seed, drop_duplicates=False)
         order = np.random.default_rng(seed).permutation(documents)
-        self.place = np.empty(documents, dtype=np.int64)  # of a document in that order
-        self.place[order] = np.arange(documents)
+        self.position = np.empty(documents, dtype=np.int64)  # of a document in that order
+        self.position[order] = np.arange(documents)
         self.held_out = math.ceil(val_fraction * documents)
         self.buckets = -(-(documents - self.held_out) // BUCKET_DOCUMENTS)
         self.documents = documents
 
-    def names(self) -> list[str]:
+    def output_names(self) -> list[str]:
         if SORTED in self.state:
             return ["train.bin", "val.bin"]
         return [f"bucket-{index}{kind}" for index in range(-1, self.buckets) for kind in (".bin", ".idx")]
 
-    def take(self, chunk: Chunk) -> None:
-        begin = self.taken
-        count = len(chunk.lengths)
+    def write_batch(self, batch: DocumentBatch) -> None:
+        begin = self.document_count
+        count = len(batch.lengths)
         if begin + count > self.documents:
             raise BadInput(f"more than the {self.documents:,} documents that were announced", "the pinned files")
-        place = self.place[begin : begin + count]
-        bucket = np.where(place < self.held_out, -1, (place - self.held_out) // BUCKET_DOCUMENTS)
-        documents = chunk.documents()
+        position = self.position[begin : begin + count]
+        bucket = np.where(position < self.held_out, -1, (position - self.held_out) // BUCKET_DOCUMENTS)
+        documents = batch.documents()
         for index in np.unique(bucket):
             chosen = np.flatnonzero(bucket == index)
-            put(self.files[f"bucket-{index}.bin"], (documents[i] for i in chosen))
-            records = np.stack([place[chosen], chunk.lengths[chosen].astype(np.int64)], axis=1)
+            write_tokens(self.files[f"bucket-{index}.bin"], (documents[i] for i in chosen))
+            records = np.stack([position[chosen], batch.lengths[chosen].astype(np.int64)], axis=1)
             self.files[f"bucket-{index}.idx"].write(records.astype("<i8").tobytes())
-        self.note(chunk, bucket >= 0, bucket < 0)
-        self.count("documents", count)
+        self.count_splits(batch, bucket >= 0, bucket < 0)
+        self.add_count("documents", count)
 
     def finish(self) -> dict[str, int]:
-        if self.taken != self.documents:
-            raise BadInput(f"{self.taken:,} documents", f"{self.documents:,}, as announced")
+        if self.document_count != self.documents:
+            raise BadInput(f"{self.document_count:,} documents", f"{self.documents:,}, as announced")
         if SORTED not in self.state:
             for stream in self.files.values():
                 stream.close()
@@ -271,17 +271,17 @@ class ShuffledSink(Sink):
             write_atomically(self.folder / "progress.json", json.dumps(self.state))
             self.open()
         for index in range(self.state[SORTED], self.buckets):
-            put(self.files["train.bin" if index >= 0 else "val.bin"], self.sorted_bucket(index))
+            write_tokens(self.files["train.bin" if index >= 0 else "val.bin"], self.load_sorted_bucket(index))
             self.state[SORTED] = index + 1
             self.save(self.state["file"], self.state["unit"])
             for kind in (".bin", ".idx"):
                 (self.folder / f"bucket-{index}{kind}").unlink(missing_ok=True)
         for stray in self.folder.glob("bucket-*"):
             stray.unlink()
-        return self.closed()
+        return self.close()
 
-    def sorted_bucket(self, index: int) -> list[Tokens]:
-        """A bucket's documents by their place."""
+    def load_sorted_bucket(self, index: int) -> list[Tokens]:
+        """A bucket's documents by their position."""
         tokens = np.fromfile(self.folder / f"bucket-{index}.bin", dtype="<u2")
         records = np.fromfile(self.folder / f"bucket-{index}.idx", dtype="<i8").reshape(-1, 2)
         ends = records[:, 1].cumsum()

@@ -16,15 +16,15 @@ import numpy as np
 
 from gpt2box.data import downloads, tokenizer
 from gpt2box.data.hf_tokenizer import BpeTokenizer
-from gpt2box.data.text_chunks import pieces
-from gpt2box.data.tokenizer import Tokenizer, Tokens, from_ranks
+from gpt2box.data.text_chunks import split_into_chunks
+from gpt2box.data.tokenizer import Tokenizer, Tokens, load_gpt2_tokenizer
 from gpt2box.errors import BadInput
 from gpt2box.utils.paths import raw_dir
 from gpt2box.utils.progress import say
 
 # All but what has long been a letter, a digit, space or none of these: Latin, Greek, Cyrillic, punctuation and symbols,
 # kana, ideographs, Hangul, full width, emoji.
-UNSETTLED = re.compile(
+UNICODE_DEPENDENT = re.compile(
     "[^\0-\u052f\u2000-\u2bff\u3000-\u30ff\u4e00-\u9ffc\uac00-\ud7a3\ufe30-\uffef\U0001f300-\U0001faff]"
 )
 GPT2 = "gpt2"
@@ -38,8 +38,8 @@ class BulkEncoder:
     def __init__(self, source: Path) -> None:
         """`source`: GPT-2's ranks, or the folder of another tokenizer."""
         self.source = source
-        self.tokenizer: Tokenizer = tokenizer.load(source) if source.is_dir() else from_ranks(source)
-        self.whole = isinstance(self.tokenizer, BpeTokenizer) and not self.tokenizer.splits_as_gpt2
+        self.tokenizer: Tokenizer = tokenizer.load_tokenizer(source) if source.is_dir() else load_gpt2_tokenizer(source)
+        self.needs_full_text = isinstance(self.tokenizer, BpeTokenizer) and not self.tokenizer.splits_as_gpt2
         self.fast = None if source.is_dir() else self._fast()
         self._seen = 0
         if self.fast is not None and self.fast.encode(TEST).tolist() != self.tokenizer.encode(TEST).tolist():
@@ -59,11 +59,11 @@ class BulkEncoder:
         Raises:
             BadInput: a run that tiktoken gives up on.
         """
-        for piece in ("".join(parts),) if self.whole else pieces(parts):
+        for piece in ("".join(parts),) if self.needs_full_text else split_into_chunks(parts):
             yield self._encode(piece)
 
     def _encode(self, text: str) -> Tokens:
-        if self.fast is None or (not text.isascii() and UNSETTLED.search(text)):
+        if self.fast is None or (not text.isascii() and UNICODE_DEPENDENT.search(text)):
             return self.tokenizer.encode(text)
         self._seen += len(text)
         if self._seen > RENEW_BYTES:
@@ -72,14 +72,14 @@ class BulkEncoder:
         return ids
 
 
-def source_of(asked: str) -> tuple[Path, Tokenizer]:
+def resolve_source(asked: str) -> tuple[Path, Tokenizer]:
     """Of gpt2 or a tokenizer's folder: what BulkEncoder reads, and the tokenizer.
 
     Raises:
         BadInput: nothing in its vocabulary ends a text.
     """
     source = downloads.fetch(downloads.GPT2_RANKS, raw_dir()) if asked == GPT2 else Path(asked)
-    words = from_ranks(source) if asked == GPT2 else tokenizer.load(source)
+    words = load_gpt2_tokenizer(source) if asked == GPT2 else tokenizer.load_tokenizer(source)
     if words.end_of_text is None:
         raise BadInput(f"{source}: no token ends a text", "an eos_token, as in tokenizer_config.json")
     return source, words

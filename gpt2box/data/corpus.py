@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt2box.data import hub_datasets
-from gpt2box.data.dataset_folder import WHOLE_DOCUMENTS
-from gpt2box.data.readers import kind_of, parquet
+from gpt2box.data.dataset_folder import MIN_DOCUMENTS_TO_HOLD_OUT
+from gpt2box.data.readers import file_kind, open_parquet
 from gpt2box.data.sources import fingerprint, is_compressed
-from gpt2box.data.tokenize_workers import Source
+from gpt2box.data.tokenize_workers import SourceFile
 from gpt2box.errors import BadInput
 from gpt2box.utils.paths import RECORD_SUFFIXES
 from gpt2box.utils.progress import counted, say, size
@@ -20,15 +20,15 @@ TOKEN_BYTES = {True: 0.76, False: 0.5}  # a byte of compressed text (OpenWebText
 
 
 @dataclass(frozen=True)
-class Collection:
+class FileCorpus:
     """Files of documents, in a fixed order."""
 
     source: str
     identity: list[dict[str, Any]]  # what the files are; the same gives the same bytes
-    sources: list[Source]
+    sources: list[SourceFile]
     documents: int | None = None  # where known beforehand
-    tail: bool = False  # a few long texts: the end of each is held out
-    brought: bool = False  # the files are downloaded
+    hold_out_tails: bool = False  # a few long texts: the end of each is held out
+    is_download: bool = False  # the files are downloaded
 
     def size_bytes(self) -> int:
         """Of the files."""
@@ -39,7 +39,7 @@ class Collection:
         return sum(round(s.size_bytes * TOKEN_BYTES[is_compressed(Path(s.name))]) for s in self.sources)
 
 
-def openwebtext(folder: Path | None, files: slice, keep_raw: bool) -> Collection:
+def open_openwebtext(folder: Path | None, files: slice, keep_raw: bool) -> FileCorpus:
     """OpenWebText or a part of it, from the Hub, a mirror (HF_ENDPOINT) or a folder of the same files.
 
     Raises:
@@ -47,25 +47,25 @@ def openwebtext(folder: Path | None, files: slice, keep_raw: bool) -> Collection
     """
     pin = hub_datasets.OPENWEBTEXT
     if folder is None:
-        sources, known = hub_datasets.openwebtext(keep_raw)
+        sources, known = hub_datasets.list_openwebtext_sources(keep_raw)
         documents = pin.documents if len(sources[files]) == len(sources) else None
         source = f"OpenWebText, {pin.repo}@{pin.revision}"
-        return Collection(source, known[files], check_any(sources[files]), documents, brought=True)
+        return FileCorpus(source, known[files], check_not_empty(sources[files]), documents, is_download=True)
     paths = sorted(folder.glob("train-*.parquet"))
     if not paths:
         raise BadInput(f"no train-*.parquet in {folder}", "the Parquet files of openwebtext, or a part of them")
-    paths, of = numbered(paths, files)
-    sources = check_any([hub_datasets.local_source(path) for path in paths])
+    paths, of = select_numbered_files(paths, files)
+    sources = check_not_empty([hub_datasets.make_local_source(path) for path in paths])
     total = sum(source.size_bytes for source in sources)
     if (len(sources), total) != (pin.files, pin.size_bytes):
         say(f"note: {len(sources)} of {of} files, {size(total)}: not the whole of OpenWebText")
     identity = [fingerprint(path, path.name) for path in paths]
-    if any(hub_datasets.KNOWN.get(i["name"]) not in (None, (i["bytes"], i["sha256"])) for i in identity):
+    if any(hub_datasets.KNOWN_FILES.get(i["name"]) not in (None, (i["bytes"], i["sha256"])) for i in identity):
         say("note: these are not OpenWebText's files, but others of their names")
-    return Collection("OpenWebText, from a folder", identity, sources)
+    return FileCorpus("OpenWebText, from a folder", identity, sources)
 
 
-def numbered(paths: list[Path], files: slice) -> tuple[list[Path], int]:
+def select_numbered_files(paths: list[Path], files: slice) -> tuple[list[Path], int]:
     """Those that are asked for, by the number in their names if all have one: the folder may lack others.
 
     Returns: them, and how many there are in all.
@@ -87,18 +87,18 @@ def numbered(paths: list[Path], files: slice) -> tuple[list[Path], int]:
     return [by_number[number] for number in wanted], of
 
 
-def from_hub(name: str, config: str, split: str, files: slice, keep_raw: bool) -> Collection:
+def open_hub_dataset(name: str, config: str, split: str, files: slice, keep_raw: bool) -> FileCorpus:
     """Any dataset of the Hub.
 
     Raises:
         BadInput: no such dataset, or no such files of it.
     """
-    sources, title = hub_datasets.dataset(name, config, split, files, keep_raw)
-    identity = [{"name": s.name, "bytes": s.size_bytes, "sha256": s.sha256} for s in check_any(sources)]
-    return Collection(title, identity, sources, brought=True)
+    sources, title = hub_datasets.list_hub_dataset(name, config, split, files, keep_raw)
+    identity = [{"name": s.name, "bytes": s.size_bytes, "sha256": s.sha256} for s in check_not_empty(sources)]
+    return FileCorpus(title, identity, sources, is_download=True)
 
 
-def check_any(sources: list[Source]) -> list[Source]:
+def check_not_empty(sources: list[SourceFile]) -> list[SourceFile]:
     """The same.
 
     Raises:
@@ -109,33 +109,33 @@ def check_any(sources: list[Source]) -> list[Source]:
     return sources
 
 
-def own_collection(files: list[tuple[Path, str]]) -> Collection:
+def open_own_files(files: list[tuple[Path, str]]) -> FileCorpus:
     """The user's files; they are read once to know them again."""
-    plain = all(kind_of(path) not in RECORD_SUFFIXES for path, _ in files)
+    plain = all(file_kind(path) not in RECORD_SUFFIXES for path, _ in files)
     if (total := sum(path.stat().st_size for path, _ in files)) > 1 << 32:
         say(f"reading {counted(len(files), 'file')}, {size(total)}, to know them again")
     identity = [fingerprint(path, name) for path, name in files]
-    sources = [replace(hub_datasets.local_source(path), name=name) for path, name in files]
+    sources = [replace(hub_datasets.make_local_source(path), name=name) for path, name in files]
     source = ", ".join(str(path) for path, _ in files[:20]) + (", …" if len(files) > 20 else "")
-    return Collection(source, identity, sources, None, plain and len(files) < WHOLE_DOCUMENTS)
+    return FileCorpus(source, identity, sources, None, plain and len(files) < MIN_DOCUMENTS_TO_HOLD_OUT)
 
 
-def check_counted(sources: list[Source]) -> None:
+def check_row_counts(sources: list[SourceFile]) -> None:
     """Whether these files can be put into nanoGPT's order.
 
     Raises:
         BadInput: one says not how many documents it holds.
     """
-    if others := [source.name for source in sources if kind_of(Path(source.name)) != ".parquet"]:
+    if others := [source.name for source in sources if file_kind(Path(source.name)) != ".parquet"]:
         expected = "Parquet files, which say how many documents they hold"
         raise BadInput(f"--split nanogpt with {others[0]}", expected)
 
 
-def rows_in(sources: list[Source]) -> int:
+def count_rows(sources: list[SourceFile]) -> int:
     """Documents in Parquet files, by their own account."""
     total = 0
     for source in sources:
-        with parquet(source.bring()) as file:
+        with open_parquet(source.fetch()) as file:
             total += file.metadata.num_rows
-        source.leave()
+        source.unlock()
     return total

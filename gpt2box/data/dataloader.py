@@ -32,7 +32,7 @@ class TrainWindows:
     """The order of a training split's windows."""
 
     def __init__(self, tokens: int, block_size: int, seed: int) -> None:
-        check_long_enough({"train": tokens}, block_size)
+        check_split_lengths({"train": tokens}, block_size)
         self.block_size = block_size
         self.seed = seed
         # One window less than fit, so that every offset below block_size leaves room for all.
@@ -44,10 +44,10 @@ class TrainWindows:
         epoch, position = divmod(sequence, self.count)
         key = hashlib.sha256(f"{self.seed}:{epoch}".encode()).digest()
         offset = int.from_bytes(key[:8], "little") % self.offsets
-        return offset + permuted(position, self.count, key) * self.block_size
+        return offset + permute_index(position, self.count, key) * self.block_size
 
 
-def permuted(index: int, count: int, key: bytes) -> int:
+def permute_index(index: int, count: int, key: bytes) -> int:
     """Where a keyed permutation of range(count) sends `index`.
 
     Four Feistel rounds on the next even power of two, walked until the value is in range (Black and
@@ -72,13 +72,13 @@ def val_window_starts(tokens: int, block_size: int, wanted: int) -> npt.NDArray[
     Raises:
         BadInput: not one window fits.
     """
-    check_long_enough({"val": tokens}, block_size)
+    check_split_lengths({"val": tokens}, block_size)
     count = (tokens - 1) // block_size
     chosen = min(wanted or count, count)
     return (np.arange(chosen) * count // chosen) * block_size
 
 
-def check_long_enough(tokens: dict[str, int], block_size: int) -> None:
+def check_split_lengths(tokens: dict[str, int], block_size: int) -> None:
     """Whether a window and its target fit into each split.
 
     Raises:
@@ -111,7 +111,7 @@ def read_windows(file: TokenFile, starts: list[int], block_size: int, vocab_size
     return torch.from_numpy(windows)
 
 
-def page_locked(batch: torch.Tensor) -> torch.Tensor:
+def pin_if_possible(batch: torch.Tensor) -> torch.Tensor:
     """The batch in page-locked memory, or as it is where the system has none left: WSL2 has half a GiB, or one.
 
     Not verified on a GPU. That lack is said as the card's own ("CUDA error: out of memory"), and has nothing to do
@@ -123,7 +123,7 @@ def page_locked(batch: torch.Tensor) -> torch.Tensor:
         return batch
 
 
-def upload(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
+def copy_to_device(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The batch on the device. From page-locked memory the copy runs beside what the device has to do, unwaited for.
 
     Not verified on a GPU.
@@ -150,7 +150,7 @@ def inputs_and_targets(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return inputs ^ (inputs >> 31), batch[:, 1:].clamp(min=-1)
 
 
-def counted_targets(batch: torch.Tensor) -> int:
+def count_loss_targets(batch: torch.Tensor) -> int:
     """How many targets of windows in the CPU's memory count."""
     return int((batch[:, 1:] >= 0).sum())
 
@@ -186,7 +186,7 @@ def micro_batches(
                 while not stop.is_set():
                     starts = [windows.start(sequence + i) for i in range(micro_batch_size)]
                     batch = read_windows(file, starts, windows.block_size, vocab_size)
-                    put(page_locked(batch) if pin else batch)
+                    put(pin_if_possible(batch) if pin else batch)
                     sequence += micro_batch_size * ranks
         except BaseException as error:  # handed over, not lost with the thread
             put(error)

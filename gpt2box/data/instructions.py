@@ -16,26 +16,26 @@ from typing import Any
 import numpy as np
 
 from gpt2box.data import downloads
-from gpt2box.data.bulk_tokenizer import BulkEncoder, source_of
+from gpt2box.data.bulk_tokenizer import BulkEncoder, resolve_source
 from gpt2box.data.dataset import FORMAT, SPLITS
-from gpt2box.data.dataset_folder import SPLIT_SEED, Made, described, make
-from gpt2box.data.readers import kind_of, names_in, texts, units_of
+from gpt2box.data.dataset_folder import SPLIT_SEED, PreparedDataset, describe_splits, publish_dataset
+from gpt2box.data.readers import file_kind, read_column_names, read_documents, split_into_units
 from gpt2box.data.sources import fingerprint
-from gpt2box.data.tokenizer import Tokens, identity_of
+from gpt2box.data.tokenizer import Tokens, tokenizer_identity
 from gpt2box.errors import BadInput
 from gpt2box.utils.paths import RECORD_SUFFIXES
 from gpt2box.utils.progress import bytes_bar
 
 # Of Stanford Alpaca (Taori et al. 2023), without its preamble: what follows the last line is the response.
 TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
-USUAL = [
+KNOWN_COLUMN_PAIRS = [
     ("prompt", "response"),
     ("prompt", "completion"),
     ("instruction", "output"),
     ("instruction", "response"),
     ("question", "answer"),
 ]
-CONTEXTS = ("input", "context")  # of Alpaca and Dolly: what the instruction is about; may be empty
+CONTEXT_COLUMNS = ("input", "context")  # of Alpaca and Dolly: what the instruction is about; may be empty
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Columns:
     contexts: tuple[str, ...] = ()
 
 
-def columns_in(files: list[tuple[Path, str]], text: str, prompt: str, response: str) -> Columns | None:
+def find_columns(files: list[tuple[Path, str]], text: str, prompt: str, response: str) -> Columns | None:
     """The columns of prompts and responses, where they are asked for or the files are of such a kind; else None.
 
     Raises:
@@ -57,21 +57,21 @@ def columns_in(files: list[tuple[Path, str]], text: str, prompt: str, response: 
         raise BadInput("one of --prompt-column and --response-column without the other", "both, or neither")
     if prompt and prompt == response:
         raise BadInput(f"--prompt-column and --response-column are both {prompt}", "two columns")
-    of_records = all(kind_of(path) in RECORD_SUFFIXES for path, _ in files)
+    of_records = all(file_kind(path) in RECORD_SUFFIXES for path, _ in files)
     if prompt and not of_records:
         raise BadInput("--prompt-column with a plain text", f"files that end in {' '.join(RECORD_SUFFIXES)}")
     if text or not of_records or not files:
         return None
-    names = names_in(files[0][0])
-    found = next((pair for pair in USUAL if set(pair) <= set(names)), None)
+    names = read_column_names(files[0][0])
+    found = next((pair for pair in KNOWN_COLUMN_PAIRS if set(pair) <= set(names)), None)
     if not prompt and (found is None or "text" in names):
         return None
-    return Columns(prompt, response) if prompt else Columns(*(found or ("", "")), CONTEXTS)
+    return Columns(prompt, response) if prompt else Columns(*(found or ("", "")), CONTEXT_COLUMNS)
 
 
 def prepare_instructions(
     files: list[tuple[Path, str]], columns: Columns, val_fraction: float, words: str, folder: Path
-) -> Made:
+) -> PreparedDataset:
     """Make the dataset in `folder` unless it is there from the same files and choices.
 
     `words`: gpt2, or the folder of another tokenizer.
@@ -90,29 +90,34 @@ def prepare_instructions(
         "columns": [columns.prompt, columns.response, *columns.contexts],
     }
     if words != "gpt2":
-        identity["tokenizer_digest"] = identity_of(words)
-    return make(folder, identity, lambda beside: write(files, columns, val_fraction, words, beside), resumable=False)
+        identity["tokenizer_digest"] = tokenizer_identity(words)
+    return publish_dataset(
+        folder,
+        identity,
+        lambda beside: write_instructions(files, columns, val_fraction, words, beside),
+        resumable=False,
+    )
 
 
-def pairs(path: Path, name: str, columns: Columns) -> Iterator[tuple[str, str]]:
+def read_pairs(path: Path, name: str, columns: Columns) -> Iterator[tuple[str, str]]:
     """Prompts and responses of a file: it is read once for each column. Any record may have a context or none."""
 
     def column(wanted: str, may_lack: bool = False) -> Iterator[str]:
-        units = (replace(unit, may_lack=may_lack) for unit in units_of(path, name, wanted))
-        return ("".join(parts) for unit in units for parts in texts(unit))
+        units = (replace(unit, may_lack=may_lack) for unit in split_into_units(path, name, wanted))
+        return ("".join(parts) for unit in units for parts in read_documents(unit))
 
-    of_objects = kind_of(path) in (".json", ".jsonl", ".ndjson")  # of the others, a file's records are all alike
-    there = [context for context in columns.contexts if of_objects or context in names_in(path)]
+    of_objects = file_kind(path) in (".json", ".jsonl", ".ndjson")  # of the others, a file's records are all alike
+    there = [context for context in columns.contexts if of_objects or context in read_column_names(path)]
     read = [column(columns.prompt), column(columns.response), *(column(context, may_lack=True) for context in there)]
     for prompt, response, *contexts in zip(*read, strict=True):
         yield "\n\n".join([prompt, *(context for context in contexts if context.strip())]), response
 
 
-def write(
+def write_instructions(
     files: list[tuple[Path, str]], columns: Columns, val_fraction: float, asked: str, folder: Path
 ) -> dict[str, Any]:
     """Write .bin and .mask files and the tokenizer into `folder`; returns the manifest's share."""
-    source, words = source_of(asked)
+    source, words = resolve_source(asked)
     bulk = BulkEncoder(source)
     (folder / "tokenizer").mkdir()
     words.save(folder / "tokenizer")
@@ -120,11 +125,11 @@ def write(
     empty = duplicates = 0
     with bytes_bar("tokenising", sum(path.stat().st_size for path, _ in files)) as advance:
         for path, name in files:
-            for pair in pairs(path, name, columns):
+            for pair in read_pairs(path, name, columns):
                 empty += not pair[1].strip()
                 duplicates += pair in documents
                 if pair[1].strip() and pair not in documents:
-                    documents[pair] = encoded(pair, bulk, words.end_of_text)
+                    documents[pair] = encode_pair(pair, bulk, words.end_of_text)
             advance(path.stat().st_size)
     figures = {"duplicates": duplicates, "empty": empty}
     figures["longest"] = max((len(ids) for ids, _ in documents.values()), default=0)
@@ -134,7 +139,7 @@ def write(
     for split, chosen in zip(SPLITS, (order[held_out:], order[:held_out]), strict=True):
         figures |= {
             f"{split} documents": len(chosen),
-            f"{split} characters": sum(len(as_asked(p)) + len(r) for p, r in chosen),
+            f"{split} characters": sum(len(format_prompt(p)) + len(r) for p, r in chosen),
         }
         of_split = [documents[pair] for pair in chosen]
         with open(folder / f"{split}.bin", "wb") as tokens, open(folder / f"{split}.mask", "wb") as mask:
@@ -144,7 +149,7 @@ def write(
             for file in (tokens, mask):
                 file.flush()
                 os.fsync(file.fileno())
-    manifest = described(folder, words, figures)
+    manifest = describe_splits(folder, words, figures)
     for split in SPLITS:
         path = folder / f"{split}.mask"
         counted = int(np.fromfile(path, dtype=np.uint8).sum())
@@ -152,12 +157,12 @@ def write(
     return manifest
 
 
-def as_asked(prompt: str) -> str:
+def format_prompt(prompt: str) -> str:
     """A prompt as it is put to the model."""
     return TEMPLATE.format(prompt=prompt)
 
 
-def encoded(pair: Sequence[str], bulk: BulkEncoder, end_of_text: int | None) -> tuple[Tokens, int]:
+def encode_pair(pair: Sequence[str], bulk: BulkEncoder, end_of_text: int | None) -> tuple[Tokens, int]:
     """A document's ids, and how many are the prompt's. Encoded apart, as a prompt is when the model is asked."""
-    before, after = (np.concatenate(list(bulk.encode((text,)))) for text in (as_asked(pair[0]), pair[1]))
+    before, after = (np.concatenate(list(bulk.encode((text,)))) for text in (format_prompt(pair[0]), pair[1]))
     return np.concatenate([before, after, np.array([end_of_text])]).astype(np.uint16), len(before)

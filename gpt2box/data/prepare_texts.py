@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,21 @@ import numpy as np
 
 from gpt2box.data import downloads, tokenizer
 from gpt2box.data.dataset import FORMAT
-from gpt2box.data.dataset_folder import SPLIT_SEED, WHOLE_DOCUMENTS, Made, described, make
-from gpt2box.data.sources import Corpus
+from gpt2box.data.dataset_folder import (
+    MIN_DOCUMENTS_TO_HOLD_OUT,
+    SPLIT_SEED,
+    PreparedDataset,
+    describe_splits,
+    publish_dataset,
+)
+from gpt2box.data.prepare_config import PrepareConfig
+from gpt2box.data.sources import TextCorpus
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.utils.paths import raw_dir
 from gpt2box.utils.progress import bytes_bar
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a dataset besides the text."""
-
-    tokenizer: str  # gpt2, char, or the folder of another
-    val_fraction: float
-
-
-def prepare_few(corpus: Corpus, request: Request, folder: Path) -> Made:
+def prepare_texts(corpus: TextCorpus, config: PrepareConfig, folder: Path) -> PreparedDataset:
     """Make the dataset in `folder` unless it is there from the same text and settings.
 
     Returns: the manifest, and whether anything was written.
@@ -36,23 +34,25 @@ def prepare_few(corpus: Corpus, request: Request, folder: Path) -> Made:
         BadInput: too little text.
         VolumeUnwritable: no space or no permission.
     """
-    return make(folder, identity(corpus, request), lambda beside: write(corpus, request, beside), resumable=False)
+    return publish_dataset(
+        folder, texts_identity(corpus, config), lambda beside: write_texts(corpus, config, beside), resumable=False
+    )
 
 
-def identity(corpus: Corpus, request: Request) -> dict[str, Any]:
+def texts_identity(corpus: TextCorpus, config: PrepareConfig) -> dict[str, Any]:
     """What the dataset follows from: the same identity gives the same bytes."""
     return {
         "format": FORMAT,
         "source": corpus.source,
         "documents": corpus.files,
-        "split": {"val_fraction": request.val_fraction, "seed": SPLIT_SEED},
+        "split": {"val_fraction": config.val_fraction, "seed": SPLIT_SEED},
         "end_of_text": corpus.end_of_text,
-        "requested_tokenizer": tokenizer.identity_of(request.tokenizer),
+        "requested_tokenizer": tokenizer.tokenizer_identity(config.tokenizer),
         "duplicates_left_out": corpus.duplicates,
     }
 
 
-def split(texts: list[str], val_fraction: float) -> dict[str, list[str]]:
+def split_texts(texts: list[str], val_fraction: float) -> dict[str, list[str]]:
     """The texts of each split.
 
     Of ten documents or more, whole ones are held out: in a seeded order each that still fits into the
@@ -69,7 +69,7 @@ def split(texts: list[str], val_fraction: float) -> dict[str, list[str]]:
         if characters + len(texts[index]) <= wanted:
             chosen.add(index)
             characters += len(texts[index])
-    if len(texts) >= WHOLE_DOCUMENTS and characters >= 0.8 * wanted:
+    if len(texts) >= MIN_DOCUMENTS_TO_HOLD_OUT and characters >= 0.8 * wanted:
         return {
             "train": [text for i, text in enumerate(texts) if i not in chosen],
             "val": [text for i, text in enumerate(texts) if i in chosen],
@@ -78,15 +78,16 @@ def split(texts: list[str], val_fraction: float) -> dict[str, list[str]]:
     return {"train": [text[:cut] for text, cut in cuts], "val": [text[cut:] for text, cut in cuts]}
 
 
-def write(corpus: Corpus, request: Request, folder: Path) -> dict[str, Any]:
+def write_texts(corpus: TextCorpus, config: PrepareConfig, folder: Path) -> dict[str, Any]:
     """Write both .bin files and the tokenizer into `folder`; returns the manifest's share."""
-    encoder = make_tokenizer(corpus, request)
+    encoder = make_tokenizer(corpus, config)
     (folder / "tokenizer").mkdir()
     encoder.save(folder / "tokenizer")
-    parts = split(corpus.texts, request.val_fraction)
+    assert config.val_fraction is not None
+    splits = split_texts(corpus.texts, config.val_fraction)
     figures = {"longest": 0, "duplicates": corpus.duplicates, "empty": corpus.empty}
     with bytes_bar("tokenising", sum(map(len, corpus.texts))) as advance:
-        for name, texts in parts.items():
+        for name, texts in splits.items():
             figures |= {f"{name} documents": len(texts), f"{name} characters": sum(map(len, texts))}
             with open(folder / f"{name}.bin", "wb") as file:
                 for text in texts:
@@ -98,13 +99,13 @@ def write(corpus: Corpus, request: Request, folder: Path) -> dict[str, Any]:
                     advance(len(text))
                 file.flush()
                 os.fsync(file.fileno())
-    return described(folder, encoder, figures)
+    return describe_splits(folder, encoder, figures)
 
 
-def make_tokenizer(corpus: Corpus, request: Request) -> Tokenizer:
+def make_tokenizer(corpus: TextCorpus, config: PrepareConfig) -> Tokenizer:
     """GPT-2's BPE, the characters of the whole corpus, or that of a folder."""
-    if request.tokenizer == "char":
-        return tokenizer.from_texts(corpus.texts, corpus.end_of_text)
-    if request.tokenizer != "gpt2":
-        return tokenizer.load(Path(request.tokenizer))
-    return tokenizer.from_ranks(downloads.fetch(downloads.GPT2_RANKS, raw_dir()))
+    if config.tokenizer == "char":
+        return tokenizer.build_char_tokenizer(corpus.texts, corpus.end_of_text)
+    if config.tokenizer != "gpt2":
+        return tokenizer.load_tokenizer(Path(config.tokenizer))
+    return tokenizer.load_gpt2_tokenizer(downloads.fetch(downloads.GPT2_RANKS, raw_dir()))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gpt2box.config.schema import MODEL_SHAPES, Config
 from gpt2box.data import downloads, hub_models
-from gpt2box.data.tokenizer import GPT2_ROWS, Tokenizer, of_model
+from gpt2box.data.tokenizer import GPT2_VOCAB_SIZES, Tokenizer, load_model_tokenizer
 from gpt2box.errors import BadInput, Damaged, why
 from gpt2box.model.shape import GPT2_VOCAB_SIZE, ModelShape, parse_sizes
 from gpt2box.utils.files import read_json
@@ -24,19 +24,19 @@ HUB_PINS = {
     "gpt2-medium": (1_519_984_962, "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd"),
 }
 # What the Hub says of these two at their revision is asked; the bytes here are about what they are.
-ASKED = {
+UNPINNED_SIZES = {
     "gpt2-large": (3_247_159_000, ""),
     "gpt2-xl": (6_431_829_000, "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
 }
 # Of config.json, what would make another network with the same tensors.
-USUAL = {
+REQUIRED_SETTINGS = {
     "n_inner": None,
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
-GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # by the names of transformers
+GELU_VARIANTS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # by the names of transformers
 
 
 def pretrained_folder(init_from: str) -> Path:
@@ -51,7 +51,7 @@ def pretrained_folder(init_from: str) -> Path:
         folder = Path(init_from) if "/" in init_from else model_dir(init_from)
         if "/" not in init_from and not folder.exists() and (of_run := checkpoint_of(run_dir(init_from), "best")):
             return of_run
-        if not folder.is_dir() and hub_models.NAME.fullmatch(init_from):
+        if not folder.is_dir() and hub_models.HUB_NAME.fullmatch(init_from):
             return hub_models.hub_model(init_from)
         if not (folder / "config.json").is_file():
             raise BadInput(
@@ -62,7 +62,7 @@ def pretrained_folder(init_from: str) -> Path:
     folder = model_dir(init_from)
     if (folder / "config.json").is_file():
         return folder  # put there by the user
-    size_bytes, sha256 = HUB_PINS.get(init_from) or asked(init_from)
+    size_bytes, sha256 = HUB_PINS.get(init_from) or fetch_pin(init_from)
     url = (
         f"{downloads.hub_endpoint()}/openai-community/{init_from}/resolve/{HUB_REVISIONS[init_from]}/model.safetensors"
     )
@@ -70,26 +70,28 @@ def pretrained_folder(init_from: str) -> Path:
     return folder
 
 
-def asked(init_from: str) -> tuple[int, str]:
+def fetch_pin(init_from: str) -> tuple[int, str]:
     """Size and sha256 of weights, as the Hub has them at the pinned revision.
 
     Raises:
         Damaged: other weights than are known here.
         TryAgain: the Hub does not answer.
     """
-    from gpt2box.data.hub_datasets import files_at
+    from gpt2box.data.hub_datasets import list_repository_files
 
-    name, known = "model.safetensors", ASKED[init_from][1]
+    name, known = "model.safetensors", UNPINNED_SIZES[init_from][1]
     if (model_dir(init_from) / name).is_file() and known:
         return 0, known  # a copy that was put there
     kept = raw_dir() / f"{init_from}.files.json"
-    found = files_at(f"models/openai-community/{init_from}", HUB_REVISIONS[init_from], "", [name], kept)[name]
+    found = list_repository_files(f"models/openai-community/{init_from}", HUB_REVISIONS[init_from], "", [name], kept)[
+        name
+    ]
     if known and found[1] != known:
         raise Damaged(f"the Hub's {init_from} has sha256 {found[1]}", known, f"see {kept}")
     return found
 
 
-def shape_from(
+def resolve_shape(
     config: Config, stored: ModelShape, where: str, ours: Tokenizer | None, theirs: Tokenizer | None
 ) -> ModelShape:
     """The shape of a run that begins from weights of that shape.
@@ -107,7 +109,7 @@ def shape_from(
     ]
     if config.block_size > stored.block_size:
         faults.append(f"block_size: found {config.block_size}; the weights allow at most {stored.block_size}")
-    if ours and not agree(ours, theirs, stored.vocab_size):
+    if ours and not is_compatible_vocabulary(ours, theirs, stored.vocab_size):
         faults.append(
             f"dataset {config.dataset} has a vocabulary of {ours.vocab_size:,} tokens, the weights "
             + (f"one of {stored.vocab_size:,}" if ours.vocab_size != stored.vocab_size else "another of as many")
@@ -118,32 +120,32 @@ def shape_from(
     return replace(stored, block_size=config.block_size, vocab_size=ours.vocab_size if ours else stored.vocab_size)
 
 
-def shape_on(config: Config, folder: Path, ours: Tokenizer) -> ModelShape:
+def load_initial_shape(config: Config, folder: Path, ours: Tokenizer) -> ModelShape:
     """The shape of a run that begins from the weights in a folder, on a dataset in tokens of `ours`.
 
     Raises:
         BadInput, Damaged: see shape_from and shape_in.
     """
-    stored = shape_in(folder)
-    return shape_from(config, stored, str(folder), ours, words_of(folder, stored, ours))
+    stored = load_shape(folder)
+    return resolve_shape(config, stored, str(folder), ours, load_weights_tokenizer(folder, stored, ours))
 
 
-def agree(ours: Tokenizer, theirs: Tokenizer | None, rows: int) -> bool:
+def is_compatible_vocabulary(ours: Tokenizer, theirs: Tokenizer | None, rows: int) -> bool:
     """Whether each token of the weights has the same id in the dataset; where that is not known, whether as many."""
     if theirs is None:
         return ours.vocab_size == rows
     return theirs.vocabulary().items() <= ours.vocabulary().items()
 
 
-def words_of(folder: Path, stored: ModelShape, ours: Tokenizer) -> Tokenizer | None:
+def load_weights_tokenizer(folder: Path, stored: ModelShape, ours: Tokenizer) -> Tokenizer | None:
     """The tokenizer of the weights in a folder; None for GPT-2's beside characters, which do not match anyway."""
     has_own = any((folder / name).exists() for name in ("vocab.json", "tokenizer.json"))
-    if not has_own and stored.vocab_size in GPT2_ROWS and ours.kind in ("gpt2", "char"):
+    if not has_own and stored.vocab_size in GPT2_VOCAB_SIZES and ours.kind in ("gpt2", "char"):
         return ours if ours.kind == "gpt2" else None  # without a look at GPT-2's own, which may not be here
-    return of_model(folder, stored.vocab_size)
+    return load_model_tokenizer(folder, stored.vocab_size)
 
 
-def shape_in(folder: Path) -> ModelShape:
+def load_shape(folder: Path) -> ModelShape:
     """The shape of the model in a Hugging Face folder (or one that pretrained_folder downloaded).
 
     Raises:
@@ -158,13 +160,13 @@ def shape_in(folder: Path) -> ModelShape:
         config = read_json(path)
         if config.get("model_type") != "gpt2":
             raise BadInput(f"{path}: model_type {config.get('model_type')!r}", "'gpt2'")
-        gelu = GELU.get(config.get("activation_function", "gelu_new"))
+        gelu = GELU_VARIANTS.get(config.get("activation_function", "gelu_new"))
         if gelu is None:
             raise BadInput(
-                f"{path}: activation_function {config['activation_function']!r}", f"one of: {', '.join(GELU)}"
+                f"{path}: activation_function {config['activation_function']!r}", f"one of: {', '.join(GELU_VARIANTS)}"
             )
         sizes = parse_sizes({**config, "block_size": config["n_positions"]})
-        for key, expected in USUAL.items():
+        for key, expected in REQUIRED_SETTINGS.items():
             if config.get(key, expected) not in (expected, 4 * sizes["n_embd"] if key == "n_inner" else expected):
                 raise BadInput(f"{path}: {key} {config[key]!r}", f"{expected!r}, as in the published GPT-2")
         bias = bool(config.get("gpt2box", {}).get("bias", True))

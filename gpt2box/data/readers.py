@@ -18,10 +18,10 @@ from typing import IO, Any
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.utils.paths import COMPRESSED, RECORD_SUFFIXES
 
-BLOCK = 1 << 24  # bytes of a plain text decoded at a time
+BLOCK_BYTES = 1 << 24  # bytes of a plain text decoded at a time
 BATCH_ROWS = 256  # documents of a Parquet file decoded at a time
 GROUP_BYTES = 1 << 23  # text of a Parquet file's row groups that make one unit of work
-LONGEST_FIELD = 1 << 30  # characters in a field of a CSV file
+MAX_FIELD_CHARACTERS = 1 << 30  # characters in a field of a CSV file
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Unit:
     rows: int | None = None  # where the file says so
 
 
-def kind_of(path: Path) -> str:
+def file_kind(path: Path) -> str:
     """The suffix that says how to read a file, without that of its compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in COMPRESSED:
@@ -44,17 +44,17 @@ def kind_of(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def units_of(path: Path, name: str, column: str) -> list[Unit]:
+def split_into_units(path: Path, name: str, column: str) -> list[Unit]:
     """A file's units of work, in order.
 
     Raises:
         BadInput: no such column, or a file that cannot be read.
         Damaged: a Parquet file that ends too early or is broken.
     """
-    if kind_of(path) != ".parquet":
+    if file_kind(path) != ".parquet":
         return [Unit(path, name, column)]
-    with parquet(path) as file:
-        column = column_of(list(file.schema_arrow.names), column, path)
+    with open_parquet(path) as file:
+        column = select_text_column(list(file.schema_arrow.names), column, path)
         found: list[Unit] = []
         begin = rows = size = 0
         for group in range(file.num_row_groups):
@@ -71,7 +71,7 @@ def units_of(path: Path, name: str, column: str) -> list[Unit]:
         return found
 
 
-def parquet(path: Path) -> Any:
+def open_parquet(path: Path) -> Any:
     """An opened Parquet file."""
     import pyarrow
     import pyarrow.parquet
@@ -85,7 +85,7 @@ def parquet(path: Path) -> Any:
         ) from error
 
 
-def column_of(names: list[str], wanted: str, path: Path | str) -> str:
+def select_text_column(names: list[str], wanted: str, path: Path | str) -> str:
     """The column with the text: the one asked for, or the only likely one.
 
     Raises:
@@ -103,23 +103,23 @@ def column_of(names: list[str], wanted: str, path: Path | str) -> str:
     )
 
 
-def names_in(path: Path) -> list[str]:
+def read_column_names(path: Path) -> list[str]:
     """The columns of a file of records, by its first; none where that is no object, or is longer than a block.
 
     Raises:
         BadInput, Damaged: the file cannot be read.
     """
-    kind = kind_of(path)
+    kind = file_kind(path)
     if kind == ".parquet":
-        with parquet(path) as file:
+        with open_parquet(path) as file:
             return list(file.schema_arrow.names)
-    with opened(path) as file:
+    with open_file(path) as file:
         try:
-            begin = file.read(BLOCK).decode("utf-8-sig", errors="ignore")
+            begin = file.read(BLOCK_BYTES).decode("utf-8-sig", errors="ignore")
         except UNREADABLE as error:
-            raise unreadable(path, error) from error
+            raise unreadable_error(path, error) from error
     if kind in (".csv", ".tsv"):
-        csv.field_size_limit(LONGEST_FIELD)
+        csv.field_size_limit(MAX_FIELD_CHARACTERS)
         try:
             return next(csv.reader(io.StringIO(begin, newline=None), delimiter="\t" if kind == ".tsv" else ","), [])
         except csv.Error:
@@ -131,50 +131,52 @@ def names_in(path: Path) -> list[str]:
     return list(record) if isinstance(record, dict) else []
 
 
-def texts(unit: Unit) -> Iterator[Iterator[str]]:
+def read_documents(unit: Unit) -> Iterator[Iterator[str]]:
     """The documents of a unit; each a sequence of parts, so that a long one never lies in memory whole.
 
     Raises:
         BadInput: not UTF-8, binary, not of its format, no such column: where.
         Damaged: a compressed or Parquet file that is broken.
     """
-    kind = kind_of(unit.path)
+    kind = file_kind(unit.path)
     if kind == ".parquet":
-        for text in parquet_texts(unit):
+        for text in read_parquet(unit):
             yield iter((text,))
         return
-    with opened(unit.path) as file:
+    with open_file(unit.path) as file:
         if kind not in RECORD_SUFFIXES:
-            yield decoded(file, unit.path)
+            yield decode_text(file, unit.path)
             return
-        read = {".jsonl": json_lines, ".ndjson": json_lines, ".json": json_array}.get(kind, table)
-        lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="" if read is table else None)
+        read = {".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": read_json_array}.get(kind, read_table)
+        lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="" if read is read_table else None)
         try:
             for text in read(lines, unit):
                 yield iter((text,))
         except UnicodeDecodeError as error:
-            with opened(unit.path) as again:
-                for _ in decoded(again, unit.path):  # which says where
+            with open_file(unit.path) as again:
+                for _ in decode_text(again, unit.path):  # which says where
                     pass
-            raise BadInput(f"{unit.path} is not UTF-8: {error.reason}", "text in UTF-8", iconv(unit.path)) from error
+            raise BadInput(
+                f"{unit.path} is not UTF-8: {error.reason}", "text in UTF-8", iconv_hint(unit.path)
+            ) from error
         except UNREADABLE as error:
-            raise unreadable(unit.path, error) from error
+            raise unreadable_error(unit.path, error) from error
 
 
 UNREADABLE = (EOFError, zlib.error, lzma.LZMAError, OSError)  # a compressed file that is torn or is none
 
 
-def unreadable(path: Path, error: BaseException) -> Damaged:
+def unreadable_error(path: Path, error: BaseException) -> Damaged:
     """Says that a file ends too early or is not what its name says."""
     return Damaged(f"{path} cannot be read: {error}", "a whole file", "get it again")
 
 
-def iconv(path: Path) -> str:
+def iconv_hint(path: Path) -> str:
     """How to convert a text, for messages."""
     return f"iconv -f WINDOWS-1252 -t UTF-8 {path} > converted.txt, if that is its encoding"
 
 
-def opened(path: Path) -> IO[bytes]:
+def open_file(path: Path) -> IO[bytes]:
     """A file's content, unpacked."""
     ending = path.suffix.lower()
     if ending == ".zst":
@@ -185,7 +187,7 @@ def opened(path: Path) -> IO[bytes]:
     return opener(path, "rb")  # type: ignore[no-any-return, operator]
 
 
-def decoded(file: IO[bytes], path: Path) -> Iterator[str]:
+def decode_text(file: IO[bytes], path: Path) -> Iterator[str]:
     """A plain text in parts: UTF-8 with any line ends, as Python's text mode reads it; a byte-order mark is dropped.
 
     Raises:
@@ -196,9 +198,9 @@ def decoded(file: IO[bytes], path: Path) -> Iterator[str]:
     offset, line, mark = 0, 1, "\ufeff"
     while True:
         try:
-            block = file.read(BLOCK)
+            block = file.read(BLOCK_BYTES)
         except UNREADABLE as error:
-            raise unreadable(path, error) from error
+            raise unreadable_error(path, error) from error
         if not offset and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise BadInput(
                 f"{path} is UTF-16", "plain text in UTF-8", f"iconv -f UTF-16 -t UTF-8 {path} > converted.txt"
@@ -214,7 +216,7 @@ def decoded(file: IO[bytes], path: Path) -> Iterator[str]:
                 f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset"
                 f" {offset - held + error.start:,}, line {line:,}",
                 "plain text in UTF-8",
-                iconv(path),
+                iconv_hint(path),
             ) from error
         if text:
             yield text.removeprefix(mark)
@@ -224,13 +226,13 @@ def decoded(file: IO[bytes], path: Path) -> Iterator[str]:
         offset, line = offset + len(block), line + block.count(b"\n")
 
 
-def parquet_texts(unit: Unit) -> Iterator[str]:
+def read_parquet(unit: Unit) -> Iterator[str]:
     """The column's texts, a row group at a time."""
     import pyarrow
 
     assert unit.groups is not None
     where = f"{unit.path}, row groups {unit.groups[0]} to {unit.groups[1] - 1}"
-    with parquet(unit.path) as file:
+    with open_parquet(unit.path) as file:
         batches = file.iter_batches(BATCH_ROWS, row_groups=list(range(*unit.groups)), columns=[unit.column])
         while True:
             try:
@@ -244,10 +246,10 @@ def parquet_texts(unit: Unit) -> Iterator[str]:
             if values is None:
                 return
             for value in values:
-                yield checked(value, where)
+                yield check_text(value, where)
 
 
-def json_lines(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
+def read_json_lines(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
     """An object a line."""
     column = unit.column
     for number, line in enumerate(lines, 1):
@@ -258,11 +260,11 @@ def json_lines(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{unit.path}, line {number}: {error}", "a JSON object a line") from error
         where = f"{unit.path}, line {number}"
-        column = column or (column_of(list(record), "", unit.path) if isinstance(record, dict) else "")
-        yield writable(checked(of_object(record, column, unit, where), where))
+        column = column or (select_text_column(list(record), "", unit.path) if isinstance(record, dict) else "")
+        yield replace_surrogates(check_text(read_field(record, column, unit, where), where))
 
 
-def json_array(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
+def read_json_array(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
     """An array of texts or objects; also an object a line, as many such files are."""
     content = lines.read()
     try:
@@ -270,15 +272,15 @@ def json_array(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
     except (ValueError, RecursionError) as error:
         if content.lstrip().startswith("["):
             raise BadInput(f"{unit.path}: {error}", "a whole JSON array, or a JSON object a line") from error
-        yield from json_lines(io.StringIO(content), unit)  # type: ignore[arg-type]
+        yield from read_json_lines(io.StringIO(content), unit)  # type: ignore[arg-type]
         return
     for number, record in enumerate(records if isinstance(records, list) else [records], 1):
         where = f"{unit.path}, element {number}"
-        column = unit.column or (column_of(list(record), "", unit.path) if isinstance(record, dict) else "")
-        yield writable(checked(of_object(record, column, unit, where), where))
+        column = unit.column or (select_text_column(list(record), "", unit.path) if isinstance(record, dict) else "")
+        yield replace_surrogates(check_text(read_field(record, column, unit, where), where))
 
 
-def of_object(record: object, column: str, unit: Unit, where: str) -> object:
+def read_field(record: object, column: str, unit: Unit, where: str) -> object:
     """What an object has in the column; a record that is no object is the text, unless a column was asked for.
 
     Raises:
@@ -286,22 +288,24 @@ def of_object(record: object, column: str, unit: Unit, where: str) -> object:
     """
     if isinstance(record, dict):
         return (
-            record.get(column) if column in record or unit.may_lack else record[column_of(list(record), column, where)]
+            record.get(column)
+            if column in record or unit.may_lack
+            else record[select_text_column(list(record), column, where)]
         )
     if unit.column:
         raise BadInput(f"{where}: {type(record).__name__}", f"an object with the column {unit.column}")
     return record
 
 
-def table(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
+def read_table(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
     """A table with a line of names."""
-    csv.field_size_limit(LONGEST_FIELD)
-    rows = csv.reader(lines, delimiter="\t" if kind_of(unit.path) == ".tsv" else ",", strict=True)
+    csv.field_size_limit(MAX_FIELD_CHARACTERS)
+    rows = csv.reader(lines, delimiter="\t" if file_kind(unit.path) == ".tsv" else ",", strict=True)
     try:
         names = next((row for row in rows if row), [])
         if not names:
             return
-        index = names.index(column_of(names, unit.column, unit.path))
+        index = names.index(select_text_column(names, unit.column, unit.path))
         for number, row in enumerate(rows, 2):
             if row:
                 if len(row) != len(names):  # an unquoted comma, say: the text's rest would be lost
@@ -313,7 +317,7 @@ def table(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
         raise BadInput(f"{unit.path}, up to line {rows.line_num:,}: {error}", expected) from error
 
 
-def checked(value: object, where: str) -> str:
+def check_text(value: object, where: str) -> str:
     """A text, or nothing for null.
 
     Raises:
@@ -326,7 +330,7 @@ def checked(value: object, where: str) -> str:
     return value
 
 
-def writable(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """With a replacement sign for half a surrogate pair, which JSON may name and UTF-8 has not."""
     try:
         text.encode()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2box.data import downloads
-from gpt2box.data.readers import decoded, kind_of, texts, units_of
+from gpt2box.data.readers import decode_text, file_kind, read_documents, split_into_units
 from gpt2box.errors import BadInput
 from gpt2box.utils.paths import COMPRESSED, RECORD_SUFFIXES, TEXT_SUFFIXES, raw_dir, title_of
 from gpt2box.utils.progress import counted, say
@@ -25,7 +25,7 @@ SMALL_FILES = 2000
 
 
 @dataclass(frozen=True)
-class Corpus:
+class TextCorpus:
     """Texts in memory, in a fixed order, and how they become tokens."""
 
     name: str
@@ -37,14 +37,14 @@ class Corpus:
     empty: int = 0
 
 
-def tinyshakespeare() -> Corpus:
+def load_tinyshakespeare() -> TextCorpus:
     """Karpathy's 1.1 MB of Shakespeare as nanoGPT uses it: one text, no end-of-text tokens."""
     path = downloads.fetch(downloads.TINYSHAKESPEARE, raw_dir())
-    corpus = own_text([str(path)])
+    corpus = load_texts([str(path)])
     return replace(corpus, source=f"tinyshakespeare, {downloads.TINYSHAKESPEARE.url}", end_of_text=False)
 
 
-def shakespeare() -> Corpus:
+def load_shakespeare() -> TextCorpus:
     """The complete works: 42 plays and poems, 5.1 MB."""
     path = downloads.fetch(downloads.SHAKESPEARE, raw_dir())
     found = []
@@ -56,21 +56,21 @@ def shakespeare() -> Corpus:
                 found.append((Path(member.name).name, file.read()))
     found.sort()
     files = [{"name": n, "bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in found]
-    content = ["".join(decoded(io.BytesIO(c), Path(n))) for n, c in found]
+    content = ["".join(decode_text(io.BytesIO(c), Path(n))) for n, c in found]
     source = "the complete works of Shakespeare, from the package shakespeare 0.6"
-    return Corpus("shakespeare", source, files, content)
+    return TextCorpus("shakespeare", source, files, content)
 
 
-CORPORA = {"tinyshakespeare": tinyshakespeare, "shakespeare": shakespeare}
-KNOWN = (*CORPORA, *OPENWEBTEXT)
+CORPORA = {"tinyshakespeare": load_tinyshakespeare, "shakespeare": load_shakespeare}
+KNOWN_CORPORA = (*CORPORA, *OPENWEBTEXT)
 
 
-Files = list[tuple[Path, str]]  # with their names
+NamedFiles = list[tuple[Path, str]]  # with their names
 
 
-def own_text(
-    inputs: Sequence[str], column: str = "", keep_duplicates: bool = False, files: Files | None = None
-) -> Corpus:
+def load_texts(
+    inputs: Sequence[str], column: str = "", keep_duplicates: bool = False, files: NamedFiles | None = None
+) -> TextCorpus:
     """The user's files and folders as one corpus in memory: each plain text a document, and each record of the others.
 
     `files`: that were found in them, where that is known.
@@ -78,13 +78,13 @@ def own_text(
     Raises:
         BadInput: nothing there, or a file that is empty, binary, not UTF-8 or not of its format.
     """
-    files = own_files(inputs) if files is None else files
+    files = find_files(inputs) if files is None else files
     found: list[str] = []
     blank = []
     for path, name in files:
         before = len(found)
-        for unit in units_of(path, name, column):
-            found += ["".join(parts) for parts in texts(unit)]
+        for unit in split_into_units(path, name, column):
+            found += ["".join(parts) for parts in read_documents(unit)]
         if not any(text.strip() for text in found[before:]):
             blank.append(path)
     if given := [path for path in blank if str(path) in inputs]:
@@ -96,20 +96,20 @@ def own_text(
     identity = [fingerprint(path, name) for path, name in files if path not in blank]
     source = ", ".join(str(path) for path, _ in files[:20]) + (", …" if len(files) > 20 else "")
     left_out = len(filled) - len(kept), len(found) - len(filled)
-    return Corpus(title_of(Path(inputs[0])), source, identity, kept, True, *left_out)
+    return TextCorpus(title_of(Path(inputs[0])), source, identity, kept, True, *left_out)
 
 
-def own_files(inputs: Sequence[str]) -> Files:
+def find_files(inputs: Sequence[str]) -> NamedFiles:
     """The user's files with their names: files as given, those of known kinds in folders, patterns.
 
     Raises:
         BadInput: nothing there, or a file that cannot be read.
     """
-    found: Files = []
+    found: NamedFiles = []
     for item in inputs:
         path = Path(item)
         if path.is_dir():
-            found += [(file, str(file.relative_to(path))) for file in in_folder(path)]
+            found += [(file, str(file.relative_to(path))) for file in find_files_in_folder(path)]
         elif not path.exists() and glob.has_magic(item):
             matches = [Path(match) for match in sorted(glob.glob(item, recursive=True)) if Path(match).is_file()]
             if not matches:
@@ -120,11 +120,13 @@ def own_files(inputs: Sequence[str]) -> Files:
     for path, _ in found:
         if not path.is_file() or not os.access(path, os.R_OK):
             reason = "no such file" if not path.exists() else "permission" if path.is_file() else "not a file"
-            raise BadInput(f"cannot read {path}: {reason}", f"files, folders, hub:OWNER/NAME, or: {', '.join(KNOWN)}")
+            raise BadInput(
+                f"cannot read {path}: {reason}", f"files, folders, hub:OWNER/NAME, or: {', '.join(KNOWN_CORPORA)}"
+            )
     return found
 
 
-def in_folder(folder: Path) -> list[Path]:
+def find_files_in_folder(folder: Path) -> list[Path]:
     """The plain texts inside a folder, or, where there are none, the files of records; nothing hidden.
 
     Raises:
@@ -133,13 +135,13 @@ def in_folder(folder: Path) -> list[Path]:
     kinds = (TEXT_SUFFIXES, RECORD_SUFFIXES)
     visible: list[Path] = []
     linked: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
+    for parent, folders, names in os.walk(folder, onerror=raise_unreadable_folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         linked += [Path(parent, name) for name in folders if os.path.islink(Path(parent, name))]
         visible += [Path(parent, name) for name in names if not name.startswith(".")]
     if linked:
         say(f"note: {len(linked)} linked folders such as {linked[0]} are left out; name them to have them too")
-    plain, records = (sorted(f for f in visible if kind_of(f) in kind and f.is_file()) for kind in kinds)
+    plain, records = (sorted(f for f in visible if file_kind(f) in kind and f.is_file()) for kind in kinds)
     if plain and records:
         left_out = f"{counted(len(records), 'file')} of records left out, such as {records[0]}"
         say(f"note: beside texts, {left_out}; name them to have them, too")
@@ -150,12 +152,12 @@ def in_folder(folder: Path) -> list[Path]:
     return plain or records
 
 
-def refuse(error: OSError) -> None:
+def raise_unreadable_folder(error: OSError) -> None:
     """A folder inside the user's that cannot be read."""
     raise BadInput(f"cannot read {error.filename}: {error.strerror}", "a folder that may be read") from error
 
 
-def is_small(files: Files) -> bool:
+def is_small(files: NamedFiles) -> bool:
     """Whether the texts of these files can be held in memory without a thought."""
     sizes = [(path.stat().st_size, is_compressed(path)) for path, _ in files]
     plain, squeezed = (sum(size for size, is_packed in sizes if is_packed == wanted) for wanted in (False, True))

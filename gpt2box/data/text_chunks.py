@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-PIECE = 1 << 20  # characters given to a tokenizer at a time, and about what tiktoken's regex engine bears
+CHUNK_CHARACTERS = 1 << 20  # characters given to a tokenizer at a time, and about what tiktoken's regex engine bears
 # Where a token never crosses, by the pattern of GPT-2's pre-tokenizer: before a single space or line feed between
 # others, between a letter and a digit, and between an ideograph or kana and a full-width mark.
 SAFE_CUT = re.compile(
@@ -14,14 +14,14 @@ SAFE_CUT = re.compile(
 )
 
 
-def pieces(parts: Iterable[str]) -> Iterator[str]:
+def split_into_chunks(parts: Iterable[str]) -> Iterator[str]:
     """The same text in pieces of about PIECE, cut where no token crosses; longer where there is no such place."""
     held, searched = "", 0
     for part in parts:
         held += part
         begin = 0
-        while len(held) - begin > PIECE:
-            cut = SAFE_CUT.search(held, max(begin + PIECE // 2, searched))
+        while len(held) - begin > CHUNK_CHARACTERS:
+            cut = SAFE_CUT.search(held, max(begin + CHUNK_CHARACTERS // 2, searched))
             if cut is None:
                 searched = len(held) - 1  # what follows may make its last place a good one
                 break

@@ -19,51 +19,51 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2box.data.bin_writer import Chunk, Sink, digest_of, first, new_digest
+from gpt2box.data.bin_writer import BinWriter, DocumentBatch, finish_digest, new_digest, truncate_batch
 from gpt2box.data.bulk_tokenizer import BulkEncoder
-from gpt2box.data.readers import Unit, texts, units_of
+from gpt2box.data.readers import Unit, read_documents, split_into_units
 from gpt2box.data.tokenizer import Tokens
 from gpt2box.errors import MachineCannot
 from gpt2box.system import host
 from gpt2box.utils.progress import Advance, bytes_bar
 
-MEMORY_OF_A_WORKER = 1 << 30
+WORKER_MEMORY_BYTES = 1 << 30
 SPILL_BYTES = 1 << 27  # of a unit's tokens
-SAVE_SECONDS = 10.0  # at most so much work is done again after a kill
-FILES_AHEAD = 2  # brought before they are needed
+SAVE_SECONDS = 10.0  # at most this much work is repeated after a kill
+FILES_AHEAD = 2  # downloaded before they are needed
 
 
 @dataclass(frozen=True)
-class Source:
-    """A file that is there or can be brought."""
+class SourceFile:
+    """Describe a file that is local or can be downloaded."""
 
     name: str
     size_bytes: int
-    bring: Callable[[], Path]
-    done: Callable[[], None]  # called when it is tokenised and durable
-    leave: Callable[[], None]  # called where it is only looked at: another job may have it in between
+    fetch: Callable[[], Path]
+    discard: Callable[[], None]  # called when its tokens are durable: deletes a download, releases its lock
+    unlock: Callable[[], None]  # called after reading only metadata: another job may use the file
     sha256: str = ""  # where known beforehand
 
 
 _encoder: BulkEncoder | None = None  # a worker's own
 
 
-def start_worker(words: Path) -> None:
+def start_worker(tokenizer_source: Path) -> None:
     """Each worker has a tokenizer of its own, and ends with the process that started it, however that ends."""
     global _encoder
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _encoder = BulkEncoder(words)
+    _encoder = BulkEncoder(tokenizer_source)
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     """A worker would wait for work for ever where the process that gives it was killed."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
 
 
-def tokenise(unit: Unit, end_of_text: int, spill: Path) -> Chunk:
+def tokenize_unit(unit: Unit, end_of_text: int, spill: Path) -> DocumentBatch:
     """A unit's documents as tokens; those that are blank are left out, but for Parquet's, whose number is announced:
     these have no characters.
 
@@ -73,102 +73,108 @@ def tokenise(unit: Unit, end_of_text: int, spill: Path) -> Chunk:
     tokens: list[Tokens] = []
     lengths, digests, characters, empty = [], [], [], 0
     tail = np.array([end_of_text], dtype=np.uint16)
-    held = 0
+    pending_bytes = 0
     spill.unlink(missing_ok=True)
-    for parts in texts(unit):
-        seen = Reading(parts)
+    for chunks in read_documents(unit):
+        document = DocumentReader(chunks)
         length, begin = 0, len(tokens)
-        for ids in _encoder.encode(seen):
+        for ids in _encoder.encode(document):
             tokens.append(ids)
-            length, held = length + len(ids), held + ids.nbytes
-            if held > SPILL_BYTES and not seen.blank:
-                append(tokens, spill)
-                held = 0
-        if seen.blank and unit.groups is None:
+            length, pending_bytes = length + len(ids), pending_bytes + ids.nbytes
+            if pending_bytes > SPILL_BYTES and not document.is_blank:
+                append_to_file(tokens, spill)
+                pending_bytes = 0
+        if document.is_blank and unit.groups is None:
             empty += 1
             del tokens[begin:]
             continue
         tokens.append(tail)
         lengths.append(length + 1)
-        digests.append(digest_of(seen.digest))
-        characters.append(0 if seen.blank else seen.characters)
+        digests.append(finish_digest(document.digest))
+        characters.append(0 if document.is_blank else document.characters)
     counts = [np.array(values, dtype=np.uint32) for values in (lengths, characters)]
     if spill.exists():
-        append(tokens, spill)
-        return Chunk(spill, counts[0], b"".join(digests), counts[1], empty)
+        append_to_file(tokens, spill)
+        return DocumentBatch(spill, counts[0], b"".join(digests), counts[1], empty)
     joined = np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.uint16)
-    return Chunk(joined, counts[0], b"".join(digests), counts[1], empty)
+    return DocumentBatch(joined, counts[0], b"".join(digests), counts[1], empty)
 
 
-class Reading:
-    """A document's parts as they go by, and what they come to."""
+class DocumentReader:
+    """Iterate over a document's chunks; compute its digest, its characters and if it is blank."""
 
-    def __init__(self, parts: Iterator[str]) -> None:
-        self.parts, self.digest, self.characters, self.blank = parts, new_digest(), 0, True
+    def __init__(self, chunks: Iterator[str]) -> None:
+        self.chunks, self.digest, self.characters, self.is_blank = chunks, new_digest(), 0, True
 
     def __iter__(self) -> Iterator[str]:
-        for part in self.parts:
+        for part in self.chunks:
             self.digest.update(part.encode("utf-8", "surrogatepass"))
             self.characters += len(part)
-            self.blank = self.blank and not part.strip()
+            self.is_blank = self.is_blank and not part.strip()
             yield part
 
 
-def append(tokens: list[Tokens], path: Path) -> None:
+def append_to_file(tokens: list[Tokens], path: Path) -> None:
     """Move tokens to the end of a file."""
     with open(path, "ab") as file:
         file.writelines(ids.astype("<u2", copy=False).data for ids in tokens)
     tokens.clear()
 
 
-def usual_workers() -> int:
+def default_worker_count() -> int:
     """As many as there are cores, and memory for."""
-    return max(1, min(int(host.cores()), 16, host.memory_bytes()[1] // MEMORY_OF_A_WORKER - 1))
+    return max(1, min(int(host.cores()), 16, host.memory_bytes()[1] // WORKER_MEMORY_BYTES - 1))
 
 
-def run(
-    sources: list[Source], sink: Sink, column: str, words: Path, end_of_text: int, workers: int, most: int | None
+def tokenize_files(
+    sources: list[SourceFile],
+    bin_writer: BinWriter,
+    column: str,
+    tokenizer_source: Path,
+    end_of_text: int,
+    workers: int,
+    max_documents: int | None,
 ) -> None:
-    """Tokenise all sources, up to `most` documents, into the sink; goes on where an earlier run was ended.
+    """Tokenize all sources, up to `max_documents` documents, into the writer; resume interrupted work.
 
-    `words`: GPT-2's ranks, or the folder of another tokenizer.
+    `tokenizer_source`: GPT-2's ranks, or the folder of another tokenizer.
 
-    Files are brought while others are worked on.
+    Files are downloaded while others are tokenized.
 
     Raises:
         Gpt2boxError: what a file or a download has.
         MachineCannot: a worker was killed, as when memory runs out.
     """
-    first_file, first_unit = sink.open()
+    first_file, first_unit = bin_writer.open()
     # Forked processes would inherit this one's threads' locks; a fresh one imports a few small modules.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, start_worker, (words,))
+    pool = ProcessPoolExecutor(workers, context, start_worker, (tokenizer_source,))
     try:
         with bytes_bar("tokenising", sum(source.size_bytes for source in sources)) as advance:
             advance(sum(source.size_bytes for source in sources[:first_file]))
-            writer = Writer(sink, sources, advance, most)
-            coming: deque[Future[Path]] = deque()
+            batches = OrderedWriter(bin_writer, sources, advance, max_documents)
+            downloads: deque[Future[Path]] = deque()
             for number in range(first_file, len(sources)):
-                ahead = sources[number + len(coming) : number + 1 + FILES_AHEAD]
-                coming += [aside(source.bring) for source in ahead]
-                brought = coming.popleft()
+                ahead = sources[number + len(downloads) : number + 1 + FILES_AHEAD]
+                downloads += [run_in_daemon_thread(source.fetch) for source in ahead]
+                download = downloads.popleft()
                 # Another job may have the next file and wait for one of those before: they are finished first.
-                while writer.waiting and not brought.done():
-                    writer.take()
-                units = units_of(brought.result(), sources[number].name, column)
+                while batches.waiting and not download.done():
+                    batches.write_next()
+                units = split_into_units(download.result(), sources[number].name, column)
                 for index in range(first_unit if number == first_file else 0, len(units)):
-                    if writer.full:
+                    if batches.is_full:
                         break
-                    while len(writer.waiting) > 2 * workers:
-                        writer.take()
-                    spill = sink.folder / f"spill-{number}-{index}"
-                    future = pool.submit(tokenise, units[index], end_of_text, spill)
-                    writer.waiting.append((future, number, index, len(units)))
-                if writer.full:
+                    while len(batches.waiting) > 2 * workers:
+                        batches.write_next()
+                    spill = bin_writer.folder / f"spill-{number}-{index}"
+                    future = pool.submit(tokenize_unit, units[index], end_of_text, spill)
+                    batches.waiting.append((future, number, index, len(units)))
+                if batches.is_full:
                     break
-            while writer.waiting:
-                writer.take()
-            sink.save(len(sources), 0)
+            while batches.waiting:
+                batches.write_next()
+            bin_writer.save(len(sources), 0)
     except BrokenProcessPool as error:
         raise MachineCannot(
             "a worker was killed; mostly that is the system when memory runs out",
@@ -179,7 +185,7 @@ def run(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def aside(work: Callable[[], Path]) -> Future[Path]:
+def run_in_daemon_thread(work: Callable[[], Path]) -> Future[Path]:
     """Do it in a thread that nobody waits for when the program ends, as the pools of the library would."""
     future: Future[Path] = Future()
 
@@ -193,33 +199,36 @@ def aside(work: Callable[[], Path]) -> Future[Path]:
     return future
 
 
-class Writer:
-    """Takes finished units in order and writes them down."""
+class OrderedWriter:
+    """Write finished units in order."""
 
-    def __init__(self, sink: Sink, sources: list[Source], advance: Advance, most: int | None) -> None:
-        self.sink, self.sources, self.advance, self.most = sink, sources, advance, most
-        self.waiting: deque[tuple[Future[Chunk], int, int, int]] = deque()  # result, file, unit, units of the file
+    def __init__(
+        self, bin_writer: BinWriter, sources: list[SourceFile], advance: Advance, max_documents: int | None
+    ) -> None:
+        self.bin_writer, self.sources, self.advance, self.max_documents = bin_writer, sources, advance, max_documents
+        # Result, index of its file, index of its unit, number of units in the file.
+        self.waiting: deque[tuple[Future[DocumentBatch], int, int, int]] = deque()
         self.saved = time.monotonic()
         self.tokens = 0
-        self.full = False
+        self.is_full = False
 
-    def take(self) -> None:
-        """Wait for the next unit."""
+    def write_next(self) -> None:
+        """Wait for the next unit and write it."""
         future, file, unit, units = self.waiting.popleft()
-        chunk = future.result()
-        if self.most is not None:
-            chunk = first(chunk, max(self.most - self.sink.taken, 0))
-        self.sink.take(chunk)
-        if isinstance(chunk.tokens, Path):
-            chunk.tokens.unlink()
-        self.full = self.most is not None and self.sink.taken >= self.most
-        self.tokens += int(chunk.lengths.sum(dtype=np.int64))
+        batch = future.result()
+        if self.max_documents is not None:
+            batch = truncate_batch(batch, max(self.max_documents - self.bin_writer.document_count, 0))
+        self.bin_writer.write_batch(batch)
+        if isinstance(batch.tokens, Path):
+            batch.tokens.unlink()
+        self.is_full = self.max_documents is not None and self.bin_writer.document_count >= self.max_documents
+        self.tokens += int(batch.lengths.sum(dtype=np.int64))
         size_bytes = self.sources[file].size_bytes
         share = size_bytes * (unit + 1) // units - size_bytes * unit // units
-        self.advance(share, f"{self.sink.taken:,} documents, {self.tokens:,} tokens")
+        self.advance(share, f"{self.bin_writer.document_count:,} documents, {self.tokens:,} tokens")
         last = unit == units - 1
         if last or time.monotonic() - self.saved > SAVE_SECONDS:
-            self.sink.save(*((file + 1, 0) if last else (file, unit + 1)))
+            self.bin_writer.save(*((file + 1, 0) if last else (file, unit + 1)))
             self.saved = time.monotonic()
         if last:
-            self.sources[file].done()
+            self.sources[file].discard()

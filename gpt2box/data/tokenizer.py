@@ -24,7 +24,7 @@ from gpt2box.utils.files import read_json
 from gpt2box.utils.paths import raw_dir
 
 END_OF_TEXT = "<|endoftext|>"
-GPT2_ROWS = (GPT2_VOCAB_SIZE, GPT2_PADDED_VOCAB_SIZE)  # of GPT-2's embedding, also as nanoGPT fills it up
+GPT2_VOCAB_SIZES = (GPT2_VOCAB_SIZE, GPT2_PADDED_VOCAB_SIZE)  # of GPT-2's embedding, also as nanoGPT fills it up
 Tokens = npt.NDArray[np.uint16]
 
 
@@ -79,7 +79,7 @@ class Gpt2Tokenizer:
     @cached_property
     def merges(self) -> list[tuple[bytes, bytes]]:
         """Most of a second to derive; every checkpoint writes them."""
-        return merges_of(self.ranks)
+        return derive_merges(self.ranks)
 
     def vocabulary(self) -> dict[str, int]:
         return {printable(token): rank for token, rank in self.ranks.items()} | {END_OF_TEXT: len(self.ranks)}
@@ -148,7 +148,7 @@ def _write_tokenizer_config(folder: Path, content: dict[str, object]) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def from_ranks(path: Path) -> Gpt2Tokenizer:
+def load_gpt2_tokenizer(path: Path) -> Gpt2Tokenizer:
     """The GPT-2 tokenizer from a (verified) tiktoken ranks file: lines of base64 and rank."""
     lines = path.read_bytes().splitlines()
     return Gpt2Tokenizer(
@@ -156,7 +156,7 @@ def from_ranks(path: Path) -> Gpt2Tokenizer:
     )
 
 
-def from_texts(texts: Iterable[str], end_of_text: bool) -> CharTokenizer:
+def build_char_tokenizer(texts: Iterable[str], end_of_text: bool) -> CharTokenizer:
     """The character vocabulary of these texts."""
     characters: set[str] = set()
     for text in texts:
@@ -166,14 +166,14 @@ def from_texts(texts: Iterable[str], end_of_text: bool) -> CharTokenizer:
     return CharTokenizer("".join(sorted(characters)), end_of_text)
 
 
-def load(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer whose files lie in `folder`; tokenizer.json goes before vocab.json, as with transformers.
 
     Raises:
         BadInput: there is none, or one of another kind.
         Damaged: its files are not what this program or Hugging Face writes.
     """
-    from gpt2box.data.hf_tokenizer import BpeTokenizer, is_gpt2s  # which needs this module
+    from gpt2box.data.hf_tokenizer import BpeTokenizer, is_gpt2_tokenizer  # which needs this module
 
     try:
         content = {}
@@ -192,30 +192,30 @@ def load(folder: Path) -> Tokenizer:
         else:
             raise BadInput(f"{folder}: no tokenizer", "vocab.json and merges.txt, or tokenizer.json")
         check_ids(vocabulary)
-        return _from_vocabulary(vocabulary) if is_gpt2s(folder, vocabulary, content) else BpeTokenizer(folder)
+        return _from_vocabulary(vocabulary) if is_gpt2_tokenizer(folder, vocabulary, content) else BpeTokenizer(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(
             f"{folder}: the tokenizer's files are damaged ({why(error)})", "files as they were written"
         ) from error
 
 
-def of_model(folder: Path, vocab_size: int) -> Tokenizer:
+def load_model_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of the model in `folder`, which has so many rows; GPT-2's where the folder has none.
 
     Raises:
         BadInput: no tokenizer, and other rows than GPT-2's; or see load.
     """
     if any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")):
-        return load(folder)
-    if vocab_size not in GPT2_ROWS:
-        found = f"{folder}: no tokenizer, and {vocab_size:,} tokens are not GPT-2's {GPT2_ROWS[0]:,}"
+        return load_tokenizer(folder)
+    if vocab_size not in GPT2_VOCAB_SIZES:
+        found = f"{folder}: no tokenizer, and {vocab_size:,} tokens are not GPT-2's {GPT2_VOCAB_SIZES[0]:,}"
         raise BadInput(found, "its tokenizer beside it: tokenizer.json, or vocab.json and merges.txt")
-    return from_ranks(downloads.fetch(downloads.GPT2_RANKS, raw_dir()))
+    return load_gpt2_tokenizer(downloads.fetch(downloads.GPT2_RANKS, raw_dir()))
 
 
-def identity_of(asked: str) -> str:
+def tokenizer_identity(asked: str) -> str:
     """What a dataset's bytes follow from: gpt2 or char, or of a tokenizer's folder what is in it."""
-    return asked if asked in ("gpt2", "char") else vocabulary_digest(load(Path(asked)).vocabulary())
+    return asked if asked in ("gpt2", "char") else vocabulary_digest(load_tokenizer(Path(asked)).vocabulary())
 
 
 def vocabulary_digest(vocabulary: dict[str, int]) -> str:
@@ -241,7 +241,7 @@ def check_ids(vocabulary: dict[str, int]) -> None:
         raise ValueError(f"the ids of {len(vocabulary):,} tokens are not those from 0 to {len(vocabulary) - 1:,}")
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The prompt's ids; for an empty one, something to go on from.
 
     Raises:
@@ -273,7 +273,7 @@ def printable(token: bytes) -> str:
     return "".join(byte_alphabet()[byte] for byte in token)
 
 
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+def derive_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The pair each multi-byte token was merged from, in order of rank.
 
     Merging a token's bytes by all lower ranks leaves exactly its two parts.

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from gpt2box.data import hub_datasets
-from gpt2box.data.readers import UNREADABLE, kind_of, opened, parquet, unreadable
+from gpt2box.data.readers import UNREADABLE, file_kind, open_file, open_parquet, unreadable_error
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.errors import BadInput, why
 from gpt2box.evaluation.perplexity import BATCH_TOKENS, bounded_exp
@@ -55,7 +55,7 @@ def run_benchmark(task: str, model: GPT2, tokenizer: Tokenizer, path: Path | Non
     compute_metrics = {"hellaswag": hellaswag_metrics, "lambada": lambada_metrics}
     if path is None:
         name, split = HUB_DATASETS[task]
-        path = hub_datasets.dataset(name, "", split, slice(0, 1), keep_raw=True)[0][0].bring()
+        path = hub_datasets.list_hub_dataset(name, "", split, slice(0, 1), keep_raw=True)[0][0].fetch()
     questions = read_questions(task, path, limit)
     scores = iter(score_continuations([pair for pairs, _ in questions for pair in pairs], model, tokenizer))
     scored = [([(next(scores), len(pair[1]) - 1) for pair in pairs], label) for pairs, label in questions]
@@ -86,15 +86,15 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         BadInput: The file has another type.
         Damaged: The file cannot be read.
     """
-    kind = kind_of(path)
+    kind = file_kind(path)
     if kind not in (".parquet", ".jsonl", ".ndjson"):
         raise BadInput(f"{path} ends in {kind or 'nothing'}", ".jsonl or .parquet")
     try:
         if kind == ".parquet":
-            with parquet(path) as file:
+            with open_parquet(path) as file:
                 yield from file.read().to_pylist()
             return
-        with opened(path) as packed, io.TextIOWrapper(packed, encoding="utf-8-sig") as lines:
+        with open_file(path) as packed, io.TextIOWrapper(packed, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     if line.strip():
@@ -102,7 +102,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                 except ValueError as error:
                     raise BadInput(f"{path}, line {number}: {error}", "one JSON object per line") from error
     except UNREADABLE as error:
-        raise unreadable(path, error) from error
+        raise unreadable_error(path, error) from error
 
 
 def hellaswag_question(record: dict[str, Any]) -> Question:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2box.data.dataset import Dataset, TokenFile
-from gpt2box.data.tokenizer import Tokens, prompt_ids
+from gpt2box.data.tokenizer import Tokens, encode_prompt
 from gpt2box.model.decoder import Decoder
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.sampling import SamplingParams, generate
@@ -63,7 +63,7 @@ def measure_memorization(
     Writes memorisation.json and samples/best.txt to the run folder.
     """
     tokenizer = dataset.tokenizer
-    ids = prompt_ids(tokenizer, prompt)
+    ids = encode_prompt(tokenizer, prompt)
     decoder = Decoder(model)
     outputs = (list(generate(decoder, ids, length, SamplingParams(), seed + i)) for i in range(SAMPLES))
     samples: list[Tokens] = [np.array(output, dtype=np.uint16) for output in outputs]

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from gpt2box.data.dataset import ID_BYTES, Dataset, TokenFile
-from gpt2box.data.readers import decoded
+from gpt2box.data.readers import decode_text
 from gpt2box.data.tokenizer import Tokenizer, Tokens
 from gpt2box.errors import BadInput
 from gpt2box.model.gpt2 import GPT2
@@ -145,7 +145,7 @@ def loss_on_text(model: GPT2, tokenizer: Tokenizer, path: Path, stride: int, max
         BadInput: The file is not UTF-8, or has characters that the model's vocabulary lacks.
     """
     with open(path, "rb") as file:
-        text = "".join(decoded(file, path))  # like prepare: all line ends become \n, a byte-order mark is dropped
+        text = "".join(decode_text(file, path))  # like prepare: all line ends become \n, a byte-order mark is dropped
     ids = tokenizer.encode(text)
     if tokenizer.end_of_text is not None:
         ids = np.concatenate([np.array([tokenizer.end_of_text], dtype=np.uint16), ids])

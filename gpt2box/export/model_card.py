@@ -65,7 +65,7 @@ def base_model(init_from: str) -> str:
     """Return the Hub name of the model that training started from, or "" if it is not from the Hub."""
     if init_from in MODEL_SHAPES:
         return f"openai-community/{init_from}"
-    matched = hub_models.NAME.fullmatch(init_from)
+    matched = hub_models.HUB_NAME.fullmatch(init_from)
     return matched.group(1) if matched and not Path(init_from).is_dir() else ""
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt2box.data import downloads
-from gpt2box.data.tokenizer import Tokenizer, from_ranks, from_texts
+from gpt2box.data.tokenizer import Tokenizer, build_char_tokenizer, load_gpt2_tokenizer
 from gpt2box.errors import BadInput, Damaged, printable, why
 from gpt2box.export.huggingface import write_huggingface
 from gpt2box.export.publish import check_tensors, publish
@@ -109,9 +109,9 @@ def choose_tokenizer(shape: ModelShape, text: Path | None, path: Path) -> Tokeni
                 f"{GPT2_VOCAB_SIZE:,} or {GPT2_PADDED_VOCAB_SIZE:,}, GPT-2's; or the text of a character-level model",
                 f"gpt2box import {path} --text input.txt",
             )
-        return from_ranks(downloads.fetch(downloads.GPT2_RANKS, raw_dir()))
+        return load_gpt2_tokenizer(downloads.fetch(downloads.GPT2_RANKS, raw_dir()))
     try:
-        tokenizer = from_texts([text.read_text(encoding="utf-8")], end_of_text=False)
+        tokenizer = build_char_tokenizer([text.read_text(encoding="utf-8")], end_of_text=False)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {text}: {why(error)}", "plain text in UTF-8") from error
     if tokenizer.vocab_size != shape.vocab_size:

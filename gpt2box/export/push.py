@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2box.data.downloads import hub_endpoint
-from gpt2box.data.hub_datasets import offline
+from gpt2box.data.hub_datasets import is_offline
 from gpt2box.errors import BadInput, Gpt2boxError, TryAgain
 from gpt2box.export.export import default_path, export_model
 from gpt2box.utils.paths import make_writable
@@ -81,7 +81,7 @@ def create_client() -> Any:
         BadInput: The package huggingface_hub or the token is missing.
         TryAgain: HF_HUB_OFFLINE is set.
     """
-    if offline():
+    if is_offline():
         raise TryAgain("HF_HUB_OFFLINE is set: nothing is sent", "the network", "unset HF_HUB_OFFLINE")
     try:
         from huggingface_hub import HfApi, get_token

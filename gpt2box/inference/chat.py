@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import fields, replace
 
 from gpt2box.data.instructions import TEMPLATE
-from gpt2box.data.tokenizer import Tokenizer, prompt_ids
+from gpt2box.data.tokenizer import Tokenizer, encode_prompt
 from gpt2box.errors import BadInput
 from gpt2box.inference.sample import stream
 from gpt2box.model.decoder import Decoder
@@ -59,7 +59,7 @@ def chat(
                 params, limits = apply_command(line, params, limits)
             else:
                 text = history + (TEMPLATE.format(prompt=line) if use_template else line)
-                ids = prompt_ids(tokenizer, text)
+                ids = encode_prompt(tokenizer, text)
                 generated: list[int] = []
                 with suppress(KeyboardInterrupt):
                     length, answer_seed = limits["max_new_tokens"], limits["seed"] + answers

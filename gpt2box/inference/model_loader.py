@@ -8,8 +8,8 @@ from pathlib import Path
 from gpt2box.checkpoint.metadata import verify_model_files
 from gpt2box.config.schema import MODEL_SHAPES
 from gpt2box.data import hub_models
-from gpt2box.data.pretrained import pretrained_folder, shape_in
-from gpt2box.data.tokenizer import Tokenizer, of_model
+from gpt2box.data.pretrained import load_shape, pretrained_folder
+from gpt2box.data.tokenizer import Tokenizer, load_model_tokenizer
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.hf_weights import load_hf_weights
@@ -44,7 +44,7 @@ def find_model(name: str | None, checkpoint: str) -> Path:
         raise BadInput(f"run {name} has no checkpoint {checkpoint}", ", ".join(existing))
     if (Path(name) / "config.json").is_file():
         return Path(name)
-    if name in MODEL_SHAPES or hub_models.NAME.fullmatch(name):
+    if name in MODEL_SHAPES or hub_models.HUB_NAME.fullmatch(name):
         return pretrained_folder(name)
     raise BadInput(
         f"no model {name!r}",
@@ -61,7 +61,7 @@ def load_model(folder: Path, device: str) -> tuple[GPT2, Tokenizer]:
         Damaged: The files differ from what was written, or the weights do not fit config.json.
     """
     verify_model_files(folder)
-    shape = shape_in(folder)
+    shape = load_shape(folder)
     files = list(folder.glob("*.safetensors"))
     stored_bytes = sum(path.stat().st_size for path in files)
     if not files:
@@ -73,7 +73,7 @@ def load_model(folder: Path, device: str) -> tuple[GPT2, Tokenizer]:
         )
     model = GPT2.empty(shape, 0.0, choose_device(device))
     load_hf_weights(model, folder)
-    tokenizer = of_model(folder, shape.vocab_size)
+    tokenizer = load_model_tokenizer(folder, shape.vocab_size)
     if tokenizer.vocab_size > shape.vocab_size:
         raise BadInput(f"{folder}: {tokenizer.vocab_size:,} tokens in its tokenizer, {shape.vocab_size:,} in its model")
     model.shape = replace(shape, vocab_size=tokenizer.vocab_size)  # some stored weights have padding rows

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from gpt2box.data.tokenizer import Tokenizer, prompt_ids
+from gpt2box.data.tokenizer import Tokenizer, encode_prompt
 from gpt2box.errors import BadInput, harmless_lines, why
 from gpt2box.model.decoder import Decoder
 from gpt2box.model.sampling import SamplingParams, generate, generate_batch
@@ -36,7 +36,7 @@ def write_samples(
     Raises:
         BadInput: A prompt has a character that the model's vocabulary lacks.
     """
-    encoded = [(prompt, prompt_ids(tokenizer, prompt)) for prompt in prompts]
+    encoded = [(prompt, encode_prompt(tokenizer, prompt)) for prompt in prompts]
     requests = ((prompt, ids, seed + i) for prompt, ids in encoded for i in range(num_samples))
     written = 0
     while batch := list(islice(requests, batch_size)):

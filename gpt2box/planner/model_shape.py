@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gpt2box.config.schema import MODEL_SHAPES, Config
 from gpt2box.data.dataset import open_dataset
-from gpt2box.data.pretrained import pretrained_folder, shape_from, shape_in, words_of
+from gpt2box.data.pretrained import load_shape, load_weights_tokenizer, pretrained_folder, resolve_shape
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.errors import Gpt2boxError
 from gpt2box.model.shape import GPT2_VOCAB_SIZE, ModelShape
@@ -31,9 +31,9 @@ def resolve_model_shape(config: Config) -> ModelShape:
         stored = ModelShape(**MODEL_SHAPES[config.init_from], block_size=1024, vocab_size=GPT2_VOCAB_SIZE, bias=True)
     else:
         folder = pretrained_folder(config.init_from)
-        stored = shape_in(folder)
-    own_tokenizer = words_of(folder, stored, tokenizer) if tokenizer else None
-    return shape_from(config, stored, config.init_from, tokenizer, own_tokenizer)
+        stored = load_shape(folder)
+    own_tokenizer = load_weights_tokenizer(folder, stored, tokenizer) if tokenizer else None
+    return resolve_shape(config, stored, config.init_from, tokenizer, own_tokenizer)
 
 
 def load_dataset_tokenizer(config: Config) -> Tokenizer | None:

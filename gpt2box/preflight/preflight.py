@@ -20,7 +20,15 @@ from gpt2box.data import downloads
 from gpt2box.errors import MachineCannot, VolumeUnwritable
 from gpt2box.preflight import checks
 from gpt2box.preflight.checks import Finding
-from gpt2box.preflight.requirements import CHAR, VOLUMES, by_disk, checkpoint_bytes, corpus_of, has_dataset, needs
+from gpt2box.preflight.requirements import (
+    CHAR,
+    VOLUMES,
+    checkpoint_bytes,
+    group_needs_by_disk,
+    has_dataset,
+    known_corpus_name,
+    list_disk_needs,
+)
 from gpt2box.preflight.smoke_test import probe
 from gpt2box.system import gpu, host
 from gpt2box.utils.paths import make_writable, raw_dir, volumes
@@ -88,14 +96,14 @@ def all_findings(config: Config | None, text: Path | None, device: str, nvml: gp
     written = [write_test(volume) for volume in VOLUMES]
     yield from written
     if all(finding.status == "ok" for finding in written):
-        for names, free, here in by_disk(config):
+        for names, free, here in group_needs_by_disk(config):
             what = ", ".join(need.what for need in here)
             yield checks.disk(", ".join(names), free, sum(need.size_bytes for need in here), what)
     if config is None or config.init_from != "scratch" or not config.dataset.endswith(CHAR):
         yield vocabulary()
     if config:
-        yield checks.dataset(config.dataset, has_dataset(config), str(text or corpus_of(config.dataset)))
-    if config and (from_hub := [need.what for need in needs(config) if need.hub]):
+        yield checks.dataset(config.dataset, has_dataset(config), str(text or known_corpus_name(config.dataset)))
+    if config and (from_hub := [need.what for need in list_disk_needs(config) if need.hub]):
         yield hub(from_hub)
 
 
@@ -158,7 +166,7 @@ def write_test(volume: str) -> Finding:
 
 def vocabulary() -> Finding:
     """GPT-2's vocabulary: there, or to be fetched when it is first needed."""
-    there = downloads.present(downloads.GPT2_RANKS, raw_dir())
+    there = downloads.find_local_copy(downloads.GPT2_RANKS, raw_dir())
     if there is None:
         fix = "prepare fetches it; without network put a copy into " + str(raw_dir())
         return Finding("vocabulary", "warning", f"{downloads.GPT2_RANKS.filename} is not there yet", fix)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from gpt2box.config.schema import MODEL_SHAPES, Config
 from gpt2box.data.dataset import open_dataset
-from gpt2box.data.prepare import Options, prepare
-from gpt2box.data.pretrained import ASKED, HUB_PINS, pretrained_folder
-from gpt2box.data.sources import KNOWN, OPENWEBTEXT
+from gpt2box.data.prepare import prepare
+from gpt2box.data.prepare_config import PrepareConfig
+from gpt2box.data.pretrained import HUB_PINS, UNPINNED_SIZES, pretrained_folder
+from gpt2box.data.sources import KNOWN_CORPORA, OPENWEBTEXT
 from gpt2box.errors import VolumeUnwritable
 from gpt2box.model.shape import GPT2_VOCAB_SIZE, ModelShape
 from gpt2box.planner.model_shape import resolve_model_shape
@@ -28,7 +29,7 @@ CORPUS_BYTES = {  # of the tokens, and of raw text that is there at the same tim
 
 
 @dataclass(frozen=True)
-class Need:
+class DiskNeed:
     """Something that a job will write to a volume."""
 
     volume: str  # data, models or runs
@@ -37,21 +38,21 @@ class Need:
     hub: bool = False  # whether it comes from the Hugging Face Hub
 
 
-def needs(config: Config) -> list[Need]:
+def list_disk_needs(config: Config) -> list[DiskNeed]:
     """What is not there yet, and what the run itself will write."""
     found = []
-    corpus = corpus_of(config.dataset)
+    corpus = known_corpus_name(config.dataset)
     if not has_dataset(config) and corpus:
-        found.append(Need("data", f"the dataset {config.dataset}", CORPUS_BYTES[corpus], hub=corpus in OPENWEBTEXT))
+        found.append(DiskNeed("data", f"the dataset {config.dataset}", CORPUS_BYTES[corpus], hub=corpus in OPENWEBTEXT))
     weights = config.init_from
-    published = {**HUB_PINS, **ASKED}
+    published = {**HUB_PINS, **UNPINNED_SIZES}
     if weights in published and not any(
         (model_dir(weights) / n).exists() for n in ("model.safetensors", "config.json")
     ):
-        found.append(Need("models", f"the weights of {weights}", published[weights][0], hub=True))
+        found.append(DiskNeed("models", f"the weights of {weights}", published[weights][0], hub=True))
     there = sum(path.stat().st_size for path in (run_dir(config.name) / "checkpoints").glob("step-*/*"))
     found.append(
-        Need(
+        DiskNeed(
             "runs",
             f"{config.max_checkpoints} checkpoints",
             max(config.max_checkpoints * checkpoint_bytes(config) - there, 0),
@@ -70,13 +71,13 @@ def checkpoint_bytes(config: Config) -> int:
     return shape.checkpoint_bytes(config.weights_dtype, config.optimizer, config.optimizer_states, config.lora_rank)
 
 
-def by_disk(config: Config | None) -> list[tuple[list[str], int, list[Need]]]:
+def group_needs_by_disk(config: Config | None) -> list[tuple[list[str], int, list[DiskNeed]]]:
     """Volumes that share a disk: their names, the bytes free on it, and what the job writes there.
 
     Raises:
         VolumeUnwritable: a volume cannot be created or written.
     """
-    wanted = needs(config) if config else []
+    wanted = list_disk_needs(config) if config else []
     disks: dict[int, list[str]] = {}
     for volume in VOLUMES:
         disks.setdefault(make_writable(volumes() / volume).stat().st_dev, []).append(volume)
@@ -92,7 +93,7 @@ def check_space(config: Config) -> None:
     Raises:
         VolumeUnwritable: with the bytes missing.
     """
-    for names, free, wanted in by_disk(config):
+    for names, free, wanted in group_needs_by_disk(config):
         needed = sum(need.size_bytes for need in wanted)
         if needed > free:
             listed = ", ".join(f"{need.what} {size(need.size_bytes)}" for need in wanted)
@@ -108,13 +109,13 @@ def has_dataset(config: Config) -> bool:
     return (dataset_dir(config.dataset) / "train.bin").exists()
 
 
-def corpus_of(dataset: str) -> str:
+def known_corpus_name(dataset: str) -> str:
     """The known corpus that a dataset's default name stands for, or nothing."""
     name = dataset.removesuffix(CHAR)
-    return name if name in KNOWN and (name == dataset or name not in OPENWEBTEXT) else ""
+    return name if name in KNOWN_CORPORA and (name == dataset or name not in OPENWEBTEXT) else ""
 
 
-def words_for(config: Config) -> str:
+def select_tokenizer(config: Config) -> str:
     """In which tokens a text is prepared: those of the weights that a run begins from, as prepare's --tokenizer."""
     if config.init_from in ("scratch", *MODEL_SHAPES):
         return "gpt2"
@@ -123,7 +124,7 @@ def words_for(config: Config) -> str:
     return str(folder) if any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")) else "gpt2"
 
 
-def bring(config: Config, text: Path | None) -> None:
+def fetch_requirements(config: Config, text: Path | None) -> None:
     """Make the dataset, from `text` or the known corpus of its name, and download the weights, unless they are there.
 
     Raises:
@@ -131,12 +132,12 @@ def bring(config: Config, text: Path | None) -> None:
         TryAgain, Damaged, VolumeUnwritable: see assets.fetch.
     """
     folder = dataset_dir(config.dataset)
-    corpus = corpus_of(config.dataset)
+    corpus = known_corpus_name(config.dataset)
     if text:
-        _, written = prepare([str(text)], Options(words_for(config)), folder=folder)
+        _, written = prepare([str(text)], PrepareConfig(select_tokenizer(config)), folder=folder)
     elif not has_dataset(config) and corpus:
         tokenizer = "char" if config.dataset.endswith(CHAR) else "gpt2"
-        _, written = prepare([corpus], Options(tokenizer), folder=folder)
+        _, written = prepare([corpus], PrepareConfig(tokenizer), folder=folder)
     else:
         written = False
     dataset = open_dataset(folder)  # says what to do where it is missing

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, closing, suppress
 import torch
 
 from gpt2box.data.dataloader import (
-    counted_targets,
+    copy_to_device,
+    count_loss_targets,
     inputs_and_targets,
-    page_locked,
+    pin_if_possible,
     read_windows,
-    upload,
     val_window_starts,
 )
 from gpt2box.data.dataset import Dataset, TokenFile
@@ -44,7 +44,9 @@ def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan, group: RankGroup) -> 
             chosen = [int(start) for start in starts[begin : begin + count]]
             batch = read_windows(file, chosen or [int(windows[0])], plan.shape.block_size, plan.shape.vocab_size)
             # The device works on the windows before while these are read: nothing here waits for it.
-            inputs, targets = inputs_and_targets(upload(page_locked(batch) if device.type == "cuda" else batch, device))
+            inputs, targets = inputs_and_targets(
+                copy_to_device(pin_if_possible(batch) if device.type == "cuda" else batch, device)
+            )
             loss = None
             halves = [torch.cuda.OutOfMemoryError] if count > 1 and not is_sharded(model) else []
             with suppress(*halves), card_memory_named():
@@ -53,7 +55,7 @@ def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan, group: RankGroup) -> 
                 torch.cuda.empty_cache()
                 count = max(count // 2, 1)
                 continue
-            weight = counted_targets(batch) / plan.shape.block_size if chosen else 0.0
+            weight = count_loss_targets(batch) / plan.shape.block_size if chosen else 0.0
             total, weights = total + loss * weight, weights + weight
             begin += count
     model.train(was_training)

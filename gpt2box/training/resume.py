@@ -14,16 +14,16 @@ from gpt2box.checkpoint.fingerprint import fingerprint_run_state
 from gpt2box.checkpoint.metadata import TrainState, parse_state, write_state
 from gpt2box.config.loader import read_yaml
 from gpt2box.config.schema import CHANGEABLE, Config
-from gpt2box.data.dataloader import check_long_enough
+from gpt2box.data.dataloader import check_split_lengths
 from gpt2box.data.dataset import SPLITS, Dataset, open_dataset
 from gpt2box.data.dataset_folder import check_content
-from gpt2box.data.pretrained import shape_in
-from gpt2box.data.tokenizer import load, prompt_ids
+from gpt2box.data.pretrained import load_shape
+from gpt2box.data.tokenizer import encode_prompt, load_tokenizer
 from gpt2box.distributed.group import RankGroup
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.optim.factory import Optimizer
-from gpt2box.preflight.requirements import bring, has_dataset
+from gpt2box.preflight.requirements import fetch_requirements, has_dataset
 from gpt2box.runs import metrics
 from gpt2box.runs.manifest import (
     LARGE_FILE_BYTES,
@@ -50,12 +50,12 @@ def bring_dataset(config: Config, text: Path | None, group: RankGroup) -> Datase
     def needed() -> None:
         if text or not has_dataset(config):
             with raised():
-                bring(config, text)
+                fetch_requirements(config, text)
 
     group.run_once_per_host(needed)
     dataset = open_dataset(dataset_dir(config.dataset))
-    check_long_enough({split: dataset.tokens(split) for split in SPLITS}, config.block_size)
-    prompt_ids(dataset.tokenizer, config.sample_prompt)
+    check_split_lengths({split: dataset.tokens(split) for split in SPLITS}, config.block_size)
+    encode_prompt(dataset.tokenizer, config.sample_prompt)
     if len(set(group.all_gather(dataset.digest))) > 1:
         raise BadInput(
             f"the dataset {config.dataset} is not the same on all machines", "equal copies, or a shared folder"
@@ -185,12 +185,12 @@ def check_network(run: Path, folder: Path, dataset: Dataset) -> None:
     """
     plans = [read_object(run / "plan.json"), read_manifest(run).get("plan")]
     shapes = [plan["shape"] for plan in plans if isinstance(plan, dict) and isinstance(plan.get("shape"), dict)]
-    found, known = asdict(shape_in(folder)), shapes[0] if shapes else {}
+    found, known = asdict(load_shape(folder)), shapes[0] if shapes else {}
     if differing := [key for key in found if key in known and known[key] != found[key]]:
         lines = ", ".join(f"{key} {found[key]}" for key in differing)
         wanted = ", ".join(f"{key} {known[key]}" for key in differing)
         raise not_this_runs(folder, f"config.json has {lines}", f"the run's network: {wanted}")
-    if load(folder).vocabulary() != dataset.tokenizer.vocabulary():
+    if load_tokenizer(folder).vocabulary() != dataset.tokenizer.vocabulary():
         raise not_this_runs(folder, "another vocabulary than the dataset's", f"that of {dataset.folder}")
 
 

@@ -17,8 +17,8 @@ from gpt2box.config import loader
 from gpt2box.config.schema import Config
 from gpt2box.config.validation import check_ranks
 from gpt2box.data.dataset import Dataset
-from gpt2box.data.pretrained import pretrained_folder, shape_in, shape_on
-from gpt2box.data.tokenizer import prompt_ids
+from gpt2box.data.pretrained import load_initial_shape, load_shape, pretrained_folder
+from gpt2box.data.tokenizer import encode_prompt
 from gpt2box.distributed.group import NoOp, RankGroup, join_rank_group
 from gpt2box.evaluation.memorization import measure_memorization, read_memorization, show_before_and_after
 from gpt2box.model.decoder import Decoder
@@ -194,16 +194,16 @@ def model_shape(config: Config, dataset: Dataset) -> tuple[Path | None, ModelSha
         return None, shape
     begun = retention.find_intact_config(run_dir(config.name) / "checkpoints")
     if begun and not config.eval_only and not config.lora_rank:  # going on; the first weights may be gone
-        return None, shape_in(begun)
+        return None, load_shape(begun)
     folder = pretrained_folder(config.init_from)
-    return folder, shape_on(config, folder, dataset.tokenizer)
+    return folder, load_initial_shape(config, folder, dataset.tokenizer)
 
 
 def initialise(model: GPT2, config: Config, weights: Path | None) -> None:
     """First weights: random by the seed, or read from a folder."""
     if weights:
         verify_model_files(weights)
-        load_hf_weights(model, weights, rows=shape_in(weights).vocab_size)
+        load_hf_weights(model, weights, rows=load_shape(weights).vocab_size)
     else:
         model.init_weights(config.seed)
 
@@ -280,7 +280,7 @@ class Sampler:
         if not self.config.sample_tokens:
             return
         text = self.config.sample_prompt
-        prompt = prompt_ids(self.tokenizer, text)
+        prompt = encode_prompt(self.tokenizer, text)
         ids = list(generate(Decoder(self.model), prompt, self.config.sample_tokens, SamplingParams(), self.config.seed))
         text += self.tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
         folder = make_writable(self.run / "samples")

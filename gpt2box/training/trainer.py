@@ -17,7 +17,7 @@ from gpt2box.checkpoint.async_writer import AsyncCheckpointWriter, ShardContribu
 from gpt2box.checkpoint.fingerprint import fingerprint_run_state
 from gpt2box.checkpoint.metadata import TrainState
 from gpt2box.checkpoint.writer import save_checkpoint
-from gpt2box.data.dataloader import TrainWindows, counted_targets, inputs_and_targets, micro_batches, upload
+from gpt2box.data.dataloader import TrainWindows, copy_to_device, count_loss_targets, inputs_and_targets, micro_batches
 from gpt2box.data.dataset import Dataset
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.distributed.consensus import Consensus
@@ -251,7 +251,7 @@ def take_step(job: Job, forward: Any, batches: Iterator[Tensor], update: Update)
         of_step = list(of_step)
         shares = target_shares(of_step, job.group)
     for micro_step, batch in enumerate(of_step):
-        inputs, targets = inputs_and_targets(upload(batch, device))  # (B, T)
+        inputs, targets = inputs_and_targets(copy_to_device(batch, device))  # (B, T)
         with job.group.gradient_sync(forward, is_last=micro_step == plan.execution.grad_accum_steps - 1):
             with autocast(plan):
                 micro_loss = forward(inputs, targets, 1.0 / plan.execution.grad_accum_steps)
@@ -266,7 +266,7 @@ def take_step(job: Job, forward: Any, batches: Iterator[Tensor], update: Update)
 
 def target_shares(of_step: list[Tensor], group: RankGroup) -> list[float]:
     """What makes a mean over all targets of a step that count, of the micro-batches' own means on all ranks."""
-    counts = [counted_targets(batch) for batch in of_step]
+    counts = [count_loss_targets(batch) for batch in of_step]
     (all_counts,) = group.all_reduce_sum(sum(counts))
     return [count * len(counts) * group.ranks.count / max(all_counts, 1) for count in counts]
 

@@ -9,11 +9,12 @@ from typing import Any
 from gpt2box.config.schema import Config
 from gpt2box.config.validation import validate
 from gpt2box.data.dataset import SPLITS, open_dataset
-from gpt2box.data.hub_models import NAME as HUB_NAME
-from gpt2box.data.prepare import Options, prepare
+from gpt2box.data.hub_models import HUB_NAME as HUB_NAME
+from gpt2box.data.prepare import prepare
+from gpt2box.data.prepare_config import PrepareConfig
 from gpt2box.data.pretrained import pretrained_folder
 from gpt2box.errors import BadInput, why
-from gpt2box.preflight.requirements import corpus_of, has_dataset, words_for
+from gpt2box.preflight.requirements import has_dataset, known_corpus_name, select_tokenizer
 from gpt2box.runs.manifest import describe_dataset, describe_weights, is_same_dataset
 from gpt2box.runs.sessions import (
     CHANGEABLE_SETTINGS,
@@ -115,7 +116,7 @@ def ensure_dataset(config: Config, original: dict[str, Any]) -> None:
                 "the run's own dataset there",
                 f"gpt2box prepare ITS_TEXT --name {Path(config.dataset).name}, and --dataset's value in the manifest",
             )
-        corpus = corpus_of(config.dataset)
+        corpus = known_corpus_name(config.dataset)
         sources = [corpus] if corpus else find_source_files(config.dataset, original)
         options = replace(prepare_options(original), tokenizer=requested_tokenizer(config, original))
         with raised():
@@ -158,7 +159,7 @@ def find_source_files(name: str, original: dict[str, Any]) -> list[str]:
     )
 
 
-def prepare_options(original: dict[str, Any]) -> Options:
+def prepare_options(original: dict[str, Any]) -> PrepareConfig:
     """Return the options that `prepare` got for the original dataset.
 
     Raises:
@@ -174,7 +175,7 @@ def prepare_options(original: dict[str, Any]) -> Options:
     types = {"val_fraction": float, "text_column": str, "max_docs": int, "keep_duplicates": bool, "split": str}
     if wrong := [key for key, value in options.items() if value is not None and type(value) is not types[key]]:
         raise BadInput(f"the manifest's dataset has {wrong[0]} {options[wrong[0]]!r}", "as `prepare` writes it")
-    return Options(**options)
+    return PrepareConfig(**options)
 
 
 def requested_tokenizer(config: Config, original: dict[str, Any]) -> str:
@@ -188,7 +189,7 @@ def requested_tokenizer(config: Config, original: dict[str, Any]) -> str:
     tokenizer = original.get("tokenizer")
     if not isinstance(tokenizer, dict) or tokenizer.get("kind") == "gpt2":
         return "gpt2"
-    if (initial := words_for(config)) != "gpt2":
+    if (initial := select_tokenizer(config)) != "gpt2":
         return initial
     raise BadInput(
         f"the dataset {config.dataset} is not here, and was in the tokens of a model that the run did not begin from",

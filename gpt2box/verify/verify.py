@@ -24,7 +24,7 @@ from gpt2box.checkpoint.writer import ADAPTERS_FILE, optimizer_tensors
 from gpt2box.config.schema import Config
 from gpt2box.config.validation import validate
 from gpt2box.data.dataset import Dataset, open_dataset
-from gpt2box.data.pretrained import pretrained_folder, shape_on
+from gpt2box.data.pretrained import load_initial_shape, pretrained_folder
 from gpt2box.distributed.group import NoOp, RankGroup
 from gpt2box.errors import Damaged
 from gpt2box.model.hf_weights import hf_state_dict
@@ -153,7 +153,7 @@ def job_of(stretch: Stretch) -> tuple[Job, dict[int, ExecutionPlan], dict[str, A
     )
     shape = model_shape(config, dataset)[1]
     if weights:
-        shape = shape_on(config, weights, dataset.tokenizer)
+        shape = load_initial_shape(config, weights, dataset.tokenizer)
     plan, device = plan_of(config, shape, dataset)
     place = place_of(device, config.dtype, plan.execution.compile)
     ways = {step: list_execution_plans(with_way(stretch, way), shape, place)[0] for step, way in stretch.ways.items()}

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2box.data.dataloader import TrainWindows, micro_batches, permuted, val_window_starts
+from gpt2box.data.dataloader import TrainWindows, micro_batches, permute_index, val_window_starts
 from gpt2box.errors import BadInput
 
 T = 16
@@ -31,7 +31,7 @@ def batches(path: Path, first: int, size: int, count: int, seed: int = 1) -> tor
 
 @given(count=st.integers(1, 500), key=st.binary(min_size=1, max_size=32))
 def test_the_order_is_a_permutation(count: int, key: bytes) -> None:
-    assert sorted(permuted(i, count, key) for i in range(count)) == list(range(count))
+    assert sorted(permute_index(i, count, key) for i in range(count)) == list(range(count))
 
 
 @given(tokens=st.integers(2, 3000), block_size=st.integers(1, 300), seed=st.integers(0, 9))

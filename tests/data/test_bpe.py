@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from gpt2box.data import bulk_tokenizer, text_chunks, tokenizer
 from gpt2box.data.hf_tokenizer import BpeTokenizer
-from gpt2box.data.prepare import Options, prepare
+from gpt2box.data.prepare import prepare
+from gpt2box.data.prepare_config import PrepareConfig
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.export.export import export_model
@@ -82,14 +83,14 @@ MAKES = [plain_files, as_transformers_saves_gpt2s, with_a_prefix_space, with_nor
 @pytest.mark.parametrize("make", MAKES)
 def test_the_ids_are_those_of_transformers(tmp_path: Path, make: Make) -> None:
     make(tmp_path / "theirs")
-    ours = tokenizer.load(tmp_path / "theirs")
+    ours = tokenizer.load_tokenizer(tmp_path / "theirs")
     assert isinstance(ours, BpeTokenizer) and ours.splits_as_gpt2 == (make in MAKES[:2])
     (tmp_path / "again").mkdir()
     ours.save(tmp_path / "again")
     shutil.copy(tmp_path / "theirs" / "config.json", tmp_path / "again")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "again")
     assert ours.vocab_size == len(theirs) and ours.end_of_text == theirs.eos_token_id
-    assert ours.vocabulary() == theirs.get_vocab() == tokenizer.load(tmp_path / "again").vocabulary()
+    assert ours.vocabulary() == theirs.get_vocab() == tokenizer.load_tokenizer(tmp_path / "again").vocabulary()
 
     def same(text: str) -> None:
         ids = ours.encode(text).tolist()
@@ -109,13 +110,13 @@ def test_gpt2s_own_vocabulary_in_any_layout_keeps_its_fast_tokenizer(
     folder.mkdir()
     gpt2_tokenizer.save(folder)
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    assert isinstance(tokenizer.load(folder), Gpt2Tokenizer)
+    assert isinstance(tokenizer.load_tokenizer(folder), Gpt2Tokenizer)
     words = AutoTokenizer.from_pretrained(folder)
     words.save_pretrained(folder)  # with tokenizer.json
-    assert isinstance(tokenizer.load(folder), Gpt2Tokenizer)
+    assert isinstance(tokenizer.load_tokenizer(folder), Gpt2Tokenizer)
     words.add_special_tokens({"pad_token": "<pad>"})
     words.save_pretrained(tmp_path / "padded")
-    padded = tokenizer.load(tmp_path / "padded")
+    padded = tokenizer.load_tokenizer(tmp_path / "padded")
     assert isinstance(padded, BpeTokenizer) and padded.vocab_size == 50_258
     assert gpt2_tokenizer.vocabulary().items() <= padded.vocabulary().items()
     for text in HOSTILE:
@@ -124,18 +125,18 @@ def test_gpt2s_own_vocabulary_in_any_layout_keeps_its_fast_tokenizer(
     config = json.loads((folder / "tokenizer_config.json").read_text()) | {"add_prefix_space": True}
     gpt2_tokenizer.save(folder)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    assert isinstance(tokenizer.load(folder), BpeTokenizer)
+    assert isinstance(tokenizer.load_tokenizer(folder), BpeTokenizer)
 
 
 def test_long_texts_are_cut_where_no_token_crosses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain_files(tmp_path / "words")
-    words = tokenizer.load(tmp_path / "words")
+    words = tokenizer.load_tokenizer(tmp_path / "words")
     text = TINYSHAKESPEARE.read_text()[:200_000]
     whole = words.encode(text[:60_000])
-    monkeypatch.setattr(text_chunks, "PIECE", 64)
+    monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 64)
     bulk = bulk_tokenizer.BulkEncoder(tmp_path / "words")
     assert np.array_equal(np.concatenate(list(bulk.encode([text[:40_000], text[40_000:60_000]]))), whole)
-    monkeypatch.setattr(text_chunks, "PIECE", 1 << 20)
+    monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 1 << 20)
     expected = words._tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[attr-defined]
     assert words.encode(text).tolist() == expected
 
@@ -146,16 +147,16 @@ def test_what_is_too_large_or_of_another_kind_or_broken_is_said(tmp_path: Path) 
     large = content | {f"Ġ{number}x": number for number in range(len(content), 65_537)}
     (tmp_path / "words" / "vocab.json").write_text(json.dumps(large))
     with pytest.raises(BadInput, match="65,537 tokens"):
-        tokenizer.load(tmp_path / "words")
+        tokenizer.load_tokenizer(tmp_path / "words")
     (tmp_path / "words" / "merges.txt").write_text("#version: 0.2\nq Ġzzz\n")
     with pytest.raises(Damaged, match="damaged"):
-        tokenizer.load(tmp_path / "words")
+        tokenizer.load_tokenizer(tmp_path / "words")
     (tmp_path / "words" / "merges.txt").unlink()
     with pytest.raises(BadInput, match=r"without merges\.txt"):
-        tokenizer.load(tmp_path / "words")
+        tokenizer.load_tokenizer(tmp_path / "words")
     (tmp_path / "words" / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": []}}))
     with pytest.raises(BadInput, match="Unigram"):
-        tokenizer.load(tmp_path / "words")
+        tokenizer.load_tokenizer(tmp_path / "words")
 
 
 def model_folder(folder: Path, vocab_size: int) -> Path:
@@ -219,7 +220,7 @@ def test_weights_and_dataset_must_have_one_vocabulary_but_it_may_be_extended(
     swapped = (tmp_path / "two" / "tokenizer.json").read_text().replace('"he":', '"??":').replace('"th":', '"he":')
     (tmp_path / "two" / "tokenizer.json").write_text(swapped.replace('"??":', '"th":'))
     few = {"max_steps": 1, "eval_interval": 1, "eval_windows": 2}
-    prepare([str(book)], Options(str(tmp_path / "two")), "other")
+    prepare([str(book)], PrepareConfig(str(tmp_path / "two")), "other")
     refused = gpt2box("train", *options(dataset="other", init_from=base, **few), "--name", "refused")
     assert refused.returncode == 2 and "another of as many" in refused.stderr, refused.stderr
     assert f"--tokenizer {base}" in refused.stderr
@@ -227,7 +228,7 @@ def test_weights_and_dataset_must_have_one_vocabulary_but_it_may_be_extended(
     words = AutoTokenizer.from_pretrained(base)
     words.add_tokens(["ROMEO:", "JULIET:"])
     words.save_pretrained(tmp_path / "extended")
-    prepare([str(book)], Options(str(tmp_path / "extended")), "extended")
+    prepare([str(book)], PrepareConfig(str(tmp_path / "extended")), "extended")
     done = gpt2box("train", *options(dataset="extended", init_from=base, learning_rate=1e-9, **few), "--name", "ext")
     assert done.returncode == 0, done.stderr
     before = AutoModelForCausalLM.from_pretrained(base).transformer.wte.weight

@@ -18,8 +18,9 @@ import pytest
 
 from gpt2box.data import corpus as collection
 from gpt2box.data import hub_datasets, pretrained
-from gpt2box.data.prepare import Options, prepare
-from gpt2box.data.tokenize_workers import aside
+from gpt2box.data.prepare import prepare
+from gpt2box.data.prepare_config import PrepareConfig
+from gpt2box.data.tokenize_workers import run_in_daemon_thread
 from gpt2box.errors import Damaged, TryAgain
 from tests.helpers.commands import Command
 from tests.helpers.corpora import FILES
@@ -146,7 +147,7 @@ def pinned(server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
     total = sum(map(len, server.files.values()))
     pin = hub_datasets.Pinned("someone/pinned", "abc", "plain_text", FILES, total, 7222)
     monkeypatch.setattr(hub_datasets, "OPENWEBTEXT", pin)
-    monkeypatch.setattr(hub_datasets, "KNOWN", {})
+    monkeypatch.setattr(hub_datasets, "KNOWN_FILES", {})
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     return server
 
@@ -173,12 +174,12 @@ OTHER_JOB = """
 import sys
 from gpt2box.data import corpus as collection
 first, second = collection.from_hub("someone/speeches", "", "train", slice(0, 2), False).sources
-second.bring()
+second.fetch()
 print("has the second", flush=True)
 sys.stdin.readline()
-first.bring()  # which waits for the other job
-first.done()
-second.done()
+first.fetch()  # which waits for the other job
+first.discard()
+second.discard()
 print("done", flush=True)
 """
 
@@ -195,19 +196,19 @@ def other_job() -> Iterator[subprocess.Popen[str]]:
 
 
 def test_two_jobs_that_wait_for_each_others_next_file_both_end(server: Hub, volumes: Path) -> None:
-    first, second = collection.from_hub("someone/speeches", "", "train", slice(0, 2), False).sources
+    first, second = collection.open_hub_dataset("someone/speeches", "", "train", slice(0, 2), False).sources
     with other_job() as other:
         assert other.stdin and other.stdout
         assert other.stdout.readline() == "has the second\n"
-        assert first.bring().exists()
-        ahead = aside(second.bring)
+        assert first.fetch().exists()
+        ahead = run_in_daemon_thread(second.fetch)
         other.stdin.write("go on\n")
         other.stdin.flush()
         time.sleep(0.3)  # both wait, as far as can be seen from here
         assert not ahead.done()
-        first.done()
+        first.discard()
         assert ahead.result(timeout=60).exists()
-        second.done()
+        second.discard()
         assert other.stdout.readline() == "done\n"
     assert other.returncode == 0
 
@@ -216,7 +217,7 @@ def test_a_job_that_waits_for_another_finishes_what_that_one_waits_for(server: H
     with other_job() as other:
         assert other.stdin and other.stdout
         assert other.stdout.readline() == "has the second\n"
-        options = Options(workers=1)
+        options = PrepareConfig(workers=1)
         job = threading.Thread(target=prepare, args=[["hub:someone/speeches"], options], daemon=True)
         job.start()
         first = volumes / "data/raw/someone--speeches/passing/plain-train-00000.parquet"
@@ -232,7 +233,7 @@ def test_a_job_that_waits_for_another_finishes_what_that_one_waits_for(server: H
 
 def test_downloads_that_break_off_go_on(volumes: Path, pinned: Hub) -> None:
     pinned.cut_short = 5
-    prepare(["openwebtext"], Options(split="nanogpt", workers=1))
+    prepare(["openwebtext"], PrepareConfig(split="nanogpt", workers=1))
     assert len(pinned.served) > FILES
     manifest = json.loads((volumes / "data/openwebtext/dataset.json").read_text())
     assert sum(part["documents"] for part in manifest["splits"].values()) == 7222
@@ -240,21 +241,21 @@ def test_downloads_that_break_off_go_on(volumes: Path, pinned: Hub) -> None:
 
 
 def test_other_bytes_than_the_pinned_are_never_taken(volumes: Path, pinned: Hub) -> None:
-    hub_datasets.openwebtext(keep_raw=False)  # the list is kept
+    hub_datasets.list_openwebtext_sources(keep_raw=False)  # the list is kept
     name = next(iter(pinned.files))
     pinned.files[name] = pinned.files[name][:-1] + b"X"
     with pytest.raises(TryAgain, match="sha256"):
-        prepare(["openwebtext"], Options(workers=1))
+        prepare(["openwebtext"], PrepareConfig(workers=1))
     assert not (volumes / "data/openwebtext").exists()
     (volumes / "data/raw/openwebtext/files.json").write_text(json.dumps({"revision": "abc", "files": {}}))
     with pytest.raises(Damaged, match="lacks 'train-00000"):
-        prepare(["openwebtext"], Options(workers=1))
+        prepare(["openwebtext"], PrepareConfig(workers=1))
 
 
 def test_without_network_it_says_so(volumes: Path, pinned: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(TryAgain, match="refused"):
-        prepare(["openwebtext"], Options(workers=1))
+        prepare(["openwebtext"], PrepareConfig(workers=1))
 
 
 def test_weights_without_a_hash_of_our_own_have_the_hubs(
@@ -274,7 +275,7 @@ def test_threads_that_come_first_together_have_one_lock_file(tmp_path: Path) -> 
 
     def first(folder: Path) -> int:
         together.wait()
-        return hub_datasets.lock_of(folder)
+        return hub_datasets.open_lock_file(folder)
 
     with ThreadPoolExecutor(8) as pool:
         for number in range(30):

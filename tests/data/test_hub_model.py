@@ -17,7 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gpt2box.data import hub_datasets
 from gpt2box.data.dataset import TokenFile, open_dataset
 from gpt2box.data.hub_models import hub_model
-from gpt2box.data.prepare import Options, prepare
+from gpt2box.data.prepare import prepare
+from gpt2box.data.prepare_config import PrepareConfig
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.errors import BadInput, Damaged, TryAgain
 from gpt2box.inference.model_loader import find_model, load_model
@@ -92,7 +93,7 @@ def server(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator
     thread = threading.Thread(target=running.serve_forever, daemon=True)
     thread.start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{running.server_address[1]}")
-    monkeypatch.setattr(hub_datasets, "TRIES", 1)
+    monkeypatch.setattr(hub_datasets, "DOWNLOAD_ATTEMPTS", 1)
     yield running
     running.shutdown()
     thread.join()
@@ -167,7 +168,7 @@ def test_the_tokenizer_alone_is_brought_for_a_text(
     made.train([str(TINYSHAKESPEARE)], vocab_size=500, special_tokens=["<|endoftext|>"], show_progress=False)
     made.save_model(str(tmp_path))
     server.files |= {name: (tmp_path / name).read_bytes() for name in ("vocab.json", "merges.txt")}
-    manifest, _ = prepare([str(TINYSHAKESPEARE)], Options("someone/small@v1"))
+    manifest, _ = prepare([str(TINYSHAKESPEARE)], PrepareConfig("someone/small@v1"))
     assert {*server.served} == {"vocab.json", "merges.txt", "tokenizer_config.json"}
     assert manifest["tokenizer"]["vocab_size"] == 500 and not list((volumes / "models").glob("*"))
     dataset = open_dataset(volumes / "data" / "tinyshakespeare-small")
@@ -175,6 +176,6 @@ def test_the_tokenizer_alone_is_brought_for_a_text(
     expected = made.encode(TINYSHAKESPEARE.read_text()[:20_000]).ids
     assert ids.tolist() == expected[:1000]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert not prepare([str(TINYSHAKESPEARE)], Options("someone/small"))[1]  # there already, both
+    assert not prepare([str(TINYSHAKESPEARE)], PrepareConfig("someone/small"))[1]  # there already, both
     with pytest.raises(BadInput, match="--tokenizer nothing"):
-        prepare([str(TINYSHAKESPEARE)], Options("nothing"))
+        prepare([str(TINYSHAKESPEARE)], PrepareConfig("nothing"))

@@ -13,10 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt2box.data.dataloader import counted_targets, inputs_and_targets, read_windows
+from gpt2box.data.dataloader import count_loss_targets, inputs_and_targets, read_windows
 from gpt2box.data.dataset import SPLITS, TokenFile, open_dataset
 from gpt2box.data.downloads import sha256_of
-from gpt2box.data.prepare import Options, prepare, verify
+from gpt2box.data.prepare import prepare, verify_dataset
+from gpt2box.data.prepare_config import PrepareConfig
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.distributed.group import RankGroup
 from gpt2box.errors import BadInput, Damaged
@@ -38,7 +39,7 @@ def write_jsonl(path: Path, records: list[dict[str, str]]) -> Path:
 
 def made_of(path: Path, **changes: object) -> Path:
     folder = path.parent / f"made-{len(list(path.parent.iterdir()))}"
-    prepare([str(path)], Options(**changes), folder=folder)  # type: ignore[arg-type]
+    prepare([str(path)], PrepareConfig(**changes), folder=folder)  # type: ignore[arg-type]
     return folder
 
 
@@ -141,7 +142,7 @@ def test_a_damaged_mask_is_noticed(volumes: Path, tmp_path: Path) -> None:
     mask[3] ^= 1
     (folder / "val.mask").write_bytes(mask)
     with pytest.raises(Damaged, match="val"):
-        verify(str(folder))
+        verify_dataset(str(folder))
     (folder / "val.mask").write_bytes(mask[:-1])
     with pytest.raises(Damaged, match=r"val\.mask is missing or not of"):
         open_dataset(folder)
@@ -150,7 +151,7 @@ def test_a_damaged_mask_is_noticed(volumes: Path, tmp_path: Path) -> None:
     manifest["splits"]["val"]["mask_sha256"] = sha256_of(folder / "val.mask")
     (folder / "dataset.json").write_text(json.dumps(manifest))
     with pytest.raises(Damaged, match=r"val\.mask: no token counts"):
-        verify(str(folder))
+        verify_dataset(str(folder))
 
 
 def test_a_stray_mask_is_not_used_and_one_of_other_bytes_refused(volumes: Path, tmp_path: Path) -> None:
@@ -190,7 +191,7 @@ def test_a_step_is_the_mean_over_counted_tokens_however_it_is_dealt(volumes: Pat
     inputs, targets = inputs_and_targets(windows)
     ids = np.fromfile(folder / "train.bin", "<u2").astype(np.int64)
     counted = np.fromfile(folder / "train.mask", bool)
-    assert dataset.masked and counted_targets(windows) == sum(counted[s + 1 : s + T + 1].sum() for s in starts)
+    assert dataset.masked and count_loss_targets(windows) == sum(counted[s + 1 : s + T + 1].sum() for s in starts)
     assert inputs.tolist() == [ids[s : s + T].tolist() for s in starts]
     logits = model.logits(model.hidden_states(inputs.long()))
     wanted = torch.tensor(np.stack([np.where(counted, ids, -1)[s + 1 : s + T + 1] for s in starts]))

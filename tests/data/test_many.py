@@ -21,13 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2box.data import text_chunks, tokenize_workers
-from gpt2box.data.bin_writer import DIGEST_BYTES, Seen
+from gpt2box.data.bin_writer import DIGEST_BYTES, DuplicateFilter
 from gpt2box.data.bulk_tokenizer import BulkEncoder
-from gpt2box.data.corpus import own_collection
+from gpt2box.data.corpus import open_own_files
 from gpt2box.data.dataset import open_dataset
-from gpt2box.data.prepare_corpus import Choices, prepare_many
+from gpt2box.data.prepare_config import PrepareConfig
+from gpt2box.data.prepare_corpus import prepare_corpus
 from gpt2box.data.readers import Unit
-from gpt2box.data.sources import own_files
+from gpt2box.data.sources import find_files
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.errors import BadInput
 from tests.helpers.commands import Command
@@ -251,7 +252,9 @@ def test_a_few_long_texts_are_cut_and_not_held_out(tmp_path: Path, volumes: Path
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"{name} " + TINYSHAKESPEARE.read_text())
     folder = volumes / "data/long"
-    manifest, _ = prepare_many(own_collection(own_files([str(tmp_path / "*.txt")])), Choices(0.1, workers=1), folder)
+    manifest, _ = prepare_corpus(
+        open_own_files(find_files([str(tmp_path / "*.txt")])), PrepareConfig(val_fraction=0.1, workers=1), folder
+    )
     train, val = (manifest["splits"][split] for split in ("train", "val"))
     assert train["documents"] == val["documents"] == 2
     assert val["tokens"] == pytest.approx(0.1 * (train["tokens"] + val["tokens"]), abs=2)
@@ -263,14 +266,14 @@ def test_where_chance_holds_out_nothing_the_end_is(tmp_path: Path, volumes: Path
     path = tmp_path / "few.jsonl"
     texts = [f"{index} and more. " * 2000 for index in range(12)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    collection = own_collection(own_files([str(path)]))
-    manifest, _ = prepare_many(collection, Choices(val_fraction=0.01), volumes / "data/few")
+    collection = open_own_files(find_files([str(path)]))
+    manifest, _ = prepare_corpus(collection, PrepareConfig(val_fraction=0.01), volumes / "data/few")
     train, val = (np.fromfile(volumes / f"data/few/{split}.bin", "<u2") for split in ("train", "val"))
     whole = np.concatenate([train, val])
     assert (whole == 50_256).sum() == 12 and whole[-1] == 50_256
     assert len(val) == pytest.approx(0.01 * len(whole), rel=0.01)
     assert manifest["splits"]["val"]["tokens"] == len(val)
-    manifest, _ = prepare_many(collection, Choices(val_fraction=0.1, split="content"), volumes / "data/more")
+    manifest, _ = prepare_corpus(collection, PrepareConfig(val_fraction=0.1, split="content"), volumes / "data/more")
     val = np.fromfile(volumes / "data/more/val.bin", "<u2")
     assert val[-1] == 50_256 and manifest["splits"]["val"]["documents"] == (val == 50_256).sum()
 
@@ -289,7 +292,9 @@ def test_two_at_once_are_refused(tmp_path: Path, volumes: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text(TINYSHAKESPEARE.read_text())
     with locked(volumes / "data/.long.lock", "x"), pytest.raises(BadInput, match="by another process"):
-        prepare_many(own_collection(own_files([str(path)])), Choices(0.1, workers=1), volumes / "data/long")
+        prepare_corpus(
+            open_own_files(find_files([str(path)])), PrepareConfig(val_fraction=0.1, workers=1), volumes / "data/long"
+        )
 
 
 def test_large_units_go_through_a_file(
@@ -299,9 +304,9 @@ def test_large_units_go_through_a_file(
     text = " ".join(TINYSHAKESPEARE.read_text().split()) * 4
     path.write_text(text)
     tokenize_workers.start_worker(ranks_file)
-    plain = tokenize_workers.tokenise(Unit(path, path.name, ""), 50_256, tmp_path / "spill")
+    plain = tokenize_workers.tokenize_unit(Unit(path, path.name, ""), 50_256, tmp_path / "spill")
     monkeypatch.setattr(tokenize_workers, "SPILL_BYTES", 100_000)
-    spilled = tokenize_workers.tokenise(Unit(path, path.name, ""), 50_256, tmp_path / "spill")
+    spilled = tokenize_workers.tokenize_unit(Unit(path, path.name, ""), 50_256, tmp_path / "spill")
     assert isinstance(plain.tokens, np.ndarray) and spilled.tokens == tmp_path / "spill"
     for chunk in (plain, spilled):
         assert [ids.tobytes() for ids in chunk.documents()] == [joined(gpt2_tokenizer, [text])]
@@ -319,7 +324,7 @@ def test_bulk_encoding_gives_tiktokens_ids_wherever_the_text_is_cut(
 ) -> None:
     text = "".join(parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_chunks, "PIECE", 8)
+        patch.setattr(text_chunks, "CHUNK_CHARACTERS", 8)
         bulk = cached(ranks_file)
         found = [int(i) for ids in bulk.encode((text[:cut], text[cut:])) for i in ids]
     assert found == bulk.tokenizer.encode(text).tolist()
@@ -342,12 +347,12 @@ def test_the_locked_stacks_have_the_fast_tokenizer(ranks_file: Path) -> None:
 @given(st.lists(st.lists(st.integers(0, 30), max_size=20), max_size=20))
 def test_what_was_seen_is_known_again(rows: list[list[int]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Seen, "RECENT", 5)
-        seen, before = Seen(b""), set()
+        patch.setattr(DuplicateFilter, "RECENT", 5)
+        seen, before = DuplicateFilter(b""), set()
         for row in rows:
             digests = [bytes([n]) + bytes(DIGEST_BYTES - 2) + bytes([n % 2]) for n in row]
             expected = [n not in before and row.index(n) == i for i, n in enumerate(row)]
-            assert seen.firsts(b"".join(digests)).tolist() == expected
+            assert seen.mark_first(b"".join(digests)).tolist() == expected
             before |= set(row)
 
 

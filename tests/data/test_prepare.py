@@ -11,8 +11,9 @@ import pytest
 
 from gpt2box.data.dataset import open_dataset
 from gpt2box.data.downloads import sha256_of
-from gpt2box.data.prepare_texts import Request, prepare_few, split
-from gpt2box.data.sources import CORPORA, own_text
+from gpt2box.data.prepare_config import PrepareConfig
+from gpt2box.data.prepare_texts import prepare_texts, split_texts
+from gpt2box.data.sources import CORPORA, load_texts
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.errors import BadInput, Damaged
 from tests.helpers.commands import Command
@@ -30,7 +31,7 @@ NANOGPT = {
         "val": (111_540, "d37d30cc0c8327c270d493299c3dca54135f6d5f1c9ef60cda78076e311204b1"),
     },
 }
-CHAR = Request("char", 0.1)
+CHAR = PrepareConfig("char", 0.1)
 
 
 def text_file(path: Path, content: str | bytes) -> Path:
@@ -41,7 +42,7 @@ def text_file(path: Path, content: str | bytes) -> Path:
 @pytest.mark.parametrize("tokenizer", ["gpt2", "char"])
 def test_tinyshakespeare_is_byte_for_byte_nanogpts(volumes: Path, tokenizer: str) -> None:
     folder = volumes / "data" / "tiny"
-    manifest, written = prepare_few(CORPORA["tinyshakespeare"](), Request(tokenizer, 0.1), folder)
+    manifest, written = prepare_texts(CORPORA["tinyshakespeare"](), PrepareConfig(tokenizer, 0.1), folder)
     assert written
     for name, (tokens, digest) in NANOGPT[tokenizer].items():
         assert sha256_of(folder / f"{name}.bin") == digest == manifest["splits"][name]["sha256"]
@@ -50,7 +51,7 @@ def test_tinyshakespeare_is_byte_for_byte_nanogpts(volumes: Path, tokenizer: str
 
 
 def test_the_complete_works_have_the_known_count(volumes: Path) -> None:
-    manifest, _ = prepare_few(CORPORA["shakespeare"](), Request("gpt2", 0.1), volumes / "data" / "works")
+    manifest, _ = prepare_texts(CORPORA["shakespeare"](), PrepareConfig("gpt2", 0.1), volumes / "data" / "works")
     parts = manifest["splits"].values()
     assert sum(part["documents"] for part in parts) == 42
     assert sum(part["tokens"] for part in parts) == 1_565_959 + 42  # and an end-of-text token each
@@ -60,33 +61,33 @@ def test_the_complete_works_have_the_known_count(volumes: Path) -> None:
 
 def test_doing_it_again_does_nothing_and_changed_text_rebuilds(tmp_path: Path, volumes: Path) -> None:
     source, folder = text_file(tmp_path / "a.txt", "To be, or not to be. " * 100), volumes / "data" / "a"
-    assert prepare_few(own_text([str(source)]), CHAR, folder)[1]
+    assert prepare_texts(load_texts([str(source)]), CHAR, folder)[1]
     before = (folder / "train.bin").stat()
-    assert not prepare_few(own_text([str(source)]), CHAR, folder)[1]
+    assert not prepare_texts(load_texts([str(source)]), CHAR, folder)[1]
     assert (folder / "train.bin").stat() == before
     text_file(source, "That is the question. " * 100)
-    assert prepare_few(own_text([str(source)]), CHAR, folder)[1]
-    assert prepare_few(own_text([str(source)]), Request("char", 0.2), folder)[1]
+    assert prepare_texts(load_texts([str(source)]), CHAR, folder)[1]
+    assert prepare_texts(load_texts([str(source)]), PrepareConfig("char", 0.2), folder)[1]
 
 
 def test_a_damaged_dataset_is_rebuilt_and_until_then_refused(tmp_path: Path, volumes: Path) -> None:
     source, folder = text_file(tmp_path / "a.txt", "To be, or not to be. " * 100), volumes / "data" / "a"
-    prepare_few(own_text([str(source)]), CHAR, folder)
+    prepare_texts(load_texts([str(source)]), CHAR, folder)
     whole = (folder / "train.bin").read_bytes()
     (folder / "train.bin").write_bytes(whole[:-2])
     with pytest.raises(Damaged, match=r"train\.bin has"):
         open_dataset(folder)
-    assert prepare_few(own_text([str(source)]), CHAR, folder)[1]
+    assert prepare_texts(load_texts([str(source)]), CHAR, folder)[1]
     assert (folder / "train.bin").read_bytes() == whole
 
 
 def test_a_failure_leaves_the_earlier_dataset(tmp_path: Path, volumes: Path) -> None:
     source, folder = text_file(tmp_path / "a.txt", "To be, or not to be. " * 100), volumes / "data" / "a"
-    prepare_few(own_text([str(source)]), CHAR, folder)
+    prepare_texts(load_texts([str(source)]), CHAR, folder)
     before = sorted(path.name for path in folder.parent.iterdir())
     text_file(source, "short")
     with pytest.raises(BadInput, match="too little text"):
-        prepare_few(own_text([str(source)]), CHAR, folder)
+        prepare_texts(load_texts([str(source)]), CHAR, folder)
     assert sorted(path.name for path in folder.parent.iterdir()) == before
     open_dataset(folder)
 
@@ -97,9 +98,9 @@ def test_a_folder_is_read_recursively_in_order_with_an_end_of_text_after_each(
     (tmp_path / "texts" / "sub").mkdir(parents=True)
     for name in ("b.txt", "a.md", "sub/c.TXT", ".hidden.txt", "picture.png"):
         text_file(tmp_path / "texts" / name, f"{name} says hello. " * 40)
-    corpus = own_text([str(tmp_path / "texts")])
+    corpus = load_texts([str(tmp_path / "texts")])
     assert [file["name"] for file in corpus.files] == ["a.md", "b.txt", "sub/c.TXT"]
-    prepare_few(corpus, Request("gpt2", 0.1), volumes / "data" / "t")
+    prepare_texts(corpus, PrepareConfig("gpt2", 0.1), volumes / "data" / "t")
     ids = np.fromfile(volumes / "data" / "t" / "train.bin", dtype="<u2")
     texts = gpt2_tokenizer.decode_bytes(ids.tolist()).decode().split("<|endoftext|>")
     assert len(texts) == 4 and texts[3] == "" and texts[0].startswith("a.md says")
@@ -108,7 +109,7 @@ def test_a_folder_is_read_recursively_in_order_with_an_end_of_text_after_each(
 def test_with_many_documents_whole_ones_are_held_out(tmp_path: Path) -> None:
     for i in range(30):
         text_file(tmp_path / f"{i:02}.txt", f"document {i:02}")
-    parts = split(own_text([str(tmp_path)]).texts, 0.1)
+    parts = split_texts(load_texts([str(tmp_path)]).texts, 0.1)
     assert len(parts["val"]) == 3 and len(parts["train"]) == 27
     assert sorted(parts["val"] + parts["train"]) == [f"document {i:02}" for i in range(30)]
 
@@ -117,7 +118,7 @@ def test_a_text_that_is_most_of_the_corpus_is_cut_and_not_held_out(tmp_path: Pat
     text_file(tmp_path / "book.txt", "b" * 10_000)
     for i in range(12):
         text_file(tmp_path / f"note{i}.txt", f"{i:010}")
-    parts = split(own_text([str(tmp_path)]).texts, 0.1)
+    parts = split_texts(load_texts([str(tmp_path)]).texts, 0.1)
     assert len(parts["train"]) == len(parts["val"]) == 13 and sum(map(len, parts["val"])) == pytest.approx(1012, abs=13)
 
 
@@ -141,23 +142,23 @@ def test_files_of_the_users_under_the_datasets_name_are_never_removed(
 def test_an_empty_file_among_others_is_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text_file(tmp_path / "a.txt", "words")
     text_file(tmp_path / "b.txt", "\n")
-    assert [file["name"] for file in own_text([str(tmp_path)]).files] == ["a.txt"]
+    assert [file["name"] for file in load_texts([str(tmp_path)]).files] == ["a.txt"]
     assert "1 of 2 files are empty and left out" in capsys.readouterr().err
 
 
 def test_a_publish_killed_half_way_leaves_the_earlier_dataset(tmp_path: Path, volumes: Path) -> None:
     source, folder = text_file(tmp_path / "a.txt", "To be, or not to be. " * 100), volumes / "data" / "a"
-    prepare_few(own_text([str(source)]), CHAR, folder)
+    prepare_texts(load_texts([str(source)]), CHAR, folder)
     folder.rename(folder.parent / ".a.old")  # as after the first of the two renames
     text_file(source, "too short now")
     with pytest.raises(BadInput):
-        prepare_few(own_text([str(source)]), CHAR, folder)
+        prepare_texts(load_texts([str(source)]), CHAR, folder)
     open_dataset(folder)
 
 
 def test_line_ends_and_a_byte_order_mark_are_read_as_text_mode_does(tmp_path: Path) -> None:
     path = text_file(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\rthree\n")
-    assert own_text([str(path)]).texts[0] == "one\ntwo\nthree\n"
+    assert load_texts([str(path)]).texts[0] == "one\ntwo\nthree\n"
 
 
 @pytest.mark.parametrize(

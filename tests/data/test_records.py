@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2box.data import readers
-from gpt2box.data.sources import own_text
+from gpt2box.data.sources import load_texts
 from gpt2box.errors import BadInput, Damaged
 from tests.helpers.commands import Command
 from tests.helpers.settings import TINYSHAKESPEARE
@@ -40,7 +40,7 @@ PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst"
 
 def written(path: Path, texts: list[str]) -> Path:
     """The texts as a file whose kind its name says."""
-    kind = readers.kind_of(path)
+    kind = readers.file_kind(path)
     rows = [{"id": i, "text": text} for i, text in enumerate(texts)]
     if kind == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=7)
@@ -67,22 +67,22 @@ def written(path: Path, texts: list[str]) -> Path:
 )
 def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path, name: str) -> None:
     path = written(tmp_path / name, TEXTS)
-    corpus = own_text([str(path)])
+    corpus = load_texts([str(path)])
     assert corpus.texts == [text for text in TEXTS if text.strip()]
     assert corpus.empty == 1 and corpus.name == "a"
-    assert own_text([str(path)], column="text").texts == corpus.texts
+    assert load_texts([str(path)], column="text").texts == corpus.texts
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.md.zst", "a.txt.xz", "a.bz2"])
 def test_packed_plain_texts(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(PACK[path.suffix](b"\xef\xbb\xbfone\r\ntwo\rthree\n"))
-    assert own_text([str(path)]).texts == ["one\ntwo\nthree\n"]
+    assert load_texts([str(path)]).texts == ["one\ntwo\nthree\n"]
 
 
 def test_duplicates_are_left_out_unless_wanted(tmp_path: Path, volumes: Path, gpt2box: Command) -> None:
     path = written(tmp_path / "a.jsonl", TEXTS + TEXTS)
-    once, twice = own_text([str(path)]), own_text([str(path)], keep_duplicates=True)
+    once, twice = load_texts([str(path)]), load_texts([str(path)], keep_duplicates=True)
     assert once.duplicates == len(once.texts) == 43 and len(twice.texts) == 86
     done = gpt2box("prepare", str(path))
     assert done.returncode == 0 and "left out: 43 exact duplicates, 2 without text" in done.stderr
@@ -95,8 +95,8 @@ def test_patterns_folders_and_standard_input(tmp_path: Path, volumes: Path, gpt2
         path.write_text(f"{name} " * 100)
     (tmp_path / "texts" / "settings.json").write_text("{}")
     (tmp_path / "texts" / "picture.png").write_bytes(bytes(100))
-    assert own_text([str(tmp_path / "texts/**/*.txt")]).texts == ["a " * 100, "b " * 100, "c/d " * 100]
-    assert len(own_text([str(tmp_path / "texts")]).texts) == 3
+    assert load_texts([str(tmp_path / "texts/**/*.txt")]).texts == ["a " * 100, "b " * 100, "c/d " * 100]
+    assert len(load_texts([str(tmp_path / "texts")]).texts) == 3
     done = gpt2box("prepare", "-", "--name", "typed", input=TINYSHAKESPEARE.read_text())
     assert done.returncode == 0, done.stderr
     again = gpt2box("prepare", "-", "--name", "typed", input=TINYSHAKESPEARE.read_text())
@@ -137,7 +137,7 @@ def test_what_cannot_be_read_is_named(
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(error, match="a\\.") as raised:
-        own_text([str(path)])
+        load_texts([str(path)])
     assert part in str(raised.value)
 
 
@@ -148,8 +148,8 @@ SEQUENCES = ["a", "\r\n", "\r", "é", "漢", "🙂", "\n"]
 def test_blocks_do_not_show(parts: list[bytes], mark: bool) -> None:
     content = (b"\xef\xbb\xbf" if mark else b"") + b"".join(parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "BLOCK", 3)
-        found = "".join(readers.decoded(io.BytesIO(content), Path("a.txt")))
+        patch.setattr(readers, "BLOCK_BYTES", 3)
+        found = "".join(readers.decode_text(io.BytesIO(content), Path("a.txt")))
     assert found == io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
 
 
@@ -162,9 +162,9 @@ def test_the_first_bad_byte_is_named_wherever_blocks_end(content: bytes) -> None
         line = content.count(b"\n", 0, error.start) + 1
         expected = f"byte 0x{content[error.start]:02x} at offset {error.start:,}, line {line:,}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "BLOCK", 3)
+        patch.setattr(readers, "BLOCK_BYTES", 3)
         try:
-            "".join(readers.decoded(io.BytesIO(content), Path("a.txt")))
+            "".join(readers.decode_text(io.BytesIO(content), Path("a.txt")))
             found = ""
         except BadInput as error:
             found = error.found
@@ -175,11 +175,11 @@ def test_a_row_with_too_many_fields_is_refused_not_cut(tmp_path: Path) -> None:
     path = tmp_path / "commas.csv"
     path.write_text("text\none field\nthis one, alas, has three\n")
     with pytest.raises(BadInput, match=r"row 3: 3 fields"):
-        own_text([str(path)])
+        load_texts([str(path)])
 
 
 def test_records_nested_beyond_reason_are_named(tmp_path: Path) -> None:
     path = tmp_path / "deep.jsonl"
     path.write_text('{"text": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
     with pytest.raises(BadInput, match=r"deep\.jsonl, line 1"):
-        own_text([str(path)])
+        load_texts([str(path)])

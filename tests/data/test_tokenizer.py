@@ -21,7 +21,7 @@ def test_the_files_written_are_the_published_ones(gpt2_tokenizer: Gpt2Tokenizer,
     # openai-community/gpt2-medium at 6dcaa7a
     assert sha256_of(tmp_path / "vocab.json") == "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
     assert sha256_of(tmp_path / "merges.txt") == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-    loaded = tokenizer.load(tmp_path)
+    loaded = tokenizer.load_tokenizer(tmp_path)
     assert isinstance(loaded, Gpt2Tokenizer) and loaded.ranks == gpt2_tokenizer.ranks
 
 
@@ -46,7 +46,7 @@ def test_a_folder_that_transformers_saved_is_read(gpt2_tokenizer: Gpt2Tokenizer,
 
     gpt2_tokenizer.save(tmp_path)
     AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "theirs")
-    loaded = tokenizer.load(tmp_path / "theirs")
+    loaded = tokenizer.load_tokenizer(tmp_path / "theirs")
     assert isinstance(loaded, Gpt2Tokenizer) and loaded.ranks == gpt2_tokenizer.ranks
 
 
@@ -60,20 +60,20 @@ def test_transformers_reads_the_character_files_to_the_same_ids(tmp_path: Path, 
     from transformers import AutoTokenizer
 
     plain = TEXT.replace("<|endoftext|>", "")
-    ours = tokenizer.from_texts([plain], end_of_text)
+    ours = tokenizer.build_char_tokenizer([plain], end_of_text)
     ours.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs(plain)["input_ids"] == ours.encode(plain).tolist()
     assert theirs.decode(ours.encode(plain).tolist()) == plain
     assert theirs.eos_token_id == ours.end_of_text
-    again = tokenizer.load(tmp_path)
+    again = tokenizer.load_tokenizer(tmp_path)
     assert again.vocab_size == ours.vocab_size == len(set(plain)) + end_of_text
     assert again.decode_bytes(again.encode(plain).tolist()).decode() == plain
 
 
 def test_a_character_it_does_not_know_is_named() -> None:
     with pytest.raises(BadInput, match=r"'é' \(U\+00E9\)"):
-        tokenizer.from_texts(["abc"], True).encode("abé")
+        tokenizer.build_char_tokenizer(["abc"], True).encode("abé")
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
@@ -81,4 +81,4 @@ def test_a_character_it_does_not_know_is_named() -> None:
 def test_broken_files_are_named(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises((Damaged, BadInput)):
-        tokenizer.load(tmp_path)
+        tokenizer.load_tokenizer(tmp_path)

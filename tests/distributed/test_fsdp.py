@@ -12,7 +12,8 @@ import torch
 
 from gpt2box.checkpoint import retention
 from gpt2box.config.validation import validate
-from gpt2box.data.prepare import Options, prepare
+from gpt2box.data.prepare import prepare
+from gpt2box.data.prepare_config import PrepareConfig
 from gpt2box.errors import BadInput, MachineCannot
 from gpt2box.model.shape import ModelShape
 from gpt2box.planner.search import choose_execution_plan
@@ -40,7 +41,7 @@ def test_sharded_ranks_match_one_and_resume_its_checkpoints(
 ) -> None:
     records = [{"prompt": f"{i}" + " and what" * (i % 7), "response": " so it is" * (i % 5)} for i in range(1, 400)]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    prepare([str(tmp_path / "chat.jsonl")], Options(), folder=volumes / "data" / "chat")
+    prepare([str(tmp_path / "chat.jsonl")], PrepareConfig(), folder=volumes / "data" / "chat")
     # With 9 validation windows, one rank has one window fewer than the other.
     settings = {**SAME, "dataset": "chat", "eval_windows": 9, "micro_batch_size": 2, **settings}
     train("straight", **{**settings, "compile": False})

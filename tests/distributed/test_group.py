@@ -11,7 +11,8 @@ import pytest
 
 from gpt2box.checkpoint import retention
 from gpt2box.config.validation import validate
-from gpt2box.data.prepare import Options, prepare
+from gpt2box.data.prepare import prepare
+from gpt2box.data.prepare_config import PrepareConfig
 from gpt2box.errors import BadInput
 from gpt2box.model.shape import ModelShape
 from gpt2box.planner.search import list_execution_plans as ways
@@ -25,7 +26,7 @@ def test_two_ranks_match_one_and_resume_each_others_checkpoints(volumes: Path, t
     records = [{"prompt": f"{i}" + " and what" * (i % 7), "response": " so it is" * (i % 5)} for i in range(1, 400)]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     # Only responses count in the loss, and each micro-batch has another number of their tokens.
-    prepare([str(tmp_path / "chat.jsonl")], Options(), folder=volumes / "data" / "chat")
+    prepare([str(tmp_path / "chat.jsonl")], PrepareConfig(), folder=volumes / "data" / "chat")
     settings = {**SAME, "dataset": "chat", "weight_decay": 0.3, "grad_clip": 0.5, "eval_windows": 9}
     train("straight", **settings)
     train("run", **{**settings, "max_steps": 8})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpt2box.data.tokenizer import Gpt2Tokenizer, from_texts
+from gpt2box.data.tokenizer import Gpt2Tokenizer, build_char_tokenizer
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.export import huggingface
 from gpt2box.export.export import export_model
@@ -91,7 +91,7 @@ def test_an_export_that_fails_its_check_leaves_no_files(
 def test_weights_that_are_not_finite_or_out_of_range_are_refused(
     tmp_path: Path, number: float, format_name: str, dtype: str | None, part: str
 ) -> None:
-    tokenizer = from_texts(["abc"], end_of_text=True)
+    tokenizer = build_char_tokenizer(["abc"], end_of_text=True)
     model, folder = save_random_model(tmp_path / "model", tokenizer)
     with torch.no_grad():
         model.wte.weight[1, 1] = number
@@ -103,6 +103,6 @@ def test_weights_that_are_not_finite_or_out_of_range_are_refused(
 
 
 def test_all_files_of_an_export_have_the_same_permissions(tmp_path: Path) -> None:
-    _, folder = save_random_model(tmp_path / "model", from_texts(["abc"], end_of_text=True))
+    _, folder = save_random_model(tmp_path / "model", build_char_tokenizer(["abc"], end_of_text=True))
     exported = export_model(folder, "huggingface", None, tmp_path / "out", "")
     assert len({path.stat().st_mode for path in exported.iterdir()}) == 1

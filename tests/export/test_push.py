@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load
 
-from gpt2box.data.tokenizer import from_texts
+from gpt2box.data.tokenizer import build_char_tokenizer
 from gpt2box.errors import BadInput, Gpt2boxError, TryAgain
 from gpt2box.export.export import export_model
 from gpt2box.export.push import check_name, push
@@ -149,7 +149,7 @@ def model(volumes: Path) -> Path:
     """Write a small model and return its folder."""
     folder = volumes / "models" / "small"
     folder.mkdir(parents=True)
-    network, tokenizer = tiny_model(), from_texts([string.printable], end_of_text=True)
+    network, tokenizer = tiny_model(), build_char_tokenizer([string.printable], end_of_text=True)
     write_checkpoint(folder, network, tokenizer)
     return folder
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2box.data.pretrained import shape_in
+from gpt2box.data.pretrained import load_shape
 from gpt2box.model.decoder import Decoder
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.hf_weights import load_hf_weights
@@ -133,7 +133,7 @@ def test_logits_are_those_of_transformers(volumes: Path, started: Command) -> No
     folder = volumes / "runs/run/checkpoints/last"
     theirs = GPT2LMHeadModel.from_pretrained(folder).cuda().eval()
     ids = torch.randint(0, 50_257, (2, 100), device="cuda")
-    ours = GPT2(shape_in(folder)).cuda().eval()
+    ours = GPT2(load_shape(folder)).cuda().eval()
     load_hf_weights(ours, folder)
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(ours.hidden_states(ids)), theirs(ids).logits, rtol=1e-4, atol=1e-4)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gpt2box.data.pretrained import shape_in
+from gpt2box.data.pretrained import load_shape
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.hf_weights import load_hf_weights
 from tests.helpers.commands import Command
@@ -20,7 +20,7 @@ def test_transformers_loads_a_checkpoint_folder_with_the_same_logits(run: Path) 
     text = "But soft, what light"
     x = hf_tokenizer(text, return_tensors="pt")["input_ids"]
     assert x.shape == (1, len(text)) and hf_tokenizer.decode(x[0]) == text
-    model = GPT2(shape_in(folder))
+    model = GPT2(load_shape(folder))
     load_hf_weights(model, folder)
     with torch.no_grad():
         assert (hf_model(x).logits - model.logits(model.hidden_states(x))).abs().max() <= 1e-4

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from gpt2box.data.pretrained import shape_in
+from gpt2box.data.pretrained import load_shape
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.hf_weights import hf_state_dict, load_hf_weights
@@ -30,8 +30,8 @@ def token_ids(batch: int = 3, length: int = 24) -> torch.Tensor:
 def test_saved_weights_load_bit_identically(tmp_path: Path, bias: bool) -> None:
     model = tiny_model(bias)
     folder = saved(model, tmp_path)
-    assert shape_in(folder) == model.shape
-    loaded = GPT2(shape_in(folder))
+    assert load_shape(folder) == model.shape
+    loaded = GPT2(load_shape(folder))
     load_hf_weights(loaded, folder)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
 
@@ -40,7 +40,7 @@ def test_saved_weights_load_bit_identically(tmp_path: Path, bias: bool) -> None:
 def test_weights_saved_by_transformers_give_its_logits(tmp_path: Path, shard: str) -> None:
     reference = load_in_transformers(tiny_model(), tmp_path)
     reference.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
-    model = GPT2(shape_in(tmp_path / "theirs"))
+    model = GPT2(load_shape(tmp_path / "theirs"))
     load_hf_weights(model, tmp_path / "theirs")
     assert (model.logits(model.hidden_states(token_ids())) - reference(token_ids()).logits).abs().max() <= 1e-4
 
@@ -49,7 +49,7 @@ def test_weights_saved_by_transformers_give_its_logits(tmp_path: Path, shard: st
 def test_16_bit_weights_load_unchanged(tmp_path: Path, dtype: torch.dtype) -> None:
     reference = load_in_transformers(tiny_model(), tmp_path).to(dtype)
     reference.save_pretrained(tmp_path / "theirs")
-    model = GPT2(shape_in(tmp_path / "theirs"))
+    model = GPT2(load_shape(tmp_path / "theirs"))
     load_hf_weights(model, tmp_path / "theirs")
     assert (model.logits(model.hidden_states(token_ids())) - reference.float()(token_ids()).logits).abs().max() <= 1e-4
 
@@ -63,7 +63,7 @@ def test_an_architecture_other_than_gpt2_is_refused(tmp_path: Path) -> None:
     config["scale_attn_by_inverse_layer_idx"] = True
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadInput, match="scale_attn_by_inverse_layer_idx True"):
-        shape_in(tmp_path / "theirs")
+        load_shape(tmp_path / "theirs")
     state = hf_state_dict(tiny_model())
     for shift in (0.0, 0.1):
         state["lm_head.weight"] = state["transformer.wte.weight"] + shift
@@ -90,7 +90,7 @@ def test_invalid_sizes_in_config_json_are_named(tmp_path: Path, key: str, value:
     path = saved(tiny_model(), tmp_path) / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(Damaged, match=message):
-        shape_in(path.parent)
+        load_shape(path.parent)
 
 
 def test_a_shorter_context_uses_the_first_positions(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from gpt2box.checkpoint import retention
 from gpt2box.checkpoint.loader import load_weights
-from gpt2box.data.pretrained import shape_in
+from gpt2box.data.pretrained import load_shape
 from gpt2box.errors import BadInput
 from gpt2box.model.decoder import Decoder, KVCache
 from gpt2box.model.gpt2 import GPT2
@@ -144,7 +144,7 @@ def test_a_checkpoint_loads_as_plain_gpt2(
     folder = (volumes / "runs/tuned/checkpoints/best").resolve()
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.arange(20)[None]
-    loaded = GPT2.empty(shape_in(folder), 0.0, "cpu")
+    loaded = GPT2.empty(load_shape(folder), 0.0, "cpu")
     load_weights(folder, loaded)
     with torch.no_grad():
         logits = loaded.eval().logits(loaded.hidden_states(ids))

@@ -14,9 +14,10 @@ from gpt2box.checkpoint.metadata import parse_state
 from gpt2box.data import dataloader
 from gpt2box.data.dataloader import TrainWindows
 from gpt2box.data.downloads import sha256_of
-from gpt2box.data.prepare import Options, prepare
-from gpt2box.data.prepare_texts import Request, prepare_few
-from gpt2box.data.sources import own_text
+from gpt2box.data.prepare import prepare
+from gpt2box.data.prepare_config import PrepareConfig
+from gpt2box.data.prepare_texts import prepare_texts
+from gpt2box.data.sources import load_texts
 from gpt2box.errors import BadInput
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.optim import loss_spikes
@@ -48,7 +49,7 @@ def prepare_letters(volumes: Path, noisy: range) -> None:
     """Prepare a dataset `letters` of the repeated alphabet, with random letters in the data of the steps `noisy`."""
     folder = volumes / "data" / "letters"
     (volumes / "letters.txt").write_text("abcdefghijklmnopqrstuvwxyz\n" * 4000)
-    prepare_few(own_text([str(volumes / "letters.txt")]), Request("char", 0.1), folder)
+    prepare_texts(load_texts([str(volumes / "letters.txt")]), PrepareConfig("char", 0.1), folder)
     ids = np.fromfile(folder / "train.bin", dtype="<u2")
     windows, rng = TrainWindows(len(ids), 32, 1337), np.random.default_rng(0)
     for sequence in range(noisy.start * 8, noisy.stop * 8):
@@ -107,7 +108,7 @@ def test_a_micro_step_with_most_of_a_steps_targets_is_no_spike(volumes: Path, tm
     prompt, long = "Say it: " + "yes or no or " * 9, "yes it is so and so it is " * 12
     records = [{"prompt": f"{i} {prompt}", "response": long if i % 25 == 0 else "yes"} for i in range(600)]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    prepare([str(tmp_path / "chat.jsonl")], Options(), folder=volumes / "data" / "chat")
+    prepare([str(tmp_path / "chat.jsonl")], PrepareConfig(), folder=volumes / "data" / "chat")
     train(**IN_BACKWARD, dataset="chat", micro_batch_size=1, max_steps=HISTORY + 20, learning_rate=1e-6)
     assert last_row(volumes)["skipped_steps"] == 0
 
@@ -206,7 +207,7 @@ def test_unusual_passages_in_a_healthy_run_are_no_spikes(volumes: Path, monkeypa
     rng, text = random.Random(0), TINYSHAKESPEARE.read_text()[:300_000]
     parts = [text[i : i + 1500] + random_digits(rng) * (i % 45_000 == 0) for i in range(0, len(text), 1500)]
     (volumes / "odd.txt").write_text("".join(parts))
-    prepare_few(own_text([str(volumes / "odd.txt")]), Request("char", 0.1), volumes / "data" / "odd")
+    prepare_texts(load_texts([str(volumes / "odd.txt")]), PrepareConfig("char", 0.1), volumes / "data" / "odd")
     settings = {"dataset": "odd", "micro_batch_size": 4, "tokens_per_step": 128, "max_steps": 600, "eval_interval": 600}
     train("kept", **settings)
     assert last_row(volumes, "kept")["skipped_steps"] == 0

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from gpt2box.checkpoint import retention
 from gpt2box.data.downloads import sha256_of
-from gpt2box.data.prepare_texts import Request, prepare_few
-from gpt2box.data.sources import own_text
+from gpt2box.data.prepare_config import PrepareConfig
+from gpt2box.data.prepare_texts import prepare_texts
+from gpt2box.data.sources import load_texts
 from gpt2box.errors import BadInput, Damaged, Gpt2boxError
 from gpt2box.runs import metrics
 from gpt2box.training.run import run_job
@@ -437,8 +438,8 @@ def test_a_finetune_goes_on_without_its_first_weights(volumes: Path, capsys: pyt
 
 def test_a_text_without_line_ends_is_sampled(volumes: Path, tmp_path: Path) -> None:
     (tmp_path / "digits.txt").write_text("0123456789" * 500)
-    corpus = replace(own_text([str(tmp_path / "digits.txt")]), end_of_text=False)
-    prepare_few(corpus, Request("char", 0.1), volumes / "data" / "digits")
+    corpus = replace(load_texts([str(tmp_path / "digits.txt")]), end_of_text=False)
+    prepare_texts(corpus, PrepareConfig("char", 0.1), volumes / "data" / "digits")
     train("digits", dataset="digits", sample_tokens=10)
     assert len(list((volumes / "runs/digits/samples").glob("step-*.txt"))) == 3
     with pytest.raises(BadInput, match="not in this model's 10 characters: 'R'"):

@@ -46,10 +46,11 @@ def test_reproduce_on_a_cpu_ignores_variables_that_the_program_sets_itself(
 def test_reproduce_names_the_missing_or_different_dataset(volumes: Path, tmp_path: Path) -> None:
     text = tmp_path / "mine.txt"
     text.write_text("All the world's a stage, and all the men and women merely players. " * 100)
-    from gpt2box.data.prepare_texts import Request, prepare_few
-    from gpt2box.data.sources import own_text
+    from gpt2box.data.prepare_config import PrepareConfig
+    from gpt2box.data.prepare_texts import prepare_texts
+    from gpt2box.data.sources import load_texts
 
-    prepare_few(own_text([str(text)]), Request("char", 0.1), volumes / "data/mine")
+    prepare_texts(load_texts([str(text)]), PrepareConfig("char", 0.1), volumes / "data/mine")
     train("own", dataset="mine", max_steps=2)
     manifest = volumes / "runs/own/manifest.json"
     written = json.loads((volumes / "data/mine/dataset.json").read_text())
