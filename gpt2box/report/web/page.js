@@ -1,13 +1,13 @@
-// Draws curves with uPlot: all charts over the same axis, which the reader chooses. A page that has them in a block
-// of JSON shows them once; another calls `show` as they grow.
+// Draw charts with uPlot over one axis, chosen by the reader. A report embeds its curves as JSON and draws them once;
+// the dashboard calls `show` as they grow.
 "use strict";
 function makePlots(place) {
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
-  const AXES = { step: "step", hours: "hours since the beginning, breaks included", tokens: "tokens seen" };
+  const AXES = { step: "step", hours: "hours since the start, breaks included", tokens: "tokens seen" };
   const PARTS = { 1: "all", 0.5: "its last half", 0.1: "its last tenth" };
   let charts = []; // {title, from_zero, lines: [{label, dots, step, hours, value, tokens_per_step}]}
   let drawn = [];
-  let looked = false; // closer, at a part: growing curves leave it where it is
+  let zoomed = false; // by the reader: growing curves then leave the view alone
 
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const color = (i, n) =>
@@ -56,7 +56,7 @@ function makePlots(place) {
         { ...ruled, size: 64, values: (plot, ticks) => ticks.map(shown) },
       ],
       cursor: { sync: { key: "run" }, y: false, dataIdx: nearest },
-      hooks: { setSelect: [() => (looked = true)] },
+      hooks: { setSelect: [() => (zoomed = true)] },
       series: [
         { label: AXES[axis.value].split(" ")[0], value: (plot, value) => shown(value) },
         ...lines.map((line, i) => ({
@@ -96,7 +96,7 @@ function makePlots(place) {
     charts = wanted;
     if (same) {
       drawn.forEach((plot, i) => plot.setData(data(charts[i]), false));
-      if (looked) drawn.forEach((plot) => plot.setScale("x", { min: plot.scales.x.min, max: plot.scales.x.max }));
+      if (zoomed) drawn.forEach((plot) => plot.setScale("x", { min: plot.scales.x.min, max: plot.scales.x.max }));
       else zoom();
       return;
     }
@@ -107,7 +107,7 @@ function makePlots(place) {
       node.className = "chart";
       title.textContent = chart.title;
       node.append(title);
-      node.addEventListener("dblclick", () => setTimeout(zoom)); // after uPlot, which shows all of it
+      node.addEventListener("dblclick", () => setTimeout(zoom)); // after uPlot's own handler, which zooms out
       place.append(node);
       return node;
     });
@@ -123,7 +123,7 @@ function makePlots(place) {
   }
 
   function zoom() {
-    looked = false;
+    zoomed = false;
     const ends = charts.flatMap((chart) => chart.lines.map((line) => along(line, axis.value)));
     const last = Math.max(...ends.map((values) => values[values.length - 1]));
     const first = Math.min(...ends.map((values) => values[0]));

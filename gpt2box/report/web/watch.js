@@ -1,12 +1,12 @@
-// Asks for what is new, and shows it. What comes from a run is set as text, never as HTML.
+// Poll for news and show it. Content of a run is set as text, never as HTML.
 "use strict";
 (function () {
   const at = (id) => document.getElementById(id);
   const plots = makePlots(at("plots"));
-  const MOST = 4000; // points of a curve, after which it is asked for thinned again
+  const MOST = 4000; // points of a curve; beyond, request all curves anew, downsampled
   const empty = () => ({ curves: "", log: "", samples: "", sample: "" });
-  let known = empty(); // what this page has, in the server's words
-  let run = chosen(); // that the reader has chosen; "" leaves it to the server
+  let known = empty(); // the versions that this page has, as the server names them
+  let run = chosen(); // chosen by the reader; "" leaves it to the server
   let charts = [];
   let timer = 0;
   let asked = 0;
@@ -31,7 +31,7 @@
     return element("table", top, element("tbody", ...rows.map((cells) => line(cells, "td"))));
   }
 
-  // Puts something in place only where it is new, so that a selection or a place in the page is not lost.
+  // Replace content only when it changed, so that a selection or scroll position is not lost.
   const last = {};
   function put(id, content, make) {
     const key = JSON.stringify(content);
@@ -45,7 +45,7 @@
   }
 
   function ofCards({ fault, cards }) {
-    if (!cards.length) return [element("p", fault ? `no card: ${fault}` : "no card")];
+    if (!cards.length) return [element("p", fault ? `no GPU: ${fault}` : "no GPU")];
     return cards.flatMap((card) => {
       const meter = element("meter");
       meter.value = card.used;
@@ -54,7 +54,7 @@
       figures.className = "tiles";
       const held = card.processes.length
         ? table(["program", "process", "memory held"], card.processes)
-        : element("p", "The driver names no program that holds memory of it.");
+        : element("p", "The driver reports no process that holds its memory.");
       const wide = element("div", held);
       wide.className = "wide";
       return [element("h3", card.name), meter, figures, wide];
@@ -119,7 +119,7 @@
   }
 
   function added(more) {
-    // Appends points to the curves that are drawn; false where there is a new curve among them.
+    // Append points to the drawn curves; return false if one of them is new.
     for (const chart of more)
       for (const line of chart.lines) {
         const to = charts.find((each) => each.title === chart.title)?.lines.find((each) => each.label === line.label);
@@ -158,7 +158,7 @@
     let wait = 5000;
     try {
       const response = await fetch("api/now?" + new URLSearchParams({ run, ...known }), { signal: AbortSignal.timeout(30000) });
-      if (mine !== asked) return; // the reader has chosen another run meanwhile
+      if (mine !== asked) return; // the reader chose another run meanwhile
       if (!response.ok) throw new Error(await response.text());
       const answer = await response.json();
       if (mine !== asked) return;
@@ -168,7 +168,7 @@
     } catch (error) {
       if (mine !== asked) return;
       const lost = error instanceof TypeError || error.name === "TimeoutError";
-      at("trouble").textContent = lost ? "gpt2box watch does not answer. Asking again." : error.message;
+      at("trouble").textContent = lost ? "gpt2box watch does not answer. Retrying." : error.message;
       at("trouble").hidden = false;
     }
     if (!document.hidden) timer = setTimeout(ask, wait);
