@@ -1,8 +1,7 @@
-"""Runs gpt2box commands in processes of their own that need not import PyTorch anew: each is forked from this one.
+"""Run gpt2box commands in forked processes, which need not import PyTorch again.
 
-A line of JSON on standard input is a request, a line on standard output its answer. A forked process is a process like
-any other: it is killed by the system, in the middle of any instruction, and nothing of it goes on. It has a session of
-its own, so that its workers are killed with it.
+Each line of JSON on standard input is a request, each line on standard output its answer. A forked process can be
+killed at any instruction, like any other. It has a session of its own, so that its workers are killed with it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import sys
 import time
 from typing import Any
 
-LOADED = [  # what the commands import, which takes seconds
+LOADED = [  # imports of the commands, which take seconds
     "matplotlib.pyplot",
     "torch._inductor",
     "torch.utils.tensorboard",
@@ -31,7 +30,7 @@ LOADED = [  # what the commands import, which takes seconds
 
 
 def serve() -> None:
-    """Until standard input ends."""
+    """Answer requests until standard input ends."""
     for module in LOADED:  # not at the top: workers that a command starts read this file
         importlib.import_module(module)
     print(json.dumps("ready"), flush=True)
@@ -40,7 +39,7 @@ def serve() -> None:
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
-    """Fork, and kill after `kill_after` seconds, where that comes before the end."""
+    """Fork a command; kill it if it is still running after `kill_after` seconds."""
     begun = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -53,7 +52,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         if kill_after is not None and time.monotonic() - begun >= kill_after:
             try:
                 os.killpg(child, signal.SIGKILL)
-            except ProcessLookupError:  # it has no group of its own yet
+            except ProcessLookupError:  # it has not called setsid yet
                 os.kill(child, signal.SIGKILL)
             kill_after = None
         time.sleep(0.0005)
@@ -61,7 +60,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def become(request: dict[str, Any]) -> None:
-    """The command; never returns."""
+    """Run the command in this forked process; never returns."""
     os.setsid()
     os.dup2(os.open(request.get("input", os.devnull), os.O_RDONLY), 0)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115, the server's own has read ahead

@@ -20,7 +20,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 class Forked:
-    """Runs commands in processes of their own that need not import PyTorch anew (command_server.py)."""
+    """Run commands in processes forked from one that has imported PyTorch already (command_server.py)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -35,7 +35,7 @@ class Forked:
         assert self.process.stdout is not None and json.loads(self.process.stdout.readline()) == "ready"
 
     def run(self, arguments: Sequence[str], folder: Path, text: str = "") -> subprocess.CompletedProcess[str]:
-        """A command in that folder, with the environment that is this process's now; `text`: its standard input."""
+        """Run a command in a folder with this process's current environment. `text`: its standard input."""
         assert self.process.stdin is not None and self.process.stdout is not None
         paths = [self.folder / name for name in ("input", "output", "errors")]
         paths[0].write_text(text, encoding="utf-8")
@@ -61,7 +61,7 @@ class Forked:
 
 
 def command(*arguments: str) -> tuple[object, str]:
-    """A command in this process: its exit code, and what it said."""
+    """Run a command in this process. Returns its exit code and its output."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["gpt2box", *arguments])
         with contextlib.redirect_stdout(said := Said()), contextlib.redirect_stderr(said):

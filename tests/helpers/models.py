@@ -16,7 +16,7 @@ from gpt2box.model.shape import ModelShape
 def tiny_model(
     bias: bool = True, vocab_size: int = 101, dropout: float = 0.0, dtype: torch.dtype = torch.float32
 ) -> GPT2:
-    """A random model with a vocabulary that needs padding, and nothing left at zero."""
+    """Create a random model whose vocabulary needs padding and whose parameters are not zero."""
     model = GPT2(ModelShape(n_layer=3, n_head=4, n_embd=32, block_size=24, vocab_size=vocab_size, bias=bias), dropout)
     model.init_weights(seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -30,7 +30,7 @@ def tiny_model(
 
 
 def write_checkpoint(folder: Path, model: GPT2, words: Tokenizer) -> None:
-    """A checkpoint of step 0 in a folder of any name."""
+    """Write a checkpoint of step 0 into a folder."""
     state = TrainState()
     files = checkpoint_tensors(model, torch.optim.AdamW(model.parameters()), state)
     write_checkpoint_files(folder, files, checkpoint_config(model, words), state, words)
@@ -40,6 +40,6 @@ VOCABULARY = CharTokenizer("".join(chr(33 + i) for i in range(100)), end_of_text
 
 
 def saved(model: GPT2, folder: Path) -> Path:
-    """A checkpoint as training writes it."""
+    """Save a checkpoint as training does."""
     optimizer = torch.optim.AdamW(model.parameters())
     return save_checkpoint(folder, model, optimizer, TrainState(), VOCABULARY)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Refuse(TorchDispatchMode):
-    """An allocator that refuses: the n-th call of an operator, and those after it up to `times`, find no memory."""
+    """Raise OutOfMemoryError at the n-th call of an operator, and at later calls up to `times` in all."""
 
     def __init__(self, operator: str, nth: int, times: int = 1) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Refuse(TorchDispatchMode):
 
 
 class Spoil(TorchDispatchMode):
-    """Gives what is not a number from the calls of an operator whose numbers, from 1, are in `which`."""
+    """Return NaN from those calls of an operator whose numbers, from 1, are in `which`."""
 
     def __init__(self, operator: str, which: range) -> None:
         super().__init__()

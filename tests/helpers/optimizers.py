@@ -37,7 +37,7 @@ def batches(count: int) -> list[Tensor]:
 
 
 def trained(steps: int, micro_steps: int = 1, **flags: str) -> list[Tensor]:
-    """The weights after some steps with one optimizer or another."""
+    """Train a tiny model for some steps and return its weights."""
     sizes = {"micro_batch_size": "4", "block_size": "24", "tokens_per_step": f"{96 * micro_steps}"}
     settings = plan(grad_clip="100", **sizes, **flags)
     model = tiny_model(bias=False)  # a key's bias has no gradient but rounding, which AdamW makes large
@@ -57,5 +57,5 @@ def trained(steps: int, micro_steps: int = 1, **flags: str) -> list[Tensor]:
 
 
 def distance(a: list[Tensor], b: list[Tensor]) -> float:
-    """The largest difference between two models' weights."""
+    """Return the largest difference between two models' weights."""
     return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))

@@ -1,4 +1,4 @@
-"""Run plans with everything fixed."""
+"""Build run plans with a fixed execution plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpt2box.planner.target_device import TargetDevice
 def planned(
     shape: ModelShape, micro_batch_size: int, mode: str, dtype: str, compiled: bool = False, **settings: object
 ) -> tuple[RunPlan, ExecutionPlan]:
-    """A plan with everything fixed."""
+    """Build a run plan and its execution plan from fixed settings."""
     accumulation, ranks = int(str(settings.pop("accumulation", 2))), int(str(settings.pop("ranks", 1)))
     flags = {
         "dataset": "x",
@@ -27,7 +27,7 @@ def planned(
         **settings,
     }
     loaded = loader.load_config(None, {key: str(value) for key, value in flags.items()})[0]
-    place = TargetDevice("a card", 0, None, dtype, on_gpu=True, compiled=compiled, ranks=ranks)
+    place = TargetDevice("a GPU", 0, None, dtype, on_gpu=True, compiled=compiled, ranks=ranks)
     (way,) = list_execution_plans(loaded, shape, place)
     way = replace(way, memory=replace(way.memory, workspace=way.memory.workspace - (NCCL_BYTES if ranks > 1 else 0)))
     return make_run_plan(loaded, shape, 10**6, "cpu", dtype, way), way

@@ -1,4 +1,4 @@
-"""Data that give a loss which is not a number: the windows of some of a run's steps, however often they are read."""
+"""Make the data windows of some steps give a NaN loss, however often they are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpt2box.model.gpt2 import GPT2
 
 
 def poison_data(first: int, last: int) -> None:
-    """From now on in this process, of the data of steps `first` to `last` (of a run without any other)."""
+    """Poison the data of steps `first` to `last` of all runs in this process."""
     starts = set()
     plain_start = dataloader.TrainWindows.start
     plain_forward = GPT2.forward
@@ -20,7 +20,7 @@ def poison_data(first: int, last: int) -> None:
 
     def start(self: dataloader.TrainWindows, sequence: int) -> int:
         found = plain_start(self, sequence)
-        if first * 8 <= sequence < (last + 1) * 8:  # 8 windows a step, as conftest's TINY has
+        if first * 8 <= sequence < (last + 1) * 8:  # 8 windows per step, as with helpers/settings.py's TINY
             starts.add(found)
         return found
 

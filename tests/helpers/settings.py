@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-
-
 TINYSHAKESPEARE = ROOT / "tests" / "data_files" / "tinyshakespeare.txt"
 
-
-# Seconds-long runs; settings that a test changes are given as further options.
+# Settings of a run that takes seconds; tests override some of them.
 TINY = {
     "dataset": "text",
     "n_layer": 2,
@@ -30,5 +27,5 @@ TINY = {
 
 
 def options(**changes: object) -> list[str]:
-    """A tiny run's settings as command-line options."""
+    """Return a tiny run's settings as command-line options."""
     return [f"--{key.replace('_', '-')}={value}" for key, value in {**TINY, **changes}.items()]

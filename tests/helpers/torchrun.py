@@ -31,7 +31,7 @@ def train_on_two(name: str, restarts: int = 0, **settings: object) -> subprocess
 
 
 def rank_of(launcher: subprocess.Popen[str], rank: int) -> int:
-    """The process id of a rank."""
+    """Return a rank's process id."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     (found,) = [c for c in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{c}/environ").read_bytes()]
     return int(found)

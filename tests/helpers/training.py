@@ -14,13 +14,13 @@ from tests.helpers.settings import ROOT, TINY, options
 
 
 def train(name: str = "run", **changes: object) -> None:
-    """In this process."""
+    """Train in this process."""
     values = {key: str(value) for key, value in {**TINY, "name": name, **changes}.items()}
     run_job(None, values, StopRequest())
 
 
 def process(volumes: Path, program: str = "", **changes: object) -> subprocess.Popen[str]:
-    """In a process of its own, with one thread, as the runs it is compared with."""
+    """Start a training process with one thread, as the runs it is compared with have."""
     command = [sys.executable, *([program] if program else ["-m", "gpt2box"]), "train", *options(**changes)]
     paths = {"GPT2BOX_VOLUMES": str(volumes), "PYTHONPATH": str(ROOT)}
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | paths
@@ -28,6 +28,7 @@ def process(volumes: Path, program: str = "", **changes: object) -> subprocess.P
 
 
 def wait_for(path: Path, running: subprocess.Popen[str]) -> None:
+    """Wait until the file exists while the process runs."""
     while not path.exists():
         assert running.poll() is None, running.stderr and running.stderr.read()
         time.sleep(0.005)
