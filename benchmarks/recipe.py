@@ -1,13 +1,13 @@
-"""Tokens to a loss: Muon against AdamW, learning rates swept for both, and against nanoGPT's recipe as published.
+"""Compare how many tokens Muon and AdamW need to reach a loss, each with its best learning rate of a sweep.
 
     gpt2box prepare shakespeare --tokenizer char --name shakespeare-char
     python benchmarks/recipe.py [--sizes small medium] [--seeds 1 2 3] [--dataset NAME] [--plot docs/recipe.png]
 
-AdamW trains on N tokens, at each learning rate of a sweep with the first seed, at the best with all. So does Muon, on
-the shares of N in `SHARES`, each a run of its own whose learning rate ends at zero. The share at which Muon's loss is
-AdamW's final one is read off between them, on a logarithmic scale. nanoGPT's recipe is its published one for a CPU:
-2,000 steps of 12 × 64 characters. One pass over the text is never completed. Results are kept in `--results`, a JSON
-line a run, and what is there is not run again.
+AdamW trains on N tokens: with the first seed at every learning rate of the sweep, then with all seeds at the best one.
+Muon does the same on the shares of N in `SHARES`; each share is a separate run whose learning rate decays to zero. The
+share at which Muon reaches AdamW's final loss is interpolated on a logarithmic scale. Muon is also compared with
+nanoGPT's published recipe for a CPU: 2,000 steps of 12 × 64 characters. No run completes a pass over the text. Results
+are stored in `--results`, one JSON line per run, and runs found there are skipped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from gpt2box.training.evaluate import evaluate
 from gpt2box.utils.paths import dataset_dir
 from gpt2box.utils.ranks import ALONE
 
-SIZES = {"small": {"n_layer": 2}, "medium": {"n_layer": 4}}  # the second is nanoGPT's for a CPU
+SIZES = {"small": {"n_layer": 2}, "medium": {"n_layer": 4}}  # medium is nanoGPT's model for a CPU
 COMMON = {"n_head": 4, "n_embd": 128, "block_size": 64, "bias": "false", "beta2": 0.99}
 OURS = {**COMMON, "micro_batch_size": 24, "tokens_per_step": 1536, "min_lr": 0, "lr_schedule": "linear"}
 RECIPES: dict[str, dict[str, Any]] = {
@@ -52,37 +52,37 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adamw": {**OURS, "warmup_steps": 50},
     "muon": {**OURS, "warmup_steps": 20, "optimizer": "muon"},
 }  # fmt: skip
-STEPS = {"small": 666, "medium": 266}  # of AdamW
-SHARES = (0.37, 0.6)  # of them, for Muon; its sweep is at the last
-OF_PUBLISHED = (0.22, 0.37)  # of the tokens of nanoGPT's recipe
+STEPS = {"small": 666, "medium": 266}  # AdamW's steps, N
+SHARES = (0.37, 0.6)  # of STEPS, for Muon; its sweep uses the last
+SHARES_OF_NANOGPT = (0.22, 0.37)  # of the tokens of nanoGPT's recipe, for Muon
 SWEEP = {"adamw": (2.5e-3, 5e-3, 1e-2, 2e-2), "muon": (1e-2, 2e-2, 4e-2)}
 
 
 @dataclass
 class Runs:
-    """Runs on one dataset, and where their results are kept."""
+    """Training runs on one dataset, with stored results."""
 
     dataset: Dataset
     results: Path
 
     def run(self, size: str, recipe: str, seed: int, **settings: Any) -> dict[str, Any]:
-        """tokens, val_loss, seconds and curve of a run: from the results, or else trained now."""
+        """Return tokens, val_loss, seconds and curve of a run; train it if the results lack it."""
         settings = {**SIZES[size], **RECIPES[recipe], "seed": seed, **settings}
         key = {"dataset": self.dataset.digest, "size": size, "recipe": recipe, "settings": settings}
         for line in self.results.read_text().splitlines() if self.results.exists() else []:
             if (row := json.loads(line))["key"] == key:
                 return dict(row)
-        plan = planned(self.dataset, settings)
-        curve, seconds = trained(self.dataset, plan)
+        plan = make_cpu_plan(self.dataset, settings)
+        curve, seconds = train(self.dataset, plan)
         row = {"key": key, "tokens": curve[-1][0], "val_loss": curve[-1][1], "seconds": seconds, "curve": curve}
         with open(self.results, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        said = f"learning rate {plan.config.learning_rate:g}, {row['tokens']:,} tokens, seed {seed}"
-        print(f"{size} {recipe}: {said}: {row['val_loss']:.4f} in {seconds:.0f} s", flush=True)
+        description = f"learning rate {plan.config.learning_rate:g}, {row['tokens']:,} tokens, seed {seed}"
+        print(f"{size} {recipe}: {description}: {row['val_loss']:.4f} in {seconds:.0f} s", flush=True)
         return row
 
     def best_rate(self, size: str, recipe: str, seed: int, steps: int) -> float:
-        """The learning rate of the sweep with the lowest loss."""
+        """Return the learning rate of the sweep with the lowest loss."""
         losses = {
             rate: self.run(size, recipe, seed, learning_rate=rate, max_steps=steps)["val_loss"]
             for rate in SWEEP[recipe]
@@ -92,8 +92,8 @@ class Runs:
         return best
 
 
-def planned(dataset: Dataset, settings: dict[str, Any]) -> RunPlan:
-    """As `gpt2box train` would, in float32 on the CPU."""
+def make_cpu_plan(dataset: Dataset, settings: dict[str, Any]) -> RunPlan:
+    """Plan a run like `gpt2box train`, in float32 on the CPU."""
     flags = {"dataset": "x", "activation_checkpointing": "none", "eval_windows": 600, "device": "cpu", **settings}
     config = loader.load_config(None, {key: str(value) for key, value in flags.items()})[0]
     vocab_size = dataset.tokenizer.vocab_size
@@ -104,8 +104,8 @@ def planned(dataset: Dataset, settings: dict[str, Any]) -> RunPlan:
     return make_run_plan(config, shape, dataset.tokens("train"), "cpu", "float32", way)
 
 
-def trained(dataset: Dataset, plan: RunPlan, evaluations: int = 4) -> tuple[list[tuple[int, float]], float]:
-    """(tokens, val_loss) along the way, and seconds of one thread without the evaluations."""
+def train(dataset: Dataset, plan: RunPlan, evaluations: int = 4) -> tuple[list[tuple[int, float]], float]:
+    """Train; return the curve of (tokens, val_loss) and the thread's seconds without evaluations."""
     model = GPT2(plan.shape, plan.config.dropout)
     model.init_weights(plan.config.seed)
     model.loss_chunk_tokens = plan.config.loss_chunk_tokens
@@ -143,51 +143,53 @@ def tokens_to(loss: float, rows: list[dict[str, Any]]) -> float:
 
 
 def compare(runs: Runs, size: str, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
-    """All runs of a size, by recipe and length; prints the table's rows."""
+    """Run all recipes of a size and print the table's rows; return the results by recipe and length."""
     lengths = [round(STEPS[size] * share) for share in SHARES]
     adamw_rate = runs.best_rate(size, "adamw", seeds[0], STEPS[size])
     muon_rate = runs.best_rate(size, "muon", seeds[0], lengths[-1])
-    found: dict[str, list[dict[str, Any]]] = {}
+    results: dict[str, list[dict[str, Any]]] = {}
     for seed in seeds:
         muon = [runs.run(size, "muon", seed, learning_rate=muon_rate, max_steps=steps) for steps in lengths]
         adamw = runs.run(size, "adamw", seed, learning_rate=adamw_rate, max_steps=STEPS[size])
         for name, row in {"adamw": adamw, **{f"muon {row['tokens']}": row for row in muon}}.items():
-            found.setdefault(name, []).append(row)
+            results.setdefault(name, []).append(row)
         losses = " | ".join(f"{row['val_loss']:.4f}" for row in (*muon, adamw))
         print(f"| {size}, seed {seed} | {losses} | {ratios(muon, adamw)} |", flush=True)
-    return found
+    return results
 
 
-def compare_with_published(runs: Runs, size: str, seeds: list[int], found: dict[str, list[dict[str, Any]]]) -> None:
-    """The same for nanoGPT's recipe, added to what was found."""
-    rate = next(row for name, (row, *_) in found.items() if name.startswith("muon"))["key"]["settings"]["learning_rate"]
+def compare_with_published(runs: Runs, size: str, seeds: list[int], results: dict[str, list[dict[str, Any]]]) -> None:
+    """Compare Muon with nanoGPT's recipe, print the rows, and add the results to `results`."""
+    rate = next(row for name, (row, *_) in results.items() if name.startswith("muon"))["key"]["settings"][
+        "learning_rate"
+    ]
     for seed in seeds:
         nanogpt = runs.run(size, "nanogpt", seed)
-        found.setdefault("nanogpt", []).append(nanogpt)
-        lengths = [round(nanogpt["tokens"] * share / OURS["tokens_per_step"]) for share in OF_PUBLISHED]
+        results.setdefault("nanogpt", []).append(nanogpt)
+        lengths = [round(nanogpt["tokens"] * share / OURS["tokens_per_step"]) for share in SHARES_OF_NANOGPT]
         ours = [runs.run(size, "muon", seed, learning_rate=rate, max_steps=steps) for steps in lengths]
         losses = " | ".join(f"{row['val_loss']:.4f}" for row in (*ours, nanogpt))
         print(f"| {size}, seed {seed} | {losses} | {ratios(ours, nanogpt)} |", flush=True)
 
 
 def ratios(muon: list[dict[str, Any]], other: dict[str, Any]) -> str:
-    """Tokens and time of Muon to the other's final loss, over the other's."""
+    """Return the ratios of tokens and time that Muon needs to reach the other run's final loss."""
     tokens = tokens_to(other["val_loss"], muon)
     seconds = tokens * muon[-1]["seconds"] / muon[-1]["tokens"]
     return f"{tokens / other['tokens']:.2f} | {seconds / other['seconds']:.2f}"
 
 
-def plot(found: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
-    """val_loss by tokens, means over seeds, a panel a size."""
+def plot(results: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
+    """Plot val_loss over tokens, averaged over seeds, with one panel per size."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(found), figsize=(9, 4), layout="constrained", squeeze=False)
+    figure, panels = pyplot.subplots(1, len(results), figsize=(9, 4), layout="constrained", squeeze=False)
     colours = {"nanogpt": "tab:grey", "adamw": "tab:blue", "muon": "tab:orange"}
     labels = {"nanogpt": "nanoGPT's recipe", "adamw": "AdamW, tuned", "muon": "Muon, tuned"}
-    for axes, (size, by_name) in zip(panels[0], found.items(), strict=True):
+    for axes, (size, by_name) in zip(panels[0], results.items(), strict=True):
         for name, rows in by_name.items():
             recipe = name.split()[0]
             points = [
@@ -212,11 +214,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     runs = Runs(open_dataset(dataset_dir(arguments.dataset)), arguments.results)
-    found = {size: compare(runs, size, arguments.seeds) for size in arguments.sizes}
+    results = {size: compare(runs, size, arguments.seeds) for size in arguments.sizes}
     for size in reversed(arguments.sizes):
-        compare_with_published(runs, size, arguments.seeds, found[size])
+        compare_with_published(runs, size, arguments.seeds, results[size])
     if arguments.plot:
-        plot(found, arguments.plot)
+        plot(results, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The same training by nanoGPT's own train.py and by gpt2box: final loss on the same validation windows.
+"""Compare the final loss of nanoGPT's own train.py and of gpt2box on the same validation windows.
 
     python benchmarks/same_loss.py --nanogpt ../nanoGPT [--seeds 1 2 3]
 
-tinyshakespeare in characters, nanoGPT's CPU shape (4 layers, 128 wide, block 64), micro-batch 12,
-AdamW and schedule equal, no dropout, the same number of tokens. Both write the same dataset bytes; each
-draws its batches its own way. Needs that dataset: gpt2box prepare tinyshakespeare --tokenizer char
+Both train on tinyshakespeare in characters with nanoGPT's CPU model (4 layers, 128 wide, block size 64), micro-batch
+size 12, the same AdamW and schedule, no dropout, and the same number of tokens. Dataset bytes are equal; each program
+samples batches in its own way. Prepare the dataset first: gpt2box prepare tinyshakespeare --tokenizer char
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SETTINGS = {
 
 
 def val_loss(logits_of: Callable[[torch.Tensor], torch.Tensor], folder: Path) -> float:
-    """Mean cross-entropy over all validation windows, by plain torch."""
+    """Compute the mean cross-entropy over all validation windows, in plain PyTorch."""
     dataset = open_dataset(folder)
     starts = [int(start) for start in val_window_starts(dataset.tokens("val"), BLOCK, 0)]
     total = 0.0
@@ -55,7 +55,7 @@ def val_loss(logits_of: Callable[[torch.Tensor], torch.Tensor], folder: Path) ->
 
 
 def train_nanogpt(checkout: Path, dataset: Path, steps: int, seed: int, work: Path) -> float:
-    """nanoGPT's train.py, with its seed replaced, on a copy of the checkout."""
+    """Run nanoGPT's train.py on a copy of the checkout with another seed; return its validation loss."""
     copy = work / f"nanogpt-{seed}"
     shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".git", "assets"))
     source = (copy / "train.py").read_text().replace("torch.manual_seed(1337", f"torch.manual_seed({seed}")
@@ -65,7 +65,7 @@ def train_nanogpt(checkout: Path, dataset: Path, steps: int, seed: int, work: Pa
     for name in ("train.bin", "val.bin"):
         shutil.copy(dataset / name, folder)
     values = SETTINGS | {"max_iters": steps, "lr_decay_iters": steps, "eval_interval": steps, "eval_iters": 1}
-    # it has no vocabulary file here and would take GPT-2's 50,304
+    # without a meta.pkl nanoGPT would assume GPT-2's 50,304 tokens
     source = source.replace("meta_vocab_size = None", "meta_vocab_size = 65", 1)
     (copy / "train.py").write_text(source)
     flags = [f"--{key}={value}" for key, value in values.items()]
@@ -73,15 +73,15 @@ def train_nanogpt(checkout: Path, dataset: Path, steps: int, seed: int, work: Pa
     subprocess.run([sys.executable, "train.py", *flags], cwd=copy, check=True, stdout=subprocess.DEVNULL)
     saved = torch.load(copy / "out" / "ckpt.pt", weights_only=True)
     sys.path.insert(0, str(checkout))
-    import model as theirs
+    import model as nanogpt_model
 
-    network = theirs.GPT(theirs.GPTConfig(**saved["model_args"])).eval()
+    network = nanogpt_model.GPT(nanogpt_model.GPTConfig(**saved["model_args"])).eval()
     network.load_state_dict(saved["model"])
     return val_loss(lambda ids: network(ids.contiguous(), ids.contiguous())[0], dataset)
 
 
-def train_ours(dataset: Path, steps: int, seed: int, work: Path) -> float:
-    """gpt2box with the same settings under nanoGPT's names."""
+def train_gpt2box(dataset: Path, steps: int, seed: int, work: Path) -> float:
+    """Run gpt2box with the same settings under nanoGPT's names; return its validation loss."""
     values = SETTINGS | {"max_iters": steps, "lr_decay_iters": steps, "eval_interval": steps, "eval_iters": 1}
     flags = [f"--{key}={value}" for key, value in values.items()]
     flags += [f"--data_dir={dataset.resolve()}", f"--name=seed-{seed}", f"--seed={seed}"]
@@ -95,6 +95,7 @@ def train_ours(dataset: Path, steps: int, seed: int, work: Path) -> float:
 
 
 def main() -> None:
+    """Train with both programs at each seed and print the losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2000)
@@ -104,12 +105,15 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         for seed in arguments.seeds:
-            theirs = train_nanogpt(arguments.nanogpt.resolve(), dataset, arguments.steps, seed, Path(name))
-            mine = train_ours(dataset, arguments.steps, seed, Path(name))
-            rows.append((theirs, mine))
-            print(f"seed {seed}: nanoGPT {theirs:.4f}, gpt2box {mine:.4f}, ratio {mine / theirs:.4f}", flush=True)
-    theirs, mine = (statistics.mean(column) for column in zip(*rows, strict=True))
-    print(json.dumps({"nanogpt": round(theirs, 4), "gpt2box": round(mine, 4), "ratio": round(mine / theirs, 4)}))
+            nanogpt = train_nanogpt(arguments.nanogpt.resolve(), dataset, arguments.steps, seed, Path(name))
+            gpt2box = train_gpt2box(dataset, arguments.steps, seed, Path(name))
+            rows.append((nanogpt, gpt2box))
+            print(
+                f"seed {seed}: nanoGPT {nanogpt:.4f}, gpt2box {gpt2box:.4f}, ratio {gpt2box / nanogpt:.4f}", flush=True
+            )
+    nanogpt, gpt2box = (statistics.mean(column) for column in zip(*rows, strict=True))
+    figures = {"nanogpt": nanogpt, "gpt2box": gpt2box, "ratio": gpt2box / nanogpt}
+    print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 
 
 if __name__ == "__main__":
