@@ -18,7 +18,6 @@ from torch import Tensor
 
 from gpt2box.checkpoint import retention
 from gpt2box.checkpoint.metadata import TrainState
-from gpt2box.checkpoint.safetensors_io import TensorSource
 from gpt2box.checkpoint.writer import (
     TensorFiles,
     check_disk_space,
@@ -70,7 +69,7 @@ class StagingBuffer:
             for name, tensor in tensors(full_tensor):
                 copies.append((name, self._buffers[file, name].copy_(tensor, non_blocking=True)))
                 devices.add(tensor.device)
-            copied[file] = constant_source(copies)
+            copied[file] = lambda _, copies=copies: copies  # type: ignore[misc]
         for device in devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -102,11 +101,6 @@ class StagingBuffer:
 def aligned_bytes(tensor: Tensor) -> int:
     """Return the size of a tensor, rounded up to ALIGN_BYTES."""
     return math.ceil(tensor.numel() * tensor.element_size() / ALIGN_BYTES) * ALIGN_BYTES
-
-
-def constant_source(tensors: list[tuple[str, Tensor]]) -> TensorSource:
-    """Make a source of tensors that are complete in host memory."""
-    return lambda _: tensors
 
 
 class ShardContributor:
@@ -141,10 +135,7 @@ class AsyncCheckpointWriter:
         lock_mark: str = "",
         staging_buffer: StagingBuffer | None = None,
     ) -> None:
-        """Allocate the staging buffer, unless there is one of an earlier writer of the same tensors.
-
-        `lock_mark` identifies this process's lock on the run, see publish_checkpoint.
-        """
+        """Allocate the staging buffer, unless given that of an earlier writer. `lock_mark`: see publish_checkpoint."""
         self.folder, self.model, self.optimizer, self.tokenizer, self.plan = folder, model, optimizer, tokenizer, plan
         self._log, self._lock_mark = log, lock_mark
         self._thread: Thread | None = None
@@ -184,21 +175,13 @@ class AsyncCheckpointWriter:
         self._thread.start()
 
     def raise_if_failed(self) -> None:
-        """Raise the error of the last save if it has failed already; do not wait for it.
-
-        Raises:
-            VolumeUnwritable: it failed.
-        """
+        """Raise the error of the last save, such as VolumeUnwritable, if it has failed by now. Does not wait."""
         if error := self._error:
             self._error = None
             raise error
 
     def wait(self) -> None:
-        """Wait until the last save is on disk.
-
-        Raises:
-            VolumeUnwritable: it failed.
-        """
+        """Wait until the last save is on disk; raises its error, such as VolumeUnwritable."""
         if self._thread:
             self._thread.join()
             self._thread = None

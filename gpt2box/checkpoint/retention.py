@@ -60,7 +60,7 @@ def set_link(folder: Path, name: str, step: int) -> None:
 
 
 def is_same_state(one: Path, other: Path) -> bool:
-    """Tell if two checkpoints have the same state.json, which includes all checksums."""
+    """Return whether two checkpoints have the same state.json, which includes all checksums."""
     try:
         return read_text(one / "state.json") == read_text(other / "state.json")
     except (OSError, ValueError):

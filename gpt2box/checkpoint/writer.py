@@ -43,11 +43,7 @@ TensorFiles = dict[str, TensorSource]  # tensors by the name of their file
 def save_checkpoint(
     folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: TrainState, tokenizer: Tokenizer
 ) -> Path:
-    """Save a checkpoint of `state.step` in `folder` synchronously, without a copy of the tensors.
-
-    Raises:
-        VolumeUnwritable: see publish_checkpoint.
-    """
+    """Save a checkpoint of `state.step` synchronously, without a copy of the tensors; raises as publish_checkpoint."""
     check_disk_space(folder, checkpoint_bytes(model, optimizer, state), state.step)
     files, config = checkpoint_tensors(model, optimizer, state), checkpoint_config(model, tokenizer)
     return publish_checkpoint(folder, files, config, state, tokenizer)

@@ -27,7 +27,7 @@ class Consensus:
 
     @property
     def should_stop(self) -> bool:
-        """Tell if all ranks stop at this step."""
+        """Return whether all ranks stop at this step."""
         return bool(self._stop) if self._group.is_single_process else self._agreed_to_stop
 
     def update(self, wants_save: bool) -> None:

@@ -129,7 +129,7 @@ def sum_over_shards(total: Tensor, model: GPT2) -> Tensor:
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Tell if `shard_model` was called on the model."""
+    """Return whether `shard_model` was called on the model."""
     return hasattr(model, "reshard")
 
 

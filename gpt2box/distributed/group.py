@@ -40,12 +40,12 @@ class RankGroup:
 
     @property
     def is_rank_0(self) -> bool:
-        """Tell if this rank writes the run folder and prints."""
+        """Return whether this rank writes the run folder and prints."""
         return self.ranks.first
 
     @property
     def is_single_process(self) -> bool:
-        """Tell if there is no other rank."""
+        """Return whether there is no other rank."""
         return self.ranks.count == 1
 
     def run_on_rank0(self, function: Callable[[], T]) -> T:
@@ -195,5 +195,5 @@ def unused_store_prefix(store: Store, own: Ranks) -> Store:
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Tell if the connection to another rank broke. Gloo has no exception class for it."""
+    """Return whether the connection to another rank broke. Gloo has no exception class for it."""
     return isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo/", "NCCL"))

@@ -31,11 +31,7 @@ class ClippedStep:
         keep_gradients: bool = False,
         sharded: bool = False,
     ) -> None:
-        """Create the step of an optimizer.
-
-        `keep_gradients`: zero the gradients instead of freeing them, as they are views of DDP's buckets.
-        `sharded`: each rank has some rows of each tensor.
-        """
+        """Create the step. `keep_gradients`: zero gradients instead of freeing them, as DDP's buckets hold them."""
         self.optimizer, self.grad_clip = optimizer, grad_clip
         self.keep_gradients, self.sharded = keep_gradients, sharded
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -70,31 +70,19 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         self.apply_gradient(parameter, group, grad, good, self.grad_scale)
 
     def is_float32(self, parameter: Tensor) -> bool:
-        """Tell if a parameter and its moments are float32."""
+        """Return whether a parameter and its moments are float32."""
         return parameter.dtype == torch.float32 and self.state[parameter]["exp_avg"].dtype == torch.float32
 
     def fused_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Run PyTorch's fused AdamW kernel."""
         states = [local_state(self.state[p]) for p in parameters]
-        beta1, beta2 = group["betas"]
-        adamw(
-            [local_shard(p) for p in parameters],
-            [local_shard(p.grad) for p in parameters if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            grad_scale=self.grad_scale,
-            found_inf=self.found_inf,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        weights = [local_shard(p) for p in parameters]
+        grads = [local_shard(p.grad) for p in parameters if p.grad is not None]
+        moments, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+        options: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay", "eps")}
+        options |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "amsgrad": False, "maximize": False}
+        options |= {"grad_scale": self.grad_scale, "found_inf": self.found_inf}
+        adamw(weights, grads, moments, squares, [], steps, fused=True, **options)
 
     @torch.no_grad()
     def apply_gradient(
