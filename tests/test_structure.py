@@ -57,7 +57,7 @@ def test_the_image_stage_for_assets_copies_every_module_it_imports(tmp_path: Pat
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         for file in files:
             shutil.copy(PACKAGE.parent / file, tmp_path / folder)
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", "import gpt2box.data.downloads"], cwd=tmp_path, capture_output=True
-    )
-    assert copies and done.returncode == 0
+    statement = stage.partition('RUN python -c "')[2].partition(";")[0]
+    assert copies and statement.startswith("from gpt2box.")
+    command = [sys.executable, "-S", "-c", statement]
+    assert subprocess.run(command, cwd=tmp_path, env={}, capture_output=True).returncode == 0
