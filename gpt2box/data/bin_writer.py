@@ -1,9 +1,8 @@
-"""Where tokenised documents go: train.bin and val.bin, written so that a kill at any moment changes nothing.
+"""Write tokenized documents to train.bin and val.bin so that a kill at any moment does not change the result.
 
-`Sink` appends in the order of the source and decides by each document's content whether it is held out. `ShuffledSink`
-puts the documents into the order that nanoGPT's preparation has them in: it appends each to one of many buckets by its
-position in that order, and at the end sorts one bucket after the other in memory. What is durable stands in
-progress.json; on going on, the files are cut back to that.
+`BinWriter` keeps the source's order and holds out documents by a hash of their content. `ShuffledBinWriter` writes
+nanoGPT's shuffled order: it appends each document to a bucket by its position in that order, and at the end sorts each
+bucket in memory. progress.json records the durable file sizes; a resumed job truncates the files to them.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ SORTED = "sorted"  # in progress.json: how many buckets are
 
 @dataclass(frozen=True)
 class DocumentBatch:
-    """Documents of one unit, tokenised."""
+    """Hold the tokenized documents of one unit of work."""
 
     tokens: Tokens | Path  # all, each document's end-of-text token with it; or the file with them
     lengths: npt.NDArray[np.uint32]  # tokens of each
@@ -42,35 +41,35 @@ class DocumentBatch:
     empty: int  # documents left out because there is nothing in them
 
     def documents(self) -> list[Tokens]:
-        """Each by itself."""
+        """Return the tokens of each document."""
         tokens: Tokens = self.tokens if isinstance(self.tokens, np.ndarray) else np.memmap(self.tokens, "<u2", "r")
         ends = self.lengths.cumsum(dtype=np.int64)
         return [tokens[end - length : end] for end, length in zip(ends, self.lengths, strict=True)]
 
 
 def finish_digest(text_digest: Any) -> bytes:
-    """A short digest, finished."""
+    """Return the finished digest's bytes."""
     return bytes(text_digest.digest())
 
 
 def new_digest() -> Any:
-    """Of a document's text in UTF-8."""
+    """Return a hash object for a document's UTF-8 text."""
     return hashlib.blake2b(digest_size=DIGEST_BYTES)
 
 
 def truncate_batch(batch: DocumentBatch, count: int) -> DocumentBatch:
-    """Its first documents."""
+    """Return the batch's first `count` documents."""
     parts = batch.lengths[:count], batch.digests[: count * DIGEST_BYTES], batch.characters[:count]
     return DocumentBatch(batch.tokens, *parts, batch.empty)
 
 
 def write_tokens(file: BinaryIO, documents: Iterable[Tokens]) -> None:
-    """Write token ids as they stand in a .bin file."""
+    """Write token ids as little-endian uint16."""
     file.writelines(ids.astype("<u2", copy=False).data for ids in documents)
 
 
 class DuplicateFilter:
-    """Which digests have come before; 16 bytes for each, where a Python set would take a hundred."""
+    """Find repeated digests. Takes 16 bytes for each; a Python set would take about 100."""
 
     RECENT = 1 << 19
 
@@ -79,7 +78,7 @@ class DuplicateFilter:
         self.recent: set[bytes] = set()
 
     def mark_first(self, digests: bytes) -> npt.NDArray[np.bool_]:
-        """Of digests in a row, those that come for the first time."""
+        """Return which of the concatenated digests occur for the first time."""
         new = np.frombuffer(digests, dtype=f"S{DIGEST_BYTES}")
         positions = np.searchsorted(self.sorted_digests, new)
         is_first = np.ones(len(new), dtype=bool)
@@ -96,7 +95,7 @@ class DuplicateFilter:
 
 
 class BinWriter:
-    """Documents in the source's order, held out by chance that their content decides, exact duplicates left out."""
+    """Write documents in source order, hold out by content hash and drop exact duplicates."""
 
     def __init__(self, folder: Path, val_fraction: float, seed: int, drop_duplicates: bool, tail: bool = False) -> None:
         self.folder, self.drop_duplicates = folder, drop_duplicates
@@ -108,7 +107,7 @@ class BinWriter:
         self.state: dict[str, Any] = {"sizes": {}, "counts": {}, "file": 0, "unit": 0}
 
     def open(self) -> tuple[int, int]:
-        """Open the files, cut back to what was durable; returns the file and unit to go on with."""
+        """Open the files, truncated to their durable sizes; return the file and unit to resume from."""
         stored = read_object(self.folder / "progress.json")
         if "sizes" in stored and all(
             (self.folder / name).exists() and (self.folder / name).stat().st_size >= size
@@ -126,20 +125,20 @@ class BinWriter:
         return self.state["file"], self.state["unit"]
 
     def output_names(self) -> list[str]:
-        """Files that grow."""
+        """Return the names of the files that are appended to."""
         return ["train.bin", "val.bin", *(["digests"] if self.drop_duplicates else [])]
 
     @property
     def document_count(self) -> int:
-        """Documents so far, duplicates and all."""
+        """Return the number of documents so far, including duplicates."""
         return int(self.state["counts"].get("documents", 0))
 
     def add_count(self, name: str, by: int) -> None:
-        """Add to a figure for the manifest."""
+        """Add to a count for the manifest."""
         self.state["counts"][name] = self.state["counts"].get(name, 0) + int(by)
 
     def write_batch(self, batch: DocumentBatch) -> None:
-        """The next unit's documents."""
+        """Write the documents of the next unit."""
         count = len(batch.lengths)
         digests = [batch.digests[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES] for i in range(count)]
         is_blank = batch.characters == 0
@@ -164,7 +163,7 @@ class BinWriter:
         self.add_count("documents", count)
 
     def count_splits(self, batch: DocumentBatch, train: npt.NDArray[np.bool_], val: npt.NDArray[np.bool_]) -> None:
-        """Count what went where."""
+        """Count the documents and characters of each split."""
         shares = (1.0, 1.0) if self.tail is None else (self.tail, 1 - self.tail)
         for split, chosen, share in zip(SPLITS, (train, val), shares, strict=True):
             self.add_count(f"{split} documents", chosen.sum())
@@ -174,7 +173,7 @@ class BinWriter:
         self.state["counts"]["longest"] = max(self.state["counts"].get("longest", 0), longest)
 
     def save(self, file: int, unit: int) -> None:
-        """Make durable all that was taken; the next to come is this unit of this file."""
+        """Sync everything written so far, and record the file and unit that come next."""
         for name, stream in self.files.items():
             stream.flush()
             os.fsync(stream.fileno())
@@ -183,21 +182,21 @@ class BinWriter:
         write_atomically(self.folder / "progress.json", json.dumps(self.state))
 
     def finish(self) -> dict[str, int]:
-        """All is taken: close; returns the counts. What else is in the folder stays until the dataset is published."""
+        """Complete and close the files; return the counts. Temporary files stay until the dataset is published."""
         if self.tail is None and self.threshold:
             self.hold_out_end()
         return self.close()
 
     def close(self) -> dict[str, int]:
-        """Close the files; returns the counts."""
+        """Close the files and return the counts."""
         for stream in self.files.values():
             stream.close()
         return dict(self.state["counts"])
 
     def hold_out_end(self) -> None:
-        """Where chance held out next to nothing, as it may of few documents, the end of the whole text is held out.
+        """Hold out the end of the text if the content hash held out too little, as it may with few documents.
 
-        From the document's beginning that is nearest to the wanted share, if one is near; else from within one.
+        The cut is at the document start nearest to the wanted share, or inside a document if none is near.
         """
         train, val = (self.folder / f"{split}.bin" for split in SPLITS)
         total = (train.stat().st_size + val.stat().st_size) // 2
@@ -225,9 +224,9 @@ class BinWriter:
 
 
 class ShuffledBinWriter(BinWriter):
-    """nanoGPT's order and split: those of `datasets.Dataset.train_test_split(test_size=…, seed=…, shuffle=True)`.
+    """Write nanoGPT's order and split: `datasets.Dataset.train_test_split(test_size=…, seed=…, shuffle=True)`.
 
-    That draws one permutation of all documents from NumPy's default generator; its beginning is the validation set.
+    That draws one permutation of all documents from NumPy's default generator; its start is the validation set.
     """
 
     def __init__(self, folder: Path, documents: int, val_fraction: float, seed: int) -> None:
@@ -281,7 +280,7 @@ class ShuffledBinWriter(BinWriter):
         return self.close()
 
     def load_sorted_bucket(self, index: int) -> list[Tokens]:
-        """A bucket's documents by their position."""
+        """Load a bucket's documents, sorted by position."""
         tokens = np.fromfile(self.folder / f"bucket-{index}.bin", dtype="<u2")
         records = np.fromfile(self.folder / f"bucket-{index}.idx", dtype="<i8").reshape(-1, 2)
         ends = records[:, 1].cumsum()

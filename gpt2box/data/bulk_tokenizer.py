@@ -1,4 +1,4 @@
-"""Text to token ids in bulk: GPT-2's with tiktoken's ids and a faster program's speed, others by their own tokenizer.
+"""Tokenize text in bulk: GPT-2's ids with a faster library than tiktoken, others with their own tokenizer.
 
 gigatoken (MIT, Rust) is some ten times as fast as tiktoken on a core. It knows a later Unicode than tiktoken, so that a
 few thousand code points of recent scripts count as letters in one and not in the other: a text with anything
@@ -33,7 +33,7 @@ TEST = "It's 1984, isn't it?  Yes:\n\n\tHäuser, naïve Ωμέγα ПРИВЕТ 
 
 
 class BulkEncoder:
-    """Encodes many texts; one for each process."""
+    """Encode many texts; each process has one."""
 
     def __init__(self, source: Path) -> None:
         """`source`: GPT-2's ranks, or the folder of another tokenizer."""
@@ -54,7 +54,7 @@ class BulkEncoder:
         return BPETokenizer.from_tiktoken(str(self.source), "gpt2", {})
 
     def encode(self, parts: Iterable[str]) -> Iterator[Tokens]:
-        """Token ids of a text that comes in parts; a special token's name is ordinary text.
+        """Encode a text that comes in chunks; a special token's name is ordinary text.
 
         Raises:
             BadInput: a run that tiktoken gives up on.
@@ -73,7 +73,7 @@ class BulkEncoder:
 
 
 def resolve_source(asked: str) -> tuple[Path, Tokenizer]:
-    """Of gpt2 or a tokenizer's folder: what BulkEncoder reads, and the tokenizer.
+    """Return the path that BulkEncoder reads for gpt2 or a tokenizer's folder, and the tokenizer.
 
     Raises:
         BadInput: nothing in its vocabulary ends a text.

@@ -1,4 +1,4 @@
-"""Collections of documents too large to hold in memory: OpenWebText, any dataset of the Hub, the user's own files."""
+"""Open corpora too large for memory: OpenWebText, any dataset of the Hub, the user's files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKEN_BYTES = {True: 0.76, False: 0.5}  # a byte of compressed text (OpenWebText
 
 @dataclass(frozen=True)
 class FileCorpus:
-    """Files of documents, in a fixed order."""
+    """Describe a corpus of files in a fixed order."""
 
     source: str
     identity: list[dict[str, Any]]  # what the files are; the same gives the same bytes
@@ -31,16 +31,16 @@ class FileCorpus:
     is_download: bool = False  # the files are downloaded
 
     def size_bytes(self) -> int:
-        """Of the files."""
+        """Return the total size of the files."""
         return sum(source.size_bytes for source in self.sources)
 
     def token_bytes(self) -> int:
-        """About what the tokens take on disk."""
+        """Estimate the size of the tokens on disk."""
         return sum(round(s.size_bytes * TOKEN_BYTES[is_compressed(Path(s.name))]) for s in self.sources)
 
 
 def open_openwebtext(folder: Path | None, files: slice, keep_raw: bool) -> FileCorpus:
-    """OpenWebText or a part of it, from the Hub, a mirror (HF_ENDPOINT) or a folder of the same files.
+    """Open OpenWebText or some of its files from the Hub, a mirror (HF_ENDPOINT) or a local folder.
 
     Raises:
         BadInput: no such files there.
@@ -66,12 +66,12 @@ def open_openwebtext(folder: Path | None, files: slice, keep_raw: bool) -> FileC
 
 
 def select_numbered_files(paths: list[Path], files: slice) -> tuple[list[Path], int]:
-    """Those that are asked for, by the number in their names if all have one: the folder may lack others.
+    """Select files by the number in their names, if all have one: the folder may lack others.
 
-    Returns: them, and how many there are in all.
+    Returns the selected files and the number of files in the complete corpus.
 
     Raises:
-        BadInput: one that is asked for is missing.
+        BadInput: a selected file is missing.
     """
     found = [re.fullmatch(r"train-(\d{5})-of-(\d{5})\.parquet", path.name) for path in paths]
     if files.stop is None or not all(found) or len({match[2] for match in found if match}) != 1:
@@ -88,7 +88,7 @@ def select_numbered_files(paths: list[Path], files: slice) -> tuple[list[Path], 
 
 
 def open_hub_dataset(name: str, config: str, split: str, files: slice, keep_raw: bool) -> FileCorpus:
-    """Any dataset of the Hub.
+    """Open a dataset of the Hub.
 
     Raises:
         BadInput: no such dataset, or no such files of it.
@@ -99,7 +99,7 @@ def open_hub_dataset(name: str, config: str, split: str, files: slice, keep_raw:
 
 
 def check_not_empty(sources: list[SourceFile]) -> list[SourceFile]:
-    """The same.
+    """Return the sources if there are any.
 
     Raises:
         BadInput: there are none.
@@ -110,7 +110,7 @@ def check_not_empty(sources: list[SourceFile]) -> list[SourceFile]:
 
 
 def open_own_files(files: list[tuple[Path, str]]) -> FileCorpus:
-    """The user's files; they are read once to know them again."""
+    """Open the user's files; reads them once for their checksums."""
     plain = all(file_kind(path) not in RECORD_SUFFIXES for path, _ in files)
     if (total := sum(path.stat().st_size for path, _ in files)) > 1 << 32:
         say(f"reading {counted(len(files), 'file')}, {size(total)}, to know them again")
@@ -121,10 +121,10 @@ def open_own_files(files: list[tuple[Path, str]]) -> FileCorpus:
 
 
 def check_row_counts(sources: list[SourceFile]) -> None:
-    """Whether these files can be put into nanoGPT's order.
+    """Check that the files state their row counts, as nanoGPT's order needs.
 
     Raises:
-        BadInput: one says not how many documents it holds.
+        BadInput: one does not.
     """
     if others := [source.name for source in sources if file_kind(Path(source.name)) != ".parquet"]:
         expected = "Parquet files, which say how many documents they hold"
@@ -132,7 +132,7 @@ def check_row_counts(sources: list[SourceFile]) -> None:
 
 
 def count_rows(sources: list[SourceFile]) -> int:
-    """Documents in Parquet files, by their own account."""
+    """Count the rows of Parquet files from their metadata."""
     total = 0
     for source in sources:
         with open_parquet(source.fetch()) as file:

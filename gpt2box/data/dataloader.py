@@ -1,9 +1,9 @@
-"""Batches: a pure function of (seed, step), so that resuming needs one integer.
+"""Load batches as a pure function of (seed, step), so that resuming needs one integer.
 
 The token file is cut into windows of block_size; each epoch visits every window once, in an order
 that a keyed permutation gives without storing it, and starts cutting at another offset, so that
-window borders move. A step takes the next `sequences_per_step` windows. How they are dealt to
-micro-steps and ranks does not change which they are.
+window borders move. A step takes the next `sequences_per_step` windows. Their distribution
+over micro-steps and ranks does not change which they are.
 
     B  sequences in a micro-batch     T  block_size
 """
@@ -29,7 +29,7 @@ PREFETCH = 4  # micro-batches kept ready
 
 
 class TrainWindows:
-    """The order of a training split's windows."""
+    """Define the order of a training split's windows."""
 
     def __init__(self, tokens: int, block_size: int, seed: int) -> None:
         check_split_lengths({"train": tokens}, block_size)
@@ -40,7 +40,7 @@ class TrainWindows:
         self.offsets = min(block_size, tokens - self.count * block_size)
 
     def start(self, sequence: int) -> int:
-        """First token of the run's `sequence`-th window, counted from the start of training."""
+        """Return the first token of the run's `sequence`-th window, counted from the start of training."""
         epoch, position = divmod(sequence, self.count)
         key = hashlib.sha256(f"{self.seed}:{epoch}".encode()).digest()
         offset = int.from_bytes(key[:8], "little") % self.offsets
@@ -48,7 +48,7 @@ class TrainWindows:
 
 
 def permute_index(index: int, count: int, key: bytes) -> int:
-    """Where a keyed permutation of range(count) sends `index`.
+    """Return the image of `index` under a keyed permutation of range(count).
 
     Four Feistel rounds on the next even power of two, walked until the value is in range (Black and
     Rogaway 2002, "Ciphers with arbitrary finite domains"). Own code, since no library promises the
@@ -67,7 +67,7 @@ def permute_index(index: int, count: int, key: bytes) -> int:
 
 
 def val_window_starts(tokens: int, block_size: int, wanted: int) -> npt.NDArray[np.int64]:
-    """First tokens of the fixed validation windows: evenly spread, never overlapping; all for wanted=0.
+    """Return the first tokens of the fixed validation windows: evenly spread, never overlapping; all for wanted=0.
 
     Raises:
         BadInput: not one window fits.
@@ -79,7 +79,7 @@ def val_window_starts(tokens: int, block_size: int, wanted: int) -> npt.NDArray[
 
 
 def check_split_lengths(tokens: dict[str, int], block_size: int) -> None:
-    """Whether a window and its target fit into each split.
+    """Check that a window and its target fit into each split.
 
     Raises:
         BadInput: with the largest block_size that does.
@@ -94,9 +94,9 @@ def check_split_lengths(tokens: dict[str, int], block_size: int) -> None:
 
 
 def read_windows(file: TokenFile, starts: list[int], block_size: int, vocab_size: int) -> torch.Tensor:
-    """Windows with their targets, int32 of shape (B, T + 1), for `inputs_and_targets`.
+    """Read windows with their targets, int32 of shape (B, T + 1), for `inputs_and_targets`.
 
-    An id that does not count as a target is there as -1 - id.
+    An id that is not a target is stored as -1 - id.
 
     Raises:
         BadInput: an id that the vocabulary does not have; it would be an illegal read on a GPU.
@@ -112,10 +112,9 @@ def read_windows(file: TokenFile, starts: list[int], block_size: int, vocab_size
 
 
 def pin_if_possible(batch: torch.Tensor) -> torch.Tensor:
-    """The batch in page-locked memory, or as it is where the system has none left: WSL2 has half a GiB, or one.
+    """Pin the batch in page-locked memory, or return it unpinned if none is left: WSL2 has half a GiB, or one.
 
-    Not verified on a GPU. That lack is said as the card's own ("CUDA error: out of memory"), and has nothing to do
-    with it.
+    Not verified on a GPU. CUDA reports that lack as "CUDA error: out of memory", although GPU memory is not involved.
     """
     try:
         return batch.pin_memory()
@@ -124,7 +123,7 @@ def pin_if_possible(batch: torch.Tensor) -> torch.Tensor:
 
 
 def copy_to_device(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The batch on the device. From page-locked memory the copy runs beside what the device has to do, unwaited for.
+    """Copy the batch to the device. From page-locked memory the copy is asynchronous, on a stream of its own.
 
     Not verified on a GPU.
     """
@@ -133,25 +132,25 @@ def copy_to_device(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
     beside, working = copy_stream(device), torch.cuda.current_stream(device)
     with torch.cuda.stream(beside):
         there = batch.to(device, non_blocking=True)
-    working.wait_stream(beside)  # the device waits there, not the host
-    there.record_stream(working)  # which has it until it has worked off what comes now
+    working.wait_stream(beside)  # the device waits, not the host
+    there.record_stream(working)  # keep the memory until the work queued now is done
     return there
 
 
 @lru_cache
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """A queue of the device's own for copies."""
+    """Return the device's stream for copies."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def inputs_and_targets(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets (B, T) of windows (B, T + 1); targets that do not count are -1."""
+    """Split windows (B, T + 1) into inputs and targets (B, T); ignored targets are -1."""
     inputs = batch[:, :-1]
     return inputs ^ (inputs >> 31), batch[:, 1:].clamp(min=-1)
 
 
 def count_loss_targets(batch: torch.Tensor) -> int:
-    """How many targets of windows in the CPU's memory count."""
+    """Count the targets of windows in CPU memory that are not ignored."""
     return int((batch[:, 1:] >= 0).sum())
 
 
@@ -164,10 +163,10 @@ def micro_batches(
     pin: bool,
     ranks: int,
 ) -> Generator[torch.Tensor, None, None]:
-    """Micro-batches without end from the run's `first_sequence`-th window on, read ahead on a thread.
+    """Yield micro-batches without end from the run's `first_sequence`-th window, prefetched on a thread.
 
-    `pin`: in page-locked memory, from which a copy to the GPU need not be waited for. `ranks`: how many take turns; the
-    micro-batches between are the others'.
+    `pin`: use page-locked memory, for asynchronous copies to the GPU. `ranks`: how many ranks take micro-batches
+    in turn.
     """
     ready: queue.Queue[torch.Tensor | BaseException] = queue.Queue(PREFETCH)
     stop = threading.Event()

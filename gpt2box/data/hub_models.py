@@ -1,4 +1,4 @@
-"""Any model of the Hugging Face Hub that has GPT-2's architecture: OWNER/NAME, or OWNER/NAME@REVISION."""
+"""Download models of GPT-2's architecture from the Hugging Face Hub: OWNER/NAME, or OWNER/NAME@REVISION."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ TOKENIZER = hf_tokenizer.FILES
 
 
 def hub_model(name: str) -> Path:
-    """Its folder in volumes/models, downloaded unless it is there: config, safetensors and tokenizer.
+    """Return a model's folder in volumes/models; download config, safetensors and tokenizer unless present.
 
-    The revision is resolved to a commit, which is noted in hub.json. Each file is checked against the size and the hash
-    that the Hub has for it at that commit. What was broken off goes on; half a model is never visible.
+    The revision is resolved to a commit, recorded in hub.json. Each file is checked against the Hub's size and hash at
+    that commit. Interrupted downloads resume; a partial model is never visible.
 
     Raises:
         BadInput: no such model, no safetensors, or another revision of it is there.
@@ -40,7 +40,7 @@ def hub_model(name: str) -> Path:
 
 
 def hub_tokenizer(name: str) -> Path:
-    """The folder with the tokenizer of a model of the Hub: the model's, where it is here, else these files alone.
+    """Return a folder with a Hub model's tokenizer: the local model's, else only the tokenizer's files.
 
     Raises:
         See hub_model.
@@ -51,14 +51,14 @@ def hub_tokenizer(name: str) -> Path:
 
 
 def folder_name(name: str) -> str:
-    """OWNER--NAME."""
+    """Return OWNER--NAME."""
     return name.partition("@")[0].replace("/", "--")
 
 
 def fetch_repository(
     name: str, folder: Path, proof: str, download_files: Callable[[str, dict[str, Any], str, Path], None]
 ) -> Path:
-    """The folder with files of a repository; where it lacks the file `proof`, `download_files` fills it."""
+    """Return the folder of a repository; if it lacks the file `proof`, `download_files` fills it."""
     matched = HUB_NAME.fullmatch(name)
     assert matched, name
     repo, revision = matched.groups()
@@ -90,7 +90,7 @@ def fetch_repository(
 
 
 def download_model(repo: str, entries: dict[str, Any], url: str, folder: Path) -> None:
-    """All files of a model into a folder; what it is, before gigabytes.
+    """Download a model's files into a folder; checks the architecture before the weights.
 
     Raises:
         BadInput: it is no GPT-2, or has no safetensors.

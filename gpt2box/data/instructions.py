@@ -1,4 +1,4 @@
-"""Prompts with responses to a dataset whose loss counts on the responses alone.
+"""Prepare prompts with responses as a dataset whose loss is on the responses alone.
 
 Each pair becomes a document: the prompt in `TEMPLATE`, the response, end of text. Beside each .bin file lies a .mask
 file, a byte a token: 1 where the token is part of a response (or ends it), and so a target that counts.
@@ -40,7 +40,7 @@ CONTEXT_COLUMNS = ("input", "context")  # of Alpaca and Dolly: what the instruct
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a record has what."""
+    """Name the columns of a record."""
 
     prompt: str
     response: str
@@ -48,7 +48,7 @@ class Columns:
 
 
 def find_columns(files: list[tuple[Path, str]], text: str, prompt: str, response: str) -> Columns | None:
-    """The columns of prompts and responses, where they are asked for or the files are of such a kind; else None.
+    """Find the columns of prompts and responses, as requested or by their known names; None if there are none.
 
     Raises:
         BadInput: one of the two without the other, one column for both, or files that have no columns.
@@ -72,7 +72,7 @@ def find_columns(files: list[tuple[Path, str]], text: str, prompt: str, response
 def prepare_instructions(
     files: list[tuple[Path, str]], columns: Columns, val_fraction: float, words: str, folder: Path
 ) -> PreparedDataset:
-    """Make the dataset in `folder` unless it is there from the same files and choices.
+    """Make the dataset in `folder` unless it exists with the same files and choices.
 
     `words`: gpt2, or the folder of another tokenizer.
 
@@ -100,7 +100,7 @@ def prepare_instructions(
 
 
 def read_pairs(path: Path, name: str, columns: Columns) -> Iterator[tuple[str, str]]:
-    """Prompts and responses of a file: it is read once for each column. Any record may have a context or none."""
+    """Yield the prompts and responses of a file, read once for each column. A record may have a context."""
 
     def column(wanted: str, may_lack: bool = False) -> Iterator[str]:
         units = (replace(unit, may_lack=may_lack) for unit in split_into_units(path, name, wanted))
@@ -116,7 +116,7 @@ def read_pairs(path: Path, name: str, columns: Columns) -> Iterator[tuple[str, s
 def write_instructions(
     files: list[tuple[Path, str]], columns: Columns, val_fraction: float, asked: str, folder: Path
 ) -> dict[str, Any]:
-    """Write .bin and .mask files and the tokenizer into `folder`; returns the manifest's share."""
+    """Write .bin and .mask files and the tokenizer into `folder`; return their part of the manifest."""
     source, words = resolve_source(asked)
     bulk = BulkEncoder(source)
     (folder / "tokenizer").mkdir()
@@ -158,11 +158,11 @@ def write_instructions(
 
 
 def format_prompt(prompt: str) -> str:
-    """A prompt as it is put to the model."""
+    """Format a prompt with the template."""
     return TEMPLATE.format(prompt=prompt)
 
 
 def encode_pair(pair: Sequence[str], bulk: BulkEncoder, end_of_text: int | None) -> tuple[Tokens, int]:
-    """A document's ids, and how many are the prompt's. Encoded apart, as a prompt is when the model is asked."""
+    """Return a document's ids, and how many are the prompt's. Both are encoded apart, as in generation."""
     before, after = (np.concatenate(list(bulk.encode((text,)))) for text in (format_prompt(pair[0]), pair[1]))
     return np.concatenate([before, after, np.array([end_of_text])]).astype(np.uint16), len(before)

@@ -1,4 +1,4 @@
-"""`gpt2box prepare`: whatever is given, to a dataset; what it is; whether it is whole."""
+"""Prepare, summarize and verify datasets (`gpt2box prepare`)."""
 
 from __future__ import annotations
 
@@ -41,11 +41,13 @@ MAX_REPORTED_PASSES = 1000  # over a text, of which there is a point in speaking
 def prepare(
     inputs: Sequence[str], config: PrepareConfig, name: str | None = None, folder: Path | None = None
 ) -> PreparedDataset:
-    """Make the dataset of the inputs in `folder`, or called `name`, or after them; says what it is.
+    """Make a dataset from the inputs and log its summary.
+
+    It goes to `folder` if given, else to volumes/data under `name`, else under a name derived from the inputs.
 
     Raises:
-        BadInput: inputs or config that cannot be, or that do not go together.
-        Damaged, TryAgain, VolumeUnwritable: what files, network and disk have.
+        BadInput: invalid inputs or choices, or choices that do not go together.
+        Damaged, TryAgain, VolumeUnwritable: files, network or disk failed.
     """
     item = find_known_corpus(inputs)
     asked, config = config.tokenizer, replace(config, tokenizer=resolve_tokenizer(config.tokenizer))
@@ -64,7 +66,7 @@ def prepare(
 
 
 def resolve_tokenizer(asked: str) -> str:
-    """gpt2 or char, or the folder of the tokenizer that is asked for; gpt2 where that is GPT-2's own.
+    """Resolve --tokenizer to gpt2, char or a folder; GPT-2's own tokenizer in a folder resolves to gpt2.
 
     Raises:
         BadInput: no such tokenizer.
@@ -81,7 +83,7 @@ def resolve_tokenizer(asked: str) -> str:
 
 
 def find_known_corpus(inputs: Sequence[str]) -> str:
-    """The input that is a corpus known by name or on the Hub, or nothing.
+    """Return the input that names a known corpus or a Hub dataset, or an empty string.
 
     Raises:
         BadInput: with others beside it.
@@ -95,7 +97,7 @@ def find_known_corpus(inputs: Sequence[str]) -> str:
 
 
 def default_dataset_name(first: str, config: PrepareConfig) -> str:
-    """What a dataset is called after its (first) input."""
+    """Return the dataset name derived from the first input and the choices."""
     if first.startswith(HUB):
         title = "-".join(filter(None, [first.removeprefix(HUB), config.hub_config, config.hub_split]))
     else:
@@ -108,10 +110,10 @@ def default_dataset_name(first: str, config: PrepareConfig) -> str:
 
 
 def check_options(item: str, config: PrepareConfig) -> None:
-    """Whether each option has a meaning for this input.
+    """Check that every given option applies to this kind of input.
 
     Raises:
-        BadInput: one has none.
+        BadInput: one does not.
     """
     kind = "hub" if item.startswith(HUB) else "openwebtext" if item in OPENWEBTEXT else "corpus" if item else "own"
     given = {name for name, value in vars(config).items() if value != getattr(PrepareConfig(), name)}
@@ -133,7 +135,7 @@ def check_options(item: str, config: PrepareConfig) -> None:
 
 
 def open_file_corpus(item: str, config: PrepareConfig) -> corpus.FileCorpus:
-    """OpenWebText or a dataset of the Hub."""
+    """Open OpenWebText or a dataset of the Hub."""
     shards = config.shards or ((0, 1) if item == "openwebtext-10k" else None)
     files = slice(*shards) if shards else slice(None)
     if item in OPENWEBTEXT:
@@ -150,7 +152,7 @@ def resolve_config(item: str, config: PrepareConfig) -> PrepareConfig:
 
 
 def prepare_own_files(item: str, inputs: Sequence[str], config: PrepareConfig, target: Path) -> PreparedDataset:
-    """A small known corpus, or the user's own files: in memory where that is easy, else as a collection."""
+    """Prepare a small known corpus or the user's files: in memory if they are small, else file by file."""
     text_config = replace(config, val_fraction=config.val_fraction or TEXTS_VAL_FRACTION)
     if item:
         return prepare_texts(CORPORA[item](), text_config, target)
@@ -176,7 +178,7 @@ def prepare_own_files(item: str, inputs: Sequence[str], config: PrepareConfig, t
 
 @contextmanager
 def spool_stdin(inputs: Sequence[str], column: str) -> Iterator[list[str]]:
-    """The inputs, with standard input, if it is among them, as a file for the time being."""
+    """Yield the inputs, with standard input replaced by a temporary file."""
     if STDIN not in inputs:
         yield list(inputs)
         return
@@ -195,7 +197,7 @@ def spool_stdin(inputs: Sequence[str], column: str) -> Iterator[list[str]]:
 
 
 def summarize_dataset(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """What a dataset is, and what it is enough for."""
+    """Describe a dataset's size and what it is enough for."""
     train, val = (manifest["splits"][split] for split in SPLITS)
     tokens, characters = (train[key] + val[key] for key in ("tokens", "characters"))
     lines = [
@@ -232,7 +234,7 @@ def summarize_dataset(folder: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def describe_documents(train: int, val: int) -> str:
-    """How many are in each split; as many in both are the same ones."""
+    """Describe the number of documents in each split; equal counts mean that each document was cut."""
     if train != val:
         return f"{train:,} to train on, {val:,} to validate on"
     each = "" if train == 1 else "each "
@@ -240,7 +242,7 @@ def describe_documents(train: int, val: int) -> str:
 
 
 def next_command(folder: Path, manifest: dict[str, Any]) -> str:
-    """What to do with a dataset."""
+    """Return the command that trains on a dataset."""
     if folder.name in list_presets():
         return f"  next  gpt2box train {folder.name}"
     kind, tokens = manifest["tokenizer"]["kind"], manifest["splits"]["train"]["tokens"]
@@ -250,7 +252,7 @@ def next_command(folder: Path, manifest: dict[str, Any]) -> str:
 
 
 def verify_dataset(name: str) -> None:
-    """Read a dataset once more: whether it is what was written, and every id is in the vocabulary.
+    """Verify a dataset's checksums, and that every id is in the vocabulary.
 
     Raises:
         BadInput: no dataset, or nanoGPT's, which says nothing of itself.
@@ -281,7 +283,7 @@ def verify_dataset(name: str) -> None:
 
 
 def largest_id(path: Path) -> int:
-    """Of a .bin file's token ids."""
+    """Return the largest token id in a .bin file."""
     largest = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 24):

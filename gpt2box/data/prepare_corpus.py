@@ -1,4 +1,4 @@
-"""A collection of documents to a dataset, so that a kill costs little."""
+"""Prepare a dataset from a corpus file by file; interrupted work resumes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from gpt2box.system import host
 from gpt2box.utils.files import read_object, write_atomically
 from gpt2box.utils.progress import say, size
 
-FILES_AT_ONCE = 4  # of those that are brought: the one at work, those ahead, one being written
+FILES_AT_ONCE = 4  # downloaded: one being tokenized, those ahead, one being written
 
 
 def prepare_corpus(collection: FileCorpus, config: PrepareConfig, folder: Path) -> PreparedDataset:
-    """Make the dataset in `folder` unless it is there from the same files and config; goes on where it was ended.
+    """Make the dataset in `folder` unless it exists with the same files and choices; resume interrupted work.
 
-    Returns: the manifest, and whether anything was written.
+    Returns the manifest, and True if anything was written.
 
     Raises:
         BadInput: too little text, or files that are not as they should be.
@@ -53,7 +53,7 @@ def prepare_corpus(collection: FileCorpus, config: PrepareConfig, folder: Path) 
 
 
 def check_space(collection: FileCorpus, config: PrepareConfig, temporary: Path) -> None:
-    """Say what will be written, and refuse where that is more than is free.
+    """Log the space needed and check that it is free.
 
     Raises:
         VolumeUnwritable: with the bytes missing.
@@ -63,7 +63,7 @@ def check_space(collection: FileCorpus, config: PrepareConfig, temporary: Path) 
     largest = max((source.size_bytes for source in collection.sources), default=0)
     ahead = largest * FILES_AT_ONCE if collection.is_download else 0
     if collection.is_download and config.split == "nanogpt" and not collection.documents:
-        ahead = collection.size_bytes()  # all are brought before the first is tokenised: to be counted
+        ahead = collection.size_bytes()  # all are downloaded first, to count their rows
     there = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
     needed, free = max(collection.token_bytes() - there, 0) + ahead, host.free_bytes(temporary)
     say(f"{len(collection.sources)} files, {size(collection.size_bytes())}: takes about {size(needed)} of disk")
@@ -76,7 +76,7 @@ def check_space(collection: FileCorpus, config: PrepareConfig, temporary: Path) 
 
 
 def write(collection: FileCorpus, config: PrepareConfig, folder: Path) -> dict[str, Any]:
-    """Write both .bin files and the tokenizer into `folder`; returns the manifest's share."""
+    """Write both .bin files and the tokenizer into `folder`; return their part of the manifest."""
     source, encoder = resolve_source(config.tokenizer)
     assert encoder.end_of_text is not None
     (folder / "tokenizer").mkdir(exist_ok=True)
@@ -85,7 +85,7 @@ def write(collection: FileCorpus, config: PrepareConfig, folder: Path) -> dict[s
     assert config.val_fraction is not None
     writer: BinWriter
     if config.split == "nanogpt":
-        counted = folder / "documents.json"  # counting brings every file, and those tokenised are gone on going on
+        counted = folder / "documents.json"  # counting downloads every file; after a resume the tokenized ones are gone
         documents = collection.documents or read_object(counted).get("rows") or count_rows(collection.sources)
         write_atomically(counted, json.dumps({"rows": documents}))
         documents = min(documents, config.max_docs or documents)

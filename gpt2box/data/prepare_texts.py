@@ -1,4 +1,4 @@
-"""Texts in memory to a dataset: split, tokenise, write."""
+"""Prepare a dataset from texts in memory: split, tokenize, write."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from gpt2box.utils.progress import bytes_bar
 
 
 def prepare_texts(corpus: TextCorpus, config: PrepareConfig, folder: Path) -> PreparedDataset:
-    """Make the dataset in `folder` unless it is there from the same text and settings.
+    """Make the dataset in `folder` unless it exists with the same text and choices.
 
-    Returns: the manifest, and whether anything was written.
+    Returns the manifest, and True if anything was written.
 
     Raises:
         BadInput: too little text.
@@ -40,7 +40,7 @@ def prepare_texts(corpus: TextCorpus, config: PrepareConfig, folder: Path) -> Pr
 
 
 def texts_identity(corpus: TextCorpus, config: PrepareConfig) -> dict[str, Any]:
-    """What the dataset follows from: the same identity gives the same bytes."""
+    """Return what determines the dataset: the same identity gives the same bytes."""
     return {
         "format": FORMAT,
         "source": corpus.source,
@@ -53,12 +53,11 @@ def texts_identity(corpus: TextCorpus, config: PrepareConfig) -> dict[str, Any]:
 
 
 def split_texts(texts: list[str], val_fraction: float) -> dict[str, list[str]]:
-    """The texts of each split.
+    """Split texts into train and val.
 
-    Of ten documents or more, whole ones are held out: in a seeded order each that still fits into the
-    wanted share of characters, so that validation is on texts never seen. Where that comes to less
-    than 80% of the share (few documents, or one that is most of the text), and with fewer documents,
-    the end of each is held out instead, as nanoGPT does with its one.
+    With ten documents or more, complete documents are held out: in a seeded order, each that still fits into
+    the wanted share of characters. With fewer documents, or if that reaches less than 80% of the share, the
+    end of each document is held out, as nanoGPT does with its single one.
     """
     wanted = sum(map(len, texts)) * val_fraction
     order = list(range(len(texts)))
@@ -79,7 +78,7 @@ def split_texts(texts: list[str], val_fraction: float) -> dict[str, list[str]]:
 
 
 def write_texts(corpus: TextCorpus, config: PrepareConfig, folder: Path) -> dict[str, Any]:
-    """Write both .bin files and the tokenizer into `folder`; returns the manifest's share."""
+    """Write both .bin files and the tokenizer into `folder`; return their part of the manifest."""
     encoder = make_tokenizer(corpus, config)
     (folder / "tokenizer").mkdir()
     encoder.save(folder / "tokenizer")
@@ -103,7 +102,7 @@ def write_texts(corpus: TextCorpus, config: PrepareConfig, folder: Path) -> dict
 
 
 def make_tokenizer(corpus: TextCorpus, config: PrepareConfig) -> Tokenizer:
-    """GPT-2's BPE, the characters of the whole corpus, or that of a folder."""
+    """Return GPT-2's BPE, a character tokenizer built from the corpus, or a folder's tokenizer."""
     if config.tokenizer == "char":
         return tokenizer.build_char_tokenizer(corpus.texts, corpus.end_of_text)
     if config.tokenizer != "gpt2":

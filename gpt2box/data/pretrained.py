@@ -1,4 +1,4 @@
-"""The published GPT-2 weights: where they come from, what they must hash to, their shape. Importable without torch."""
+"""Locate pretrained weights: download, checksums, shape. Importable without torch."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ HUB_PINS = {
     "gpt2": (548_105_171, "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
     "gpt2-medium": (1_519_984_962, "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd"),
 }
-# What the Hub says of these two at their revision is asked; the bytes here are about what they are.
+# Queried from the Hub at the pinned revision; the sizes here are approximate.
 UNPINNED_SIZES = {
     "gpt2-large": (3_247_159_000, ""),
     "gpt2-xl": (6_431_829_000, "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
 }
-# Of config.json, what would make another network with the same tensors.
+# Settings of config.json that would change the network but not its tensors.
 REQUIRED_SETTINGS = {
     "n_inner": None,
     "layer_norm_epsilon": 1e-5,
@@ -40,12 +40,13 @@ GELU_VARIANTS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"
 
 
 def pretrained_folder(init_from: str) -> Path:
-    """The folder an `init_from` means: of a run its best checkpoint; a published size or a model of the Hub is
-    downloaded unless it is there.
+    """Return the folder that `init_from` names: a run's best checkpoint, a published size or a Hub model.
+
+    Downloads the latter two unless present.
 
     Raises:
         BadInput: no such folder, or no such model on the Hub.
-        TryAgain, Damaged: see assets.fetch.
+        TryAgain, Damaged: see downloads.fetch.
     """
     if init_from not in MODEL_SHAPES:
         folder = Path(init_from) if "/" in init_from else model_dir(init_from)
@@ -71,7 +72,7 @@ def pretrained_folder(init_from: str) -> Path:
 
 
 def fetch_pin(init_from: str) -> tuple[int, str]:
-    """Size and sha256 of weights, as the Hub has them at the pinned revision.
+    """Fetch size and sha256 of weights from the Hub at the pinned revision.
 
     Raises:
         Damaged: other weights than are known here.
@@ -94,7 +95,7 @@ def fetch_pin(init_from: str) -> tuple[int, str]:
 def resolve_shape(
     config: Config, stored: ModelShape, where: str, ours: Tokenizer | None, theirs: Tokenizer | None
 ) -> ModelShape:
-    """The shape of a run that begins from weights of that shape.
+    """Return the shape of a run that starts from weights of shape `stored`.
 
     `ours` and `theirs`: the tokenizers of the dataset and of the weights, where they are known. The weights' rows
     beyond the dataset's vocabulary are left out; where it has theirs and more, rows are added.
@@ -121,7 +122,7 @@ def resolve_shape(
 
 
 def load_initial_shape(config: Config, folder: Path, ours: Tokenizer) -> ModelShape:
-    """The shape of a run that begins from the weights in a folder, on a dataset in tokens of `ours`.
+    """Return the shape of a run that starts from a folder's weights, on a dataset with tokenizer `ours`.
 
     Raises:
         BadInput, Damaged: see shape_from and shape_in.
@@ -131,14 +132,14 @@ def load_initial_shape(config: Config, folder: Path, ours: Tokenizer) -> ModelSh
 
 
 def is_compatible_vocabulary(ours: Tokenizer, theirs: Tokenizer | None, rows: int) -> bool:
-    """Whether each token of the weights has the same id in the dataset; where that is not known, whether as many."""
+    """Return True if each token of the weights has the same id in the dataset; if unknown, compare the sizes."""
     if theirs is None:
         return ours.vocab_size == rows
     return theirs.vocabulary().items() <= ours.vocabulary().items()
 
 
 def load_weights_tokenizer(folder: Path, stored: ModelShape, ours: Tokenizer) -> Tokenizer | None:
-    """The tokenizer of the weights in a folder; None for GPT-2's beside characters, which do not match anyway."""
+    """Load the tokenizer of a folder's weights; None for GPT-2's with a character dataset, which never match."""
     has_own = any((folder / name).exists() for name in ("vocab.json", "tokenizer.json"))
     if not has_own and stored.vocab_size in GPT2_VOCAB_SIZES and ours.kind in ("gpt2", "char"):
         return ours if ours.kind == "gpt2" else None  # without a look at GPT-2's own, which may not be here
@@ -146,7 +147,7 @@ def load_weights_tokenizer(folder: Path, stored: ModelShape, ours: Tokenizer) ->
 
 
 def load_shape(folder: Path) -> ModelShape:
-    """The shape of the model in a Hugging Face folder (or one that pretrained_folder downloaded).
+    """Return the shape of the model in a Hugging Face folder (or one that pretrained_folder downloaded).
 
     Raises:
         BadInput: not GPT-2's architecture.

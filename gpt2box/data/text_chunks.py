@@ -1,4 +1,4 @@
-"""A text in pieces that a tokenizer bears, cut where no token of GPT-2's pattern crosses."""
+"""Split a text into chunks, at places that no token of GPT-2's pattern crosses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SAFE_CUT = re.compile(
 
 
 def split_into_chunks(parts: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces of about PIECE, cut where no token crosses; longer where there is no such place."""
+    """Yield the text in chunks of about CHUNK_CHARACTERS, longer if there is no safe place to cut."""
     held, searched = "", 0
     for part in parts:
         held += part

@@ -1,7 +1,6 @@
-"""Many documents to tokens: worker processes read and tokenise units, this process writes them down in order.
+"""Tokenize documents in worker processes; this process writes the results in order.
 
-Which bytes come out follows from the files and the request alone, not from the number of workers or where it was
-killed.
+The bytes depend on the files and the choices alone, not on the number of workers or on interruptions.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ _encoder: BulkEncoder | None = None  # a worker's own
 
 
 def start_worker(tokenizer_source: Path) -> None:
-    """Each worker has a tokenizer of its own, and ends with the process that started it, however that ends."""
+    """Load the worker's tokenizer, and make the worker exit with its parent process."""
     global _encoder
     threading.Thread(target=exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -57,17 +56,17 @@ def start_worker(tokenizer_source: Path) -> None:
 
 
 def exit_with_parent() -> None:
-    """A worker would wait for work for ever where the process that gives it was killed."""
+    """Exit when the parent process ends. Without this, a worker would wait forever after its parent was killed."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
 
 
 def tokenize_unit(unit: Unit, end_of_text: int, spill: Path) -> DocumentBatch:
-    """A unit's documents as tokens; those that are blank are left out, but for Parquet's, whose number is announced:
-    these have no characters.
+    """Tokenize a unit's documents.
 
-    What is too large for a pipe goes through the file `spill`.
+    Leaves out blank documents, except of Parquet files, whose row count is announced: they count 0 characters. Results
+    too large for a pipe go through the file `spill`.
     """
     assert _encoder is not None
     tokens: list[Tokens] = []
@@ -115,14 +114,14 @@ class DocumentReader:
 
 
 def append_to_file(tokens: list[Tokens], path: Path) -> None:
-    """Move tokens to the end of a file."""
+    """Append tokens to a file and clear the list."""
     with open(path, "ab") as file:
         file.writelines(ids.astype("<u2", copy=False).data for ids in tokens)
     tokens.clear()
 
 
 def default_worker_count() -> int:
-    """As many as there are cores, and memory for."""
+    """Return the number of workers that cores and memory allow, at most 16."""
     return max(1, min(int(host.cores()), 16, host.memory_bytes()[1] // WORKER_MEMORY_BYTES - 1))
 
 
@@ -146,7 +145,7 @@ def tokenize_files(
         MachineCannot: a worker was killed, as when memory runs out.
     """
     first_file, first_unit = bin_writer.open()
-    # Forked processes would inherit this one's threads' locks; a fresh one imports a few small modules.
+    # Forked processes would inherit locks held by other threads; a spawned one imports only a few small modules.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, start_worker, (tokenizer_source,))
     try:
@@ -158,7 +157,7 @@ def tokenize_files(
                 ahead = sources[number + len(downloads) : number + 1 + FILES_AHEAD]
                 downloads += [run_in_daemon_thread(source.fetch) for source in ahead]
                 download = downloads.popleft()
-                # Another job may have the next file and wait for one of those before: they are finished first.
+                # Another job may hold the next file and wait for an earlier one: finish those first, or both wait.
                 while batches.waiting and not download.done():
                     batches.write_next()
                 units = split_into_units(download.result(), sources[number].name, column)
@@ -186,7 +185,7 @@ def tokenize_files(
 
 
 def run_in_daemon_thread(work: Callable[[], Path]) -> Future[Path]:
-    """Do it in a thread that nobody waits for when the program ends, as the pools of the library would."""
+    """Run work in a daemon thread, which does not delay exit; the standard library's thread pools would."""
     future: Future[Path] = Future()
 
     def run_it() -> None:

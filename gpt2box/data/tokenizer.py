@@ -1,4 +1,4 @@
-"""Text to token ids and back: GPT-2's byte-level BPE (tiktoken), a character vocabulary, and others (bpe.py).
+"""Encode text to token ids and back: GPT-2's byte-level BPE (tiktoken), characters, and others (hf_tokenizer.py).
 
 A tokenizer is kept as a folder of Hugging Face files, so that `AutoTokenizer` reads the very
 folder that `load` reads. GPT-2's files are derived from the pinned ranks; no network is used.
@@ -29,20 +29,20 @@ Tokens = npt.NDArray[np.uint16]
 
 
 class Tokenizer(Protocol):
-    """What the rest of the program asks of a tokenizer."""
+    """Define the interface of a tokenizer."""
 
     kind: str
     vocab_size: int
     end_of_text: int | None  # its id, where the vocabulary has one
 
     def encode(self, text: str) -> Tokens:
-        """Token ids of the text; a special token's name in it is ordinary text."""
+        """Encode the text; a special token's name in it is ordinary text."""
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """UTF-8 of the tokens; a single token may be part of a character."""
+        """Decode tokens to UTF-8; a single token may be part of a character."""
 
     def vocabulary(self) -> dict[str, int]:
-        """The id of each token, by its name in Hugging Face's files."""
+        """Return the id of each token by its name in Hugging Face's files."""
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files into an existing folder."""
@@ -78,7 +78,7 @@ class Gpt2Tokenizer:
 
     @cached_property
     def merges(self) -> list[tuple[bytes, bytes]]:
-        """Most of a second to derive; every checkpoint writes them."""
+        """Derive the merges once: it takes most of a second, and every checkpoint writes them."""
         return derive_merges(self.ranks)
 
     def vocabulary(self) -> dict[str, int]:
@@ -93,7 +93,7 @@ class Gpt2Tokenizer:
 
 
 class CharTokenizer:
-    """One id a character, in code-point order, as nanoGPT's shakespeare_char; optionally an end-of-text id last."""
+    """Map each character to an id in code-point order, as nanoGPT's shakespeare_char; end-of-text may follow."""
 
     kind = "char"
 
@@ -149,7 +149,7 @@ def _write_tokenizer_config(folder: Path, content: dict[str, object]) -> None:
 
 
 def load_gpt2_tokenizer(path: Path) -> Gpt2Tokenizer:
-    """The GPT-2 tokenizer from a (verified) tiktoken ranks file: lines of base64 and rank."""
+    """Load the GPT-2 tokenizer from a verified tiktoken ranks file: lines of base64 and rank."""
     lines = path.read_bytes().splitlines()
     return Gpt2Tokenizer(
         {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
@@ -157,7 +157,7 @@ def load_gpt2_tokenizer(path: Path) -> Gpt2Tokenizer:
 
 
 def build_char_tokenizer(texts: Iterable[str], end_of_text: bool) -> CharTokenizer:
-    """The character vocabulary of these texts."""
+    """Build a character tokenizer from these texts."""
     characters: set[str] = set()
     for text in texts:
         characters.update(text)
@@ -167,7 +167,7 @@ def build_char_tokenizer(texts: Iterable[str], end_of_text: bool) -> CharTokeniz
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer whose files lie in `folder`; tokenizer.json goes before vocab.json, as with transformers.
+    """Load the tokenizer in `folder`; tokenizer.json is preferred to vocab.json, as in transformers.
 
     Raises:
         BadInput: there is none, or one of another kind.
@@ -200,7 +200,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def load_model_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of the model in `folder`, which has so many rows; GPT-2's where the folder has none.
+    """Load the tokenizer of the model in `folder`; GPT-2's if it has none and `vocab_size` is GPT-2's.
 
     Raises:
         BadInput: no tokenizer, and other rows than GPT-2's; or see load.
@@ -214,25 +214,25 @@ def load_model_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 
 
 def tokenizer_identity(asked: str) -> str:
-    """What a dataset's bytes follow from: gpt2 or char, or of a tokenizer's folder what is in it."""
+    """Return a tokenizer's identity: gpt2, char, or the checksum of a folder's vocabulary."""
     return asked if asked in ("gpt2", "char") else vocabulary_digest(load_tokenizer(Path(asked)).vocabulary())
 
 
 def vocabulary_digest(vocabulary: dict[str, int]) -> str:
-    """Short identity of a vocabulary: equal where each token has the same id."""
+    """Return a short checksum of a vocabulary: equal if each token has the same id."""
     ordered = sorted(vocabulary.items(), key=lambda item: (item[1], item[0]))
     return hashlib.sha256(json.dumps(ordered).encode()).hexdigest()[:16]
 
 
 def _from_vocabulary(vocabulary: dict[str, int]) -> Gpt2Tokenizer:
-    """GPT-2's BPE from printable tokens and ids, which are the ranks."""
+    """Build GPT-2's BPE from printable tokens and ids, which are the ranks."""
     alphabet = {character: byte for byte, character in enumerate(byte_alphabet())}
     ranks = {token: rank for token, rank in vocabulary.items() if token != END_OF_TEXT}
     return Gpt2Tokenizer({bytes(alphabet[c] for c in token): rank for token, rank in ranks.items()})
 
 
 def check_ids(vocabulary: dict[str, int]) -> None:
-    """Whether each id from 0 on occurs once.
+    """Check that each id from 0 on occurs once.
 
     Raises:
         ValueError: if not.
@@ -242,7 +242,7 @@ def check_ids(vocabulary: dict[str, int]) -> None:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The prompt's ids; for an empty one, something to go on from.
+    """Encode a prompt; an empty one becomes the end-of-text token, or a line feed.
 
     Raises:
         BadInput: a character that the vocabulary lacks.
@@ -259,7 +259,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 @cache
 def byte_alphabet() -> tuple[str, ...]:
-    """The printable character that stands for each byte in GPT-2's vocabulary files.
+    """Return the printable character that stands for each byte in GPT-2's vocabulary files.
 
     Printable Latin-1 stands for itself, the rest for U+0100 onwards in order (Radford et al. 2019,
     the released encoder.py).
@@ -274,7 +274,7 @@ def printable(token: bytes) -> str:
 
 
 def derive_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair each multi-byte token was merged from, in order of rank.
+    """Derive the pair that each multi-byte token was merged from, in order of rank.
 
     Merging a token's bytes by all lower ranks leaves exactly its two parts.
     """

@@ -1,4 +1,4 @@
-"""What a training job needs from outside (its dataset, the weights to begin from): what is missing, and bringing it."""
+"""Find and fetch what a training job needs: its dataset and the weights to start from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CORPUS_BYTES = {  # of the tokens, and of raw text that is there at the same tim
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """Something that a job will write to a volume."""
+    """Describe something that a job will write to a volume."""
 
     volume: str  # data, models or runs
     what: str
@@ -39,7 +39,7 @@ class DiskNeed:
 
 
 def list_disk_needs(config: Config) -> list[DiskNeed]:
-    """What is not there yet, and what the run itself will write."""
+    """List what is missing, and what the run itself will write."""
     found = []
     corpus = known_corpus_name(config.dataset)
     if not has_dataset(config) and corpus:
@@ -62,7 +62,7 @@ def list_disk_needs(config: Config) -> list[DiskNeed]:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Size of one, on disk and, while it is written, in the host's memory."""
+    """Return a checkpoint's size, on disk and, while it is written, in host memory."""
     if config.init_from == "scratch":
         shape = resolve_model_shape(config)
     else:  # one from elsewhere may have to be brought first
@@ -72,7 +72,7 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def group_needs_by_disk(config: Config | None) -> list[tuple[list[str], int, list[DiskNeed]]]:
-    """Volumes that share a disk: their names, the bytes free on it, and what the job writes there.
+    """Group volumes by disk: their names, the bytes free, and what the job writes there.
 
     Raises:
         VolumeUnwritable: a volume cannot be created or written.
@@ -88,7 +88,7 @@ def group_needs_by_disk(config: Config | None) -> list[tuple[list[str], int, lis
 
 
 def check_space(config: Config) -> None:
-    """Before a long preparation: whether the volumes can be written and hold what the job will write.
+    """Check that the volumes can be written and have space for what the job will write.
 
     Raises:
         VolumeUnwritable: with the bytes missing.
@@ -105,18 +105,18 @@ def check_space(config: Config) -> None:
 
 
 def has_dataset(config: Config) -> bool:
-    """Whether the dataset's tokens are there."""
+    """Return True if the dataset's tokens are present."""
     return (dataset_dir(config.dataset) / "train.bin").exists()
 
 
 def known_corpus_name(dataset: str) -> str:
-    """The known corpus that a dataset's default name stands for, or nothing."""
+    """Return the known corpus that a dataset's name stands for, or an empty string."""
     name = dataset.removesuffix(CHAR)
     return name if name in KNOWN_CORPORA and (name == dataset or name not in OPENWEBTEXT) else ""
 
 
 def select_tokenizer(config: Config) -> str:
-    """In which tokens a text is prepared: those of the weights that a run begins from, as prepare's --tokenizer."""
+    """Return the tokenizer of the weights that a run starts from, as prepare's --tokenizer."""
     if config.init_from in ("scratch", *MODEL_SHAPES):
         return "gpt2"
     begun = bool(checkpoints(run_dir(config.name) / "checkpoints"))  # the first weights may be gone
@@ -125,11 +125,11 @@ def select_tokenizer(config: Config) -> str:
 
 
 def fetch_requirements(config: Config, text: Path | None) -> None:
-    """Make the dataset, from `text` or the known corpus of its name, and download the weights, unless they are there.
+    """Make the dataset from `text` or a known corpus, and download the weights, unless present.
 
     Raises:
         BadInput: the dataset is not there and nothing says what to make it from.
-        TryAgain, Damaged, VolumeUnwritable: see assets.fetch.
+        TryAgain, Damaged, VolumeUnwritable: see downloads.fetch.
     """
     folder = dataset_dir(config.dataset)
     corpus = known_corpus_name(config.dataset)
