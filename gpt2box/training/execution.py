@@ -15,10 +15,10 @@ from gpt2box.planner.gpu_specs import gpu_spec_of_device
 from gpt2box.planner.memory import CUDA_CONTEXT_BYTES
 from gpt2box.planner.search import check_sharding, choose_execution_plan, list_execution_plans
 from gpt2box.planner.target_device import TargetDevice, apply_bench_records
+from gpt2box.runs.plan_file import read_plan
 from gpt2box.system.device import choose_compile, describe
 from gpt2box.system.gpu import card_of
 from gpt2box.system.host import cpu_name, memory_bytes
-from gpt2box.utils.files import read_object
 from gpt2box.utils.paths import checkpoints, run_dir, step_of
 from gpt2box.utils.ranks import Ranks, ranks
 
@@ -41,7 +41,7 @@ def place_for(config: Config, shape: ModelShape, device: torch.device, dtype: st
     """The same for a run, with what was measured there. A run that began with the default stays compiled, or not."""
     place = place_of(device, dtype, compiled)
     known = apply_bench_records(place, config, shape, can_compile=choose_compile(True, device)[0])
-    if read_object(run_dir(config.name) / "plan.json").get("compile") == compiled:
+    if read_plan(run_dir(config.name)).get("compile") == compiled:
         return replace(known, compiled=compiled)
     return known
 
@@ -112,7 +112,7 @@ def steps_remain(config: Config) -> bool:
 
 def recorded_way(run: Path) -> tuple[int, str] | None:
     """Micro-batch and recompute in a run's plan.json."""
-    content = read_object(run / "plan.json")
+    content = read_plan(run)
     if not {"micro_batch_size", "activation_checkpointing"} <= content.keys():
         return None
     return content["micro_batch_size"], content["activation_checkpointing"]

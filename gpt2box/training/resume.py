@@ -33,7 +33,9 @@ from gpt2box.runs.manifest import (
     is_same_dataset,
     read_manifest,
 )
+from gpt2box.runs.plan_file import flatten_plan, read_plan
 from gpt2box.runs.sessions import session_at_step, valid_sessions
+from gpt2box.runs.view import as_mapping
 from gpt2box.utils.files import locked, mark, read_object, regular, whole
 from gpt2box.utils.paths import dataset_dir, make_writable, shown
 from gpt2box.utils.progress import kept_log, say, size
@@ -162,7 +164,7 @@ def check_none_lost(run: Path) -> None:
 
 def save_interval_of(run: Path) -> int:
     """As its last session had it, wherever that is kept; where it is not known, more than any run's steps."""
-    plan, manifest, settings = read_object(run / "plan.json"), read_object(run / "manifest.json"), {}
+    plan, manifest, settings = read_plan(run), read_object(run / "manifest.json"), {}
     with suppress(BadInput):
         settings = read_yaml(run / "config.yaml")
     kept_in = (plan, settings, manifest.get("settings"))
@@ -183,7 +185,7 @@ def check_network(run: Path, folder: Path, dataset: Dataset) -> None:
     Raises:
         Damaged: what is other.
     """
-    plans = [read_object(run / "plan.json"), read_manifest(run).get("plan")]
+    plans = [read_plan(run), flatten_plan(as_mapping(read_manifest(run).get("plan")))]
     shapes = [plan["shape"] for plan in plans if isinstance(plan, dict) and isinstance(plan.get("shape"), dict)]
     found, known = asdict(load_shape(folder)), shapes[0] if shapes else {}
     if differing := [key for key in found if key in known and known[key] != found[key]]:
