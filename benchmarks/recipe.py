@@ -39,7 +39,7 @@ from gpt2box.planner.search import list_execution_plans
 from gpt2box.planner.target_device import TargetDevice
 from gpt2box.training.evaluate import evaluate
 from gpt2box.utils.paths import dataset_dir
-from gpt2box.utils.ranks import ALONE
+from gpt2box.utils.ranks import SINGLE_PROCESS
 
 SIZES = {"small": {"n_layer": 2}, "medium": {"n_layer": 4}}  # medium is nanoGPT's model for a CPU
 COMMON = {"n_head": 4, "n_embd": 128, "block_size": 64, "bias": "false", "beta2": 0.99}
@@ -128,7 +128,10 @@ def train(dataset: Dataset, plan: RunPlan, evaluations: int = 4) -> tuple[list[t
             seconds += time.thread_time() - begun
             if (step + 1) % (plan.config.max_steps // evaluations) == 0 or step + 1 == plan.config.max_steps:
                 curve.append(
-                    ((step + 1) * plan.config.tokens_per_step, evaluate(model, dataset, plan, RankGroup(ALONE))[0])
+                    (
+                        (step + 1) * plan.config.tokens_per_step,
+                        evaluate(model, dataset, plan, RankGroup(SINGLE_PROCESS))[0],
+                    )
                 )
     return curve, seconds
 

@@ -15,9 +15,9 @@ def main() -> None:
         if by_default:
             signal.signal(signal.SIGINT, end)
         from gpt2box.cli.main import main as command
-        from gpt2box.utils.progress import text_to
+        from gpt2box.utils.progress import open_text_stream
 
-        sys.stderr = text_to(2)
+        sys.stderr = open_text_stream(2)
         if by_default:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         command()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # also: order of writing
-LONGEST = 1500  # characters of a line
+MAX_LINE_CHARS = 1500  # characters of a line
 
 
 class Gpt2boxError(Exception):
@@ -29,28 +29,30 @@ class Gpt2boxError(Exception):
             lines.append(f"  expected: {self.expected}")
         if self.next_step:
             lines.append(f"  next: {self.next_step}")
-        return "\n".join(printable(line) for line in "\n".join(lines).split("\n"))
+        return "\n".join(printable_line(line) for line in "\n".join(lines).split("\n"))
 
 
-def printable(line: str) -> str:
+def printable_line(line: str) -> str:
     """A line for a terminal: what would steer it stands as an escape, and what is endless is cut.
 
     Messages quote names and values from outside, which may hold anything.
     """
-    return harmless(line[:LONGEST]) + (f"… ({len(line):,} characters)" if len(line) > LONGEST else "")
+    return escape_control(line[:MAX_LINE_CHARS]) + (
+        f"… ({len(line):,} characters)" if len(line) > MAX_LINE_CHARS else ""
+    )
 
 
-def harmless_lines(text: str) -> str:
+def escape_control_lines(text: str) -> str:
     """Of several lines."""
-    return "\n".join(map(harmless, text.split("\n")))
+    return "\n".join(map(escape_control, text.split("\n")))
 
 
-def harmless(text: str) -> str:
+def escape_control(text: str) -> str:
     """Of any length, all in one line."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def why(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """What Python, or the system, found wrong with a file, in words for whoever has that file."""
     if isinstance(error, Gpt2boxError):
         return error.found

@@ -17,7 +17,7 @@ from gpt2box.checkpoint.metadata import load_verified_state
 from gpt2box.data.dataset import open_dataset
 from gpt2box.data.dataset_folder import find_damaged_splits
 from gpt2box.data.pretrained import load_shape
-from gpt2box.errors import LONGEST, BadInput, Gpt2boxError
+from gpt2box.errors import MAX_LINE_CHARS, BadInput, Gpt2boxError
 from gpt2box.inference.model_loader import load_model
 from gpt2box.runs.view import RunView
 from gpt2box.training.run import run_job
@@ -108,7 +108,7 @@ def test_what_is_no_input_is_refused_in_a_few_lines_and_nothing_changes(
         code, said = command(*(word.format(each) for word in READERS[kind]))
         assert code in EXPECTED_CODES or (kind in ("fetch", "dataset") and "binary" in each), (each[:50], code, said)
         assert "Traceback" not in said and "\x1b" not in said, (each[:50], said)
-        assert len(said.splitlines()) < 30 and max(map(len, said.splitlines())) < LONGEST + 100, each[:50]
+        assert len(said.splitlines()) < 30 and max(map(len, said.splitlines())) < MAX_LINE_CHARS + 100, each[:50]
     assert content(trained) == before
 
 

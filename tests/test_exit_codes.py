@@ -15,11 +15,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from gpt2box import is_beside_other_work
+from gpt2box import is_cpu_busy
 from gpt2box.cli.main import cli
 from gpt2box.errors import BadInput, MachineCannot, VolumeUnwritable
-from gpt2box.system import faults
-from gpt2box.utils.progress import called
+from gpt2box.system import os_errors
+from gpt2box.utils.progress import gpt2box_command
 from tests.helpers.commands import Command
 from tests.helpers.training import process, wait_for
 
@@ -40,7 +40,7 @@ from tests.helpers.training import process, wait_for
 )
 def test_what_the_system_refuses_is_said_in_words(code: str, kind: type) -> None:
     number = getattr(errno, code)
-    fault = faults.fault_of(OSError(number, os.strerror(number), "/some/file"))
+    fault = os_errors.explain_os_error(OSError(number, os.strerror(number), "/some/file"))
     assert type(fault) is kind and (fault is None or "/some/file" in fault.found)
 
 
@@ -57,7 +57,7 @@ def test_what_the_system_refuses_is_said_in_words(code: str, kind: type) -> None
 def test_a_card_that_is_full_is_said_in_words(error: RuntimeError, full: bool) -> None:
     import gpt2box.system.device  # noqa: F401, as whatever uses a card has it loaded
 
-    fault = faults.card_is_full(error)
+    fault = os_errors.explain_cuda_oom(error)
     assert bool(fault) == full and (fault is None or (fault.exit_code == 3 and "--device cpu" in fault.next_step))
 
 
@@ -81,7 +81,7 @@ def test_a_command_is_suggested_as_it_was_called(
     (tmp_path / "gpt2box").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path) if on_path else "/nowhere")
     monkeypatch.setattr("sys.argv", [program.replace("BIN", str(tmp_path)), "train"])
-    assert called("sample", "my run") == said
+    assert gpt2box_command("sample", "my run") == said
 
 
 def test_a_stopped_training_says_the_whole_command(volumes: Path) -> None:
@@ -103,7 +103,7 @@ def test_help_says_each_command_whole_in_80_columns() -> None:
 
 
 def test_other_work_on_the_cores_is_noticed_or_not_but_asked_for_in_vain_never() -> None:
-    assert is_beside_other_work() in (True, False)
+    assert is_cpu_busy() in (True, False)
     code = "import os, gpt2box; print(os.environ['OMP_WAIT_POLICY'])"
     environment = os.environ | {"OMP_WAIT_POLICY": "ACTIVE"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

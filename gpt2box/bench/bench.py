@@ -28,8 +28,8 @@ from gpt2box.system import host
 from gpt2box.system.device import choose_compile, choose_device, choose_dtype, peak_memory_bytes
 from gpt2box.training.execution import place_of
 from gpt2box.training.run import set_arithmetic
-from gpt2box.utils.paths import bench_file, dataset_dir, make_writable, runs_dir, shown
-from gpt2box.utils.progress import say, size
+from gpt2box.utils.paths import bench_file, dataset_dir, display_path, ensure_writable, runs_dir
+from gpt2box.utils.progress import format_bytes, log_line
 
 ROUNDS = 3  # of a sweep: so often has each way its turn
 SIZES = 3  # the largest micro-batches of each kind that a sweep tries
@@ -62,7 +62,7 @@ def bench(config: Config, steps: int, sweep: bool, share: bool, as_json: bool) -
     """
     check_gpu(config.device)
     if sweep:
-        make_writable(runs_dir())
+        ensure_writable(runs_dir())
     say_load()
     task = look(config)
     ways = candidates(task) if sweep else []
@@ -76,7 +76,7 @@ def bench(config: Config, steps: int, sweep: bool, share: bool, as_json: bool) -
         watch = Stopwatch(plan, dataset)
         on = config.dataset if dataset.manifest else "random tokens"
         each = f" of each of {len(ways)} ways, in turns" if sweep else ""
-        say(f"{config.name} on {task.place.bench_name or task.place.name}, {on}: {steps} steps{each}")
+        log_line(f"{config.name} on {task.place.bench_name or task.place.name}, {on}: {steps} steps{each}")
         try:
             in_turns(watch, ways, steps, task, sweep)
             if done := fastest(ways, task):
@@ -95,7 +95,7 @@ def bench(config: Config, steps: int, sweep: bool, share: bool, as_json: bool) -
     elif done:
         print("\n".join(table.format_lines(figures)))
     if done and sweep:
-        say(f"kept in {shown(bench_file())}: plan and train go by it where a setting is auto")
+        log_line(f"kept in {display_path(bench_file())}: plan and train go by it where a setting is auto")
     if stopped is not None:
         raise stopped
     if not done:
@@ -104,9 +104,9 @@ def bench(config: Config, steps: int, sweep: bool, share: bool, as_json: bool) -
 
 def say_load() -> None:
     """Beside other work the figures are not the machine's."""
-    load, cores = os.getloadavg()[0], host.cores()
+    load, cores = os.getloadavg()[0], host.cpu_cores()
     if load > cores:
-        say(f"note: load {load:.0f} on {cores:g} core{'s' * (cores != 1)}: other work slows this")
+        log_line(f"note: load {load:.0f} on {cores:g} core{'s' * (cores != 1)}: other work slows this")
 
 
 def look(config: Config) -> Task:
@@ -114,7 +114,7 @@ def look(config: Config) -> Task:
     device = choose_device(config.device)
     compiled, note = choose_compile(config.compile if config.may_compile else False, device)
     if note:
-        say(f"note: {note}")
+        log_line(f"note: {note}")
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
     can_compile = config.may_compile and choose_compile(True, device)[0]
     return Task(config, resolve_model_shape(config), place_of(device, dtype, compiled), device, can_compile)
@@ -163,7 +163,7 @@ def in_turns(watch: Stopwatch, ways: list[Way], steps: int, task: Task, sweep: b
             if sweep and way.known:
                 store_bench_records(bench_file(), [way.record(task.job, task.place.free_bytes)])
             if sweep and number == 0:
-                say(f"  {way.words()}: {way.fault or table.format_rate(fastest([way], task)[0][2])}")
+                log_line(f"  {way.words()}: {way.fault or table.format_rate(fastest([way], task)[0][2])}")
 
 
 def fastest(ways: list[Way], task: Task) -> list[tuple[Way, BenchRecord, float]]:
@@ -184,7 +184,7 @@ def measure_beside(watch: Stopwatch, way: Way, beside: dict[str, Any], alone: bo
     beside["loader_s"] = watch.loader_s()
     beside["evaluation_s"], beside["evaluation_windows"] = watch.evaluation_s()
     try:
-        found = watch.checkpoint_s(make_writable(runs_dir()))
+        found = watch.checkpoint_s(ensure_writable(runs_dir()))
         beside["checkpoint_s"], beside["checkpoint_durable_s"], beside["checkpoint_bytes"] = found
     except VolumeUnwritable as fault:
         beside["checkpoint_fault"] = fault.found
@@ -212,7 +212,7 @@ def saying_too_large(way: Way) -> Iterator[None]:
 def too_large(way: Way, fault: str) -> MachineCannot:
     """What to do where no way could be measured."""
     return MachineCannot(
-        f"nothing could be measured: {fault}; estimated: {size(way.execution.memory.total)} ({way.words()})",
+        f"nothing could be measured: {fault}; estimated: {format_bytes(way.execution.memory.total)} ({way.words()})",
         "memory for one sequence",
         "close other programs (gpt2box monitor), or a smaller model or block_size",
     )

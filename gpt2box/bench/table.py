@@ -14,9 +14,9 @@ from gpt2box.config.schema import Config
 from gpt2box.planner.bench_records import BenchRecord
 from gpt2box.planner.run_plan import RunPlan
 from gpt2box.planner.target_device import TargetDevice
-from gpt2box.system.gpu import ask_driver
+from gpt2box.system.gpu import query_nvml
 from gpt2box.system.provenance import git_state
-from gpt2box.utils.progress import size
+from gpt2box.utils.progress import format_bytes
 
 if TYPE_CHECKING:
     from gpt2box.bench.timing import Way
@@ -107,7 +107,7 @@ def program_versions() -> dict[str, str]:
         "gpt2box": f"{__version__} {git_state()[:8]}".strip(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
-        "driver": ask_driver().driver,
+        "driver": query_nvml().driver,
     }
 
 
@@ -152,7 +152,10 @@ def format_lines(results: dict[str, Any]) -> Iterator[str]:
     memory = measured["memory_bytes"]
     scope = "with an estimate for CUDA itself" if way["memory_bytes"] else "without Python and PyTorch themselves"
     yield format_entry(
-        "memory", size(memory) if memory else MISSING, size(estimated["memory_bytes"]), scope if memory else ""
+        "memory",
+        format_bytes(memory) if memory else MISSING,
+        format_bytes(estimated["memory_bytes"]),
+        scope if memory else "",
     )
     if (loader := measured["loader_s"]) is not None:
         note = f"per micro-batch, read while the previous one is computed ({format_seconds(measured['micro_step_s'])})"
@@ -163,7 +166,7 @@ def format_lines(results: dict[str, Any]) -> Iterator[str]:
     if measured["checkpoint_fault"]:
         yield format_entry("checkpoint", MISSING, note=f"not tried: {measured['checkpoint_fault']}")
     elif measured["checkpoint_s"] is not None:
-        sizes = f"{size(measured['checkpoint_bytes'])}, estimated {size(estimated['checkpoint_bytes'])}"
+        sizes = f"{format_bytes(measured['checkpoint_bytes'])}, estimated {format_bytes(estimated['checkpoint_bytes'])}"
         saved = f"{sizes}; durable after {format_seconds(measured['checkpoint_durable_s'])}"
         note = f"{saved}; training waits for {measured['checkpoint_share']:.1%} of total time"
         yield format_entry("checkpoint", format_seconds(measured["checkpoint_s"]), note=note)
@@ -189,8 +192,8 @@ def format_share_row(results: dict[str, Any]) -> str:
         f"{measured['tokens_per_sec']:,.0f}",
         f"{estimated['tokens_per_sec']:,.0f}" if estimated["tokens_per_sec"] else MISSING,
         MISSING if mfu is None else f"{mfu:.0%}",
-        size(measured["memory_bytes"]) if measured["memory_bytes"] else MISSING,
-        size(estimated["memory_bytes"]),
+        format_bytes(measured["memory_bytes"]) if measured["memory_bytes"] else MISSING,
+        format_bytes(estimated["memory_bytes"]),
         format_seconds(measured["loader_s"]),
         format_seconds(measured["evaluation_s"]),
         format_seconds(measured["checkpoint_s"]),

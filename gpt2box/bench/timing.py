@@ -40,8 +40,8 @@ from gpt2box.system.device import peak_memory_bytes
 from gpt2box.training.evaluate import evaluate
 from gpt2box.training.model_setup import configure, empty_model, through_compiler
 from gpt2box.training.trainer import Job, open_batches, take_step
-from gpt2box.utils.progress import say
-from gpt2box.utils.ranks import ALONE
+from gpt2box.utils.progress import log_line
+from gpt2box.utils.ranks import SINGLE_PROCESS
 from gpt2box.utils.signals import StopRequest
 
 LENGTHS = (1, LONG_STEP_MICRO_STEPS)  # micro-steps of the steps that are timed
@@ -111,7 +111,7 @@ class Stopwatch:
             model=self.model,
             optimizer=self.optimizer,
             dataset=dataset,
-            group=RankGroup(ALONE),
+            group=RankGroup(SINGLE_PROCESS),
             tokenizer=tokenizer,
             state=state,
             stop=StopRequest(),
@@ -202,11 +202,11 @@ class Stopwatch:
             windows = len(val_window_starts(dataset.tokens("val"), plan.shape.block_size, plan.config.eval_windows))
         few = min(windows, 2 * plan.eval_batch_size)
         plan = plan.with_settings(eval_windows=few)
-        evaluate(self.model, dataset, plan, RankGroup(ALONE))
+        evaluate(self.model, dataset, plan, RankGroup(SINGLE_PROCESS))
 
         def once() -> float:
             with self.timed() as seconds:
-                evaluate(self.model, dataset, plan, RankGroup(ALONE))
+                evaluate(self.model, dataset, plan, RankGroup(SINGLE_PROCESS))
             return seconds[0]
 
         return repeated(once) / few * windows, windows
@@ -219,7 +219,9 @@ class Stopwatch:
         """
         job, durable_s, sizes = self.job, [], []
         with tempfile.TemporaryDirectory(prefix=".bench-", dir=folder) as temporary:
-            saver = AsyncCheckpointWriter(Path(temporary), self.model, self.optimizer, job.tokenizer, job.plan, say)
+            saver = AsyncCheckpointWriter(
+                Path(temporary), self.model, self.optimizer, job.tokenizer, job.plan, log_line
+            )
             with closing(saver):
                 saver.save(job.state)  # which also makes room for the copy, once in a run
                 saver.wait()

@@ -31,8 +31,8 @@ from gpt2box.distributed.fsdp import full_tensor, meta_tensor
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planner.run_plan import RunPlan
 from gpt2box.system.host import memory_bytes
-from gpt2box.utils.files import check_mark
-from gpt2box.utils.progress import size
+from gpt2box.utils.files import check_lock_token
+from gpt2box.utils.progress import format_bytes
 
 SLAB_BYTES = 1 << 29  # allocated at a time; PyTorch rounds page-locked memory up to powers of two
 ALIGN_BYTES = 64
@@ -158,7 +158,7 @@ class AsyncCheckpointWriter:
             VolumeUnwritable: too little disk space for this save, or the save before failed.
         """
         self.wait()
-        check_mark(self.folder.parent / ".lock", self._lock_mark)
+        check_lock_token(self.folder.parent / ".lock", self._lock_mark)
         needed = checkpoint_bytes(self.model, self.optimizer, state)
         check_disk_space(self.folder, needed, state.step)
         files = checkpoint_tensors(self.model, self.optimizer, state)
@@ -202,7 +202,7 @@ class AsyncCheckpointWriter:
 
     def _write(self, files: TensorFiles, config: dict[str, object], state: TrainState) -> None:
         publish_checkpoint(self.folder, files, config, state, self.tokenizer, self._lock_mark)
-        check_mark(self.folder.parent / ".lock", self._lock_mark)
+        check_lock_token(self.folder.parent / ".lock", self._lock_mark)
         retention.delete_old_checkpoints(
             self.folder, self.plan.config.keep_last, state, self.plan.derived.save_interval
         )
@@ -210,4 +210,7 @@ class AsyncCheckpointWriter:
     def _drop_staging_buffer(self, needed: int) -> None:
         self.staging_buffer = None
         free = memory_bytes()[1]
-        self._log(f"checkpoints are written while training waits: a copy takes {size(needed)}, {size(free)} are free")
+        self._log(
+            f"checkpoints are written while training waits: a copy takes {format_bytes(needed)}, "
+            f"{format_bytes(free)} are free"
+        )

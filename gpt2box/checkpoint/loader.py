@@ -10,7 +10,7 @@ from gpt2box.checkpoint.metadata import TrainState
 from gpt2box.checkpoint.safetensors_io import read_tensors
 from gpt2box.checkpoint.writer import ADAPTERS_FILE, optimizer_tensors, trained_parameters
 from gpt2box.distributed.fsdp import meta_tensor
-from gpt2box.errors import BadInput, Damaged, printable
+from gpt2box.errors import BadInput, Damaged, printable_line
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.hf_weights import PREFIX, copy_from_hf, load_hf_weights, stored_tensors
 from gpt2box.model.lora import lora_parameters
@@ -41,7 +41,7 @@ def load_weights(folder: Path, model: GPT2) -> None:
     for name, tensor in read_tensors(folder / ADAPTERS_FILE):
         parameter = missing.pop(name, None)
         if parameter is None or parameter.shape != tensor.shape:
-            found = f"{folder / ADAPTERS_FILE}: {printable(name)} of shape {list(tensor.shape)}"
+            found = f"{folder / ADAPTERS_FILE}: {printable_line(name)} of shape {list(tensor.shape)}"
             raise Damaged(found, "adapters as lora_rank has them")
         parameter.copy_(tensor)
     if missing:
@@ -65,7 +65,7 @@ def restore_checkpoint(folder: Path, model: GPT2, optimizer: torch.optim.Optimiz
     for full_name, tensor in read_tensors(path):
         key, _, name = full_name.partition(".")
         if expected.pop(full_name, () if key == "step" else None) != tensor.shape:
-            found = f"{path}: {printable(full_name)} of shape {list(tensor.shape)}"
+            found = f"{path}: {printable_line(full_name)} of shape {list(tensor.shape)}"
             raise Damaged(found, "the optimizer state of the weights beside it")
         entry = optimizer.state[parameters[name]]
         if name not in loaded and key != "step":  # unless a step of its own is stored

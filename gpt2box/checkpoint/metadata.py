@@ -13,8 +13,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from gpt2box.checkpoint.fingerprint import fingerprint_files
 from gpt2box.data.downloads import sha256_of
-from gpt2box.errors import BadInput, Damaged, printable, why
-from gpt2box.utils.files import check_regular, read_json, write_atomically
+from gpt2box.errors import BadInput, Damaged, describe_error, printable_line
+from gpt2box.utils.files import check_regular_file, read_json, write_atomically
 
 FORMAT_VERSION = 4  # 1 had no bad_steps and rollbacks, 2 no recent_losses, 3 no `past` in rollbacks
 REQUIRED_FILES = {"config.json", "model.safetensors", "optimizer.safetensors"}
@@ -115,10 +115,10 @@ def parse_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
         check_consistency(folder, state, files, stored.digest)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        found = printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        found = printable_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
         raise Damaged(f"{folder}/state.json: {found}", "a checkpoint as it was written") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{folder}: {why(error)}", "a checkpoint as it was written") from error
+        raise Damaged(f"{folder}: {describe_error(error)}", "a checkpoint as it was written") from error
     return state, files
 
 
@@ -181,10 +181,10 @@ def verify_file(path: Path, bytes: int, sha256: str) -> None:
         Damaged: it differs.
     """
     try:
-        check_regular(path)
+        check_regular_file(path)
         if path.stat().st_size != bytes:
             raise Damaged(f"{path} has {path.stat().st_size:,} bytes", f"{bytes:,} bytes")
         if sha256_of(path) != sha256:
             raise Damaged(f"{path} has changed since it was written", f"sha256 {sha256}")
     except OSError as error:
-        raise Damaged(f"{path}: {why(error)}", "a checkpoint as it was written") from error
+        raise Damaged(f"{path}: {describe_error(error)}", "a checkpoint as it was written") from error

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from gpt2box.checkpoint.metadata import TrainState, load_verified_state, parse_state, verify_file
 from gpt2box.errors import BadInput, Damaged, VolumeUnwritable
-from gpt2box.utils.files import discard, fsync_dir, read_text
-from gpt2box.utils.paths import checkpoints, fix_hint, step_of
+from gpt2box.utils.files import fsync_dir, read_text, remove_path
+from gpt2box.utils.paths import checkpoint_step, list_checkpoints, writable_hint
 
 
 def checkpoint_name(step: int) -> str:
@@ -25,11 +25,11 @@ def recover_interrupted_saves(folder: Path) -> None:
     for path in folder.glob(".step-*.old"):
         final = folder / path.name.removeprefix(".").removesuffix(".old")
         if final.exists():
-            discard(path)
+            remove_path(path)
         else:
             os.rename(path, final)
     for path in [*folder.glob(".*.tmp"), *folder.glob("step-*/.*.tmp")]:  # a checkpoint, a link or a state.json
-        discard(path)
+        remove_path(path)
 
 
 def update_links(folder: Path, state: TrainState) -> None:
@@ -49,7 +49,7 @@ def set_link(folder: Path, name: str, step: int) -> None:
     """
     link = folder / name
     if link.is_dir() and not link.is_symlink():
-        if not any(is_same_state(path, link) for path in checkpoints(folder)):
+        if not any(is_same_state(path, link) for path in list_checkpoints(folder)):
             raise BadInput(f"{link} is a folder", "a link to a checkpoint", f"move it elsewhere: mv {link} …")
         shutil.rmtree(link)
     temporary = folder / f".{name}.tmp"
@@ -76,7 +76,7 @@ def delete_old_checkpoints(folder: Path, keep_last: int, state: TrainState, save
     Raises:
         VolumeUnwritable: one could not be deleted.
     """
-    steps = [path for path in checkpoints(folder) if step_of(path) <= state.step]
+    steps = [path for path in list_checkpoints(folder) if checkpoint_step(path) <= state.step]
     states = [state, *(candidate for _, candidate in islice(rollback_candidates(steps, save_interval), 2))]
     kept = {checkpoint_name(step) for each in states for step in (each.step, each.best_step)}
     for path in steps[:-keep_last]:
@@ -93,10 +93,10 @@ def delete_checkpoint(path: Path) -> None:
     retired = path.with_name(f".{path.name}.tmp")
     try:
         os.rename(path, retired)
-        discard(retired)
+        remove_path(retired)
     except OSError as error:
         raise VolumeUnwritable(
-            f"cannot remove {path}: {error.strerror or error}", next_step=fix_hint(path.parent)
+            f"cannot remove {path}: {error.strerror or error}", next_step=writable_hint(path.parent)
         ) from error
 
 
@@ -117,7 +117,7 @@ def rollback_candidates(paths: Sequence[Path], save_interval: int) -> Iterator[t
 
 def find_intact_config(folder: Path) -> Path | None:
     """Return the newest checkpoint with an intact config.json; if there is none, the newest of all."""
-    paths = checkpoints(folder)
+    paths = list_checkpoints(folder)
     for path in reversed(paths):
         with suppress(Damaged):
             verify_file(path / "config.json", **parse_state(path)[1]["config.json"])
@@ -144,10 +144,10 @@ def find_newest_checkpoint(folder: Path) -> tuple[Path, TrainState, list[Damaged
         recover_interrupted_saves(folder)
     except OSError as error:
         raise VolumeUnwritable(
-            f"cannot clean up {folder}: {error.strerror or error}", next_step=fix_hint(folder)
+            f"cannot clean up {folder}: {error.strerror or error}", next_step=writable_hint(folder)
         ) from error
     skipped: list[Damaged] = []
-    for path in reversed(checkpoints(folder)):
+    for path in reversed(list_checkpoints(folder)):
         try:
             return path, load_verified_state(path), skipped
         except Damaged as error:

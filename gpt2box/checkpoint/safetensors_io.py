@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from gpt2box.distributed.fsdp import full_tensor, meta_tensor
-from gpt2box.errors import Damaged, why
-from gpt2box.utils.files import parse_json, regular
+from gpt2box.errors import Damaged, describe_error
+from gpt2box.utils.files import open_regular, parse_json
 
 # Yields the (name, tensor) pairs of a file, the largest dtypes first, in the same order each time. It applies the given
 # function to each tensor: `full_tensor` to gather it, or `meta_tensor` for its shape.
@@ -79,7 +79,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         Damaged: the header is invalid, or the data does not match it.
         OSError: as the system reports it.
     """
-    with open(path, "rb", buffering=0, opener=regular) as file:
+    with open(path, "rb", buffering=0, opener=open_regular) as file:
         entries = read_header(file, path)
         buffer = torch.empty(max((entry.bytes for entry in entries), default=0), dtype=torch.uint8)
         for entry in entries:
@@ -133,6 +133,6 @@ def read_header(file: FileIO, path: Path) -> list[TensorEntry]:
             raise ValueError(f"{8 + length + end:,} bytes are described of {size:,}")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise Damaged(
-            f"{path} does not hold what its header says ({why(error)})", "an intact safetensors file"
+            f"{path} does not hold what its header says ({describe_error(error)})", "an intact safetensors file"
         ) from error
     return entries

@@ -25,15 +25,15 @@ from gpt2box.checkpoint.safetensors_io import TensorSource, write_tensors
 from gpt2box.data.downloads import sha256_of
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.distributed.fsdp import full_tensor, meta_tensor
-from gpt2box.errors import Damaged, VolumeUnwritable, why
+from gpt2box.errors import Damaged, VolumeUnwritable, describe_error
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.hf_weights import hf_config, hf_tensors, hf_view
 from gpt2box.model.lora import lora_parameters
 from gpt2box.optim.low_memory_adamw import LowMemoryAdamW
-from gpt2box.utils.files import check_mark, discard, fsync_dir, locked
-from gpt2box.utils.paths import fix_hint
-from gpt2box.utils.progress import size
-from gpt2box.utils.ranks import ranks
+from gpt2box.utils.files import check_lock_token, file_lock, fsync_dir, remove_path
+from gpt2box.utils.paths import writable_hint
+from gpt2box.utils.progress import format_bytes
+from gpt2box.utils.ranks import rank_info
 
 ADAPTERS_FILE = "adapters.safetensors"
 
@@ -69,7 +69,7 @@ def publish_checkpoint(
     temporary = folder / f".{final.name}.tmp"
     retired = folder / f".{final.name}.old"
     lock = folder.parent / ".lock"
-    check_mark(lock, lock_mark)
+    check_lock_token(lock, lock_mark)
     with exclusive_save(folder):
         try:
             create_checkpoints_folder(folder)
@@ -77,15 +77,15 @@ def publish_checkpoint(
             temporary.mkdir()
             write_checkpoint_files(temporary, files, config, state, tokenizer)
             load_verified_state(temporary)
-            check_mark(lock, lock_mark)
+            check_lock_token(lock, lock_mark)
             if final.exists():  # saved before the evaluation of this step
                 os.rename(final, retired)
             os.rename(temporary, final)
             fsync_dir(folder)
-            discard(retired)
+            remove_path(retired)
             update_links(folder, state)
         except (OSError, Damaged) as error:
-            check_mark(lock, lock_mark)
+            check_lock_token(lock, lock_mark)
             with suppress(OSError):
                 recover_interrupted_saves(folder)
             raise save_error(final, error, tensor_bytes(files)) from error
@@ -98,10 +98,10 @@ def exclusive_save(folder: Path) -> Iterator[None]:
 
     After an out-of-memory error on several ranks each saves, and would delete the temporary files of the others.
     """
-    if ranks().count == 1:
+    if rank_info().world_size == 1:
         yield
         return
-    with locked(folder.parent / ".saving.lock", "a checkpoint is being written", wait=True):
+    with file_lock(folder.parent / ".saving.lock", "a checkpoint is being written", wait=True):
         yield
 
 
@@ -109,15 +109,21 @@ def save_error(final: Path, error: Exception, needed: int) -> VolumeUnwritable:
     """Make the error for a checkpoint that could not be saved."""
     code = getattr(error, "errno", None)
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-        expected, next_step = "permission to write", fix_hint(final.parent)
+        expected, next_step = "permission to write", writable_hint(final.parent)
     elif code in (errno.ENOSPC, errno.EDQUOT):
-        expected, next_step = f"{size(needed)} free", "make room; the same command resumes from the last checkpoint"
+        expected, next_step = (
+            f"{format_bytes(needed)} free",
+            "make room; the same command resumes from the last checkpoint",
+        )
     elif code == errno.EFBIG:
-        expected, next_step = f"files of up to {size(needed)}", "see ulimit -f; a disk with FAT has none above 4 GiB"
+        expected, next_step = (
+            f"files of up to {format_bytes(needed)}",
+            "see ulimit -f; a disk with FAT has none above 4 GiB",
+        )
     else:
         expected = "a disk that stores what is written"
         next_step = "see the system's log; the same command resumes from the last checkpoint"
-    return VolumeUnwritable(f"cannot save {final}: {why(error)}", expected, next_step)
+    return VolumeUnwritable(f"cannot save {final}: {describe_error(error)}", expected, next_step)
 
 
 def create_checkpoints_folder(folder: Path) -> None:

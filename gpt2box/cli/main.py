@@ -19,12 +19,16 @@ import click
 
 from gpt2box import __version__
 from gpt2box.cli import model_commands, run_commands
-from gpt2box.cli.params import Between, FirstToLast, SettingsCommand, plain_names
-from gpt2box.errors import BadInput, Gpt2boxError, printable
-from gpt2box.system.faults import card_is_full, fault_of
-from gpt2box.utils.ranks import ranks
+from gpt2box.cli.params import FiniteRange, IndexRange, SettingsCommand, normalize_option_name
+from gpt2box.errors import BadInput, Gpt2boxError, printable_line
+from gpt2box.system.os_errors import explain_cuda_oom, explain_os_error
+from gpt2box.utils.ranks import rank_info
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "token_normalize_func": plain_names, "max_content_width": 110}
+CONTEXT = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": normalize_option_name,
+    "max_content_width": 110,
+}
 
 
 @click.group(context_settings=CONTEXT)
@@ -57,7 +61,7 @@ def cli() -> None:
 )
 @click.option(
     "--val-fraction",
-    type=Between(0.0, 1.0, min_open=True, max_open=True),
+    type=FiniteRange(0.0, 1.0, min_open=True, max_open=True),
     help="Share kept for validation [default: 0.1; 0.01 of much text; 0.0005 of openwebtext].",
 )
 @click.option("--text-column", default="", help="Where the text is in JSON, CSV and Parquet [default: text].")
@@ -73,7 +77,7 @@ def cli() -> None:
 @click.option("--max-docs", type=click.IntRange(min=1), help="Only the first documents.")
 @click.option("--keep-duplicates", is_flag=True, help="Keep documents that are there twice.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes; the bytes do not depend on it.")
-@click.option("--shards", type=FirstToLast(), help="Only these of openwebtext's 80 files, or of a Hub dataset's.")
+@click.option("--shards", type=IndexRange(), help="Only these of openwebtext's 80 files, or of a Hub dataset's.")
 @click.option(
     "--from", "folder", type=click.Path(file_okay=False, exists=True, path_type=Path), help="openwebtext's own files."
 )
@@ -141,10 +145,10 @@ def train(config: str | None, allow_change: tuple[str, ...], **flags: str | None
     stop = StopRequest().install()
     from gpt2box.training.run import run_job
 
-    run_job(config, given(config, flags), stop, allow_change)
+    run_job(config, settings_from_flags(config, flags), stop, allow_change)
 
 
-def given(config: str | None, flags: dict[str, Any]) -> dict[str, Any]:
+def settings_from_flags(config: str | None, flags: dict[str, Any]) -> dict[str, Any]:
     """The settings that were given as options."""
     chosen = {key: value for key, value in flags.items() if value is not None}
     if config is None and not chosen:
@@ -169,7 +173,7 @@ def fetch(config: str, **flags: str | None) -> None:
     from gpt2box.preflight import requirements
     from gpt2box.utils import paths
 
-    settings, _ = loader.load_config(config, given(config, flags))
+    settings, _ = loader.load_config(config, settings_from_flags(config, flags))
     requirements.check_space(settings)
     with going_on_later():
         requirements.fetch_requirements(settings, paths.text_path(flags["dataset"] or ""))
@@ -191,7 +195,7 @@ def preflight(config: str | None, as_json: bool, **flags: str | None) -> None:
     text, in_general = paths.text_path(flags["dataset"] or ""), not (config or flags["dataset"])
     device = flags["device"] or "cuda"
     flags["dataset"] = "any" if in_general else flags["dataset"]  # to have the others looked at
-    settings, _ = loader.load_config(config, given(config, flags))
+    settings, _ = loader.load_config(config, settings_from_flags(config, flags))
     checks.preflight(None if in_general else settings, text, device if in_general else settings.device, as_json)
 
 
@@ -200,7 +204,7 @@ def preflight(config: str | None, as_json: bool, **flags: str | None) -> None:
 )
 @click.argument("config", required=False)
 @click.option("--gpu", help="A card by name, such as rtx-4070 [default: the one that is here].")
-@click.option("--vram-gib", type=Between(0, 10_000, min_open=True), help="Or only its memory.")
+@click.option("--vram-gib", type=FiniteRange(0, 10_000, min_open=True), help="Or only its memory.")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="So many of it in one machine.")
 @click.option("--all-sizes", is_flag=True, help="The same for each published size, 124M to XL.")
 @click.option("--explain", is_flag=True, help="How the bytes come about.")
@@ -230,7 +234,7 @@ def plan(
     from gpt2box.planner.target_device import select_target_device
 
     flags["dataset"] = flags["dataset"] or (None if config else "any")  # a plan needs no text
-    chosen = given(config, flags)
+    chosen = settings_from_flags(config, flags)
     settings, _ = loader.load_config(config, chosen)
     device = select_target_device(gpu, vram_gib, settings, gpus)
     report.print_report(settings, device, all_sizes, explain, as_json)
@@ -255,14 +259,14 @@ def bench(config: str | None, steps: int, sweep: bool, share: bool, as_json: boo
     What --sweep finds is kept in volumes/runs/bench.json, and `plan` and `train` go by it; all else is left alone.
     """
     from gpt2box.config import loader
-    from gpt2box.system.gpu import ask_driver
+    from gpt2box.system.gpu import query_nvml
 
     if share and as_json:
         raise BadInput("--share and --json are both given", "one of the two")
     flags["dataset"] = flags["dataset"] or (None if config else "any")
     chosen = {key: value for key, value in flags.items() if value is not None}
     if config is None and set(chosen) <= {"dataset", "device"}:
-        on_cpu = flags["device"] == "cpu" or not ask_driver().cards
+        on_cpu = flags["device"] == "cpu" or not query_nvml().gpus
         config, chosen = ("demo" if on_cpu else "shakespeare"), chosen | {"dataset": ""}
     settings, _ = loader.load_config(config, chosen)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # keeps what was measured, as at Ctrl-C
@@ -287,49 +291,49 @@ for command in [*model_commands.COMMANDS, *run_commands.COMMANDS]:
 
 def main() -> None:
     """Run a command; an expected failure is a few lines and its exit code, a bug a traceback."""
-    from gpt2box.system.host import memory_ran_out, no_memory  # before memory runs out
+    from gpt2box.system.host import host_oom_error, is_host_oom  # before memory runs out
 
     output = sys.stdout
     try:
         cli.main(prog_name="gpt2box", standalone_mode=False)
     except SystemExit as ended:
         if sys.stdout is not output:  # click wraps it when its reader has gone, and exits with 1
-            nobody_reads()
-        leave(ended.code)
+            exit_on_broken_pipe()
+        exit_process(ended.code)
     except Gpt2boxError as error:
         print(error, file=sys.stderr)
-        leave(error.exit_code)
+        exit_process(error.exit_code)
     except click.ClickException as error:
         error.show(said := io.StringIO())
-        print("\n".join(map(printable, said.getvalue().rstrip("\n").split("\n"))), file=sys.stderr)
-        leave(2)
+        print("\n".join(map(printable_line, said.getvalue().rstrip("\n").split("\n"))), file=sys.stderr)
+        exit_process(2)
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-        leave(130)
+        exit_process(130)
     except BrokenPipeError:
-        nobody_reads()
+        exit_on_broken_pipe()
     except (OSError, RuntimeError, MemoryError, ImportError) as error:  # the last of a library that cannot be mapped
-        fault = fault_of(error) if isinstance(error, OSError) else card_is_full(error)
-        fault = no_memory() if memory_ran_out(error) else fault
+        fault = explain_os_error(error) if isinstance(error, OSError) else explain_cuda_oom(error)
+        fault = host_oom_error() if is_host_oom(error) else fault
         if fault is None:
             raise
         print(fault, file=sys.stderr)
-        leave(fault.exit_code)
+        exit_process(fault.exit_code)
 
 
-def nobody_reads() -> NoReturn:
+def exit_on_broken_pipe() -> NoReturn:
     """The reader of standard output has gone, as `head` does: nothing is left to flush to."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    leave(141)
+    exit_process(141)
 
 
-def leave(code: str | int | None) -> NoReturn:
+def exit_process(code: str | int | None) -> NoReturn:
     """End with that exit code; a rank that cannot go on, at once.
 
     Threads of its connections to the other ranks are under way, which it cannot end: that waits for those ranks. When
     one of them meets Python's own end, the process is aborted, and its exit code is lost.
     """
-    if ranks().count > 1:
+    if rank_info().world_size > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else bool(code))

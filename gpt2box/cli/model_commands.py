@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from gpt2box.cli.params import Between
+from gpt2box.cli.params import FiniteRange
 from gpt2box.config.sampling_defaults import TEMPERATURE, TOP_K, TOP_P
 from gpt2box.errors import BadInput
 
@@ -47,7 +47,7 @@ license_option = click.option(
 )
 @click.option(
     "--temperature",
-    type=Between(min=0),
+    type=FiniteRange(min=0),
     default=TEMPERATURE,
     show_default=True,
     help="Sampling temperature; 0 always takes the likeliest token.",
@@ -61,7 +61,7 @@ license_option = click.option(
 )
 @click.option(
     "--top-p",
-    type=Between(0.0, 1.0, min_open=True),
+    type=FiniteRange(0.0, 1.0, min_open=True),
     default=TOP_P,
     show_default=True,
     help="Sample from the likeliest tokens that add up to this probability.",
@@ -130,12 +130,12 @@ def sample(
     from gpt2box.model.decoder import Decoder
     from gpt2box.model.sampling import SamplingParams
     from gpt2box.preflight.preflight import check_gpu
-    from gpt2box.utils.progress import say
+    from gpt2box.utils.progress import log_line
 
     texts = read_prompts(prompts) if prompts else [prompt]
     folder = find_model(model, checkpoint)
     check_gpu(device)
-    say(f"from {folder}")
+    log_line(f"from {folder}")
     network, tokenizer = load_model(folder, device)
     decoder = Decoder(network, weights)
     params = SamplingParams(temperature, top_k, top_p)
@@ -271,12 +271,12 @@ def export(
     """
     from gpt2box.export.export import export_model
     from gpt2box.inference.model_loader import find_model
-    from gpt2box.utils.paths import shown
-    from gpt2box.utils.progress import say
+    from gpt2box.utils.paths import display_path
+    from gpt2box.utils.progress import log_line
 
     folder = find_model(model, checkpoint)
-    say(f"from {folder}")
-    print(shown(export_model(folder, format_name, dtype, out, license_id)))
+    log_line(f"from {folder}")
+    print(display_path(export_model(folder, format_name, dtype, out, license_id)))
 
 
 @click.command(short_help="Upload a model to the Hugging Face Hub.")
@@ -300,10 +300,10 @@ def push(model: str, repo: str, public: bool, dtype: str, license_id: str, check
     """
     from gpt2box.export.push import push as upload
     from gpt2box.inference.model_loader import find_model
-    from gpt2box.utils.progress import say
+    from gpt2box.utils.progress import log_line
 
     folder = find_model(model, checkpoint)
-    say(f"from {folder}")
+    log_line(f"from {folder}")
     print(upload(folder, repo, dtype, license_id, public))
 
 
@@ -329,11 +329,11 @@ def import_checkpoint(checkpoint: Path, name: str | None, out: Path | None, text
     Then: gpt2box sample FOLDER, gpt2box train CONFIG --init-from NAME. AdamW's state is not imported.
     """
     from gpt2box.export.nanogpt import import_nanogpt
-    from gpt2box.utils.paths import checked_name, make_writable, model_dir, shown
+    from gpt2box.utils.paths import display_path, ensure_writable, model_dir, validate_name
 
-    folder = out or model_dir(checked_name(name or checkpoint.resolve().parent.name, "model"))
-    make_writable(folder.absolute().parent)
-    print(shown(import_nanogpt(checkpoint, folder.absolute(), text, {"exact": "none", "tanh": "tanh"}[gelu])))
+    folder = out or model_dir(validate_name(name or checkpoint.resolve().parent.name, "model"))
+    ensure_writable(folder.absolute().parent)
+    print(display_path(import_nanogpt(checkpoint, folder.absolute(), text, {"exact": "none", "tanh": "tanh"}[gelu])))
 
 
 COMMANDS = [sample, evaluate, export, push, import_checkpoint]

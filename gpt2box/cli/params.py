@@ -7,12 +7,12 @@ from typing import Any
 import click
 
 
-def plain_names(name: str) -> str:
+def normalize_option_name(name: str) -> str:
     """Option names with underscores are the same as with dashes, as nanoGPT's users type them."""
     return name.replace("_", "-")
 
 
-class Between(click.FloatRange):
+class FiniteRange(click.FloatRange):
     """A range that NaN is not in."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -22,7 +22,7 @@ class Between(click.FloatRange):
         return number
 
 
-class FirstToLast(click.ParamType):  # type: ignore[type-arg] # generic in the newest click only
+class IndexRange(click.ParamType):  # type: ignore[type-arg] # generic in the newest click only
     """Two numbers, such as 0:40."""
 
     name = "A:B"
@@ -50,10 +50,10 @@ class SettingsCommand(click.Command):
         for key in Config.model_fields:
             meaning, values, default = describe_setting(key)
             text = meaning + (f" [{default}]" if default else "")
-            names, hidden = [f"--{plain_names(key)}", key], not self.show_settings
+            names, hidden = [f"--{normalize_option_name(key)}", key], not self.show_settings
             options.append(click.Option(names, help=text, metavar=values, hidden=hidden))
         options += [
-            click.Option([f"--{plain_names(key)}", key], hidden=True)
+            click.Option([f"--{normalize_option_name(key)}", key], hidden=True)
             for key in NANOGPT_FLAGS
             if key not in Config.model_fields
         ]
@@ -64,10 +64,12 @@ class SettingsCommand(click.Command):
         """`--eval-only` alone means true, whatever follows."""
         from gpt2box.config.schema import Config
 
-        switches = {f"--{plain_names(key)}" for key, field in Config.model_fields.items() if field.annotation is bool}
+        switches = {
+            f"--{normalize_option_name(key)}" for key, field in Config.model_fields.items() if field.annotation is bool
+        }
         values = ("true", "false", "True", "False", "1", "0")
         for index, arg in enumerate(args):
-            if plain_names(arg) in switches and (index + 1 == len(args) or args[index + 1] not in values):
+            if normalize_option_name(arg) in switches and (index + 1 == len(args) or args[index + 1] not in values):
                 args[index] = f"{arg}=true"
         return super().parse_args(ctx, args)
 

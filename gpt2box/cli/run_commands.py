@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from gpt2box.errors import BadInput, Damaged, harmless_lines
+from gpt2box.errors import BadInput, Damaged, escape_control_lines
 
 
 @click.command(short_help="Write a run's report as one page.")
@@ -23,9 +23,9 @@ def report(run: str | None) -> None:
     """
     from gpt2box.report.page import write_report
     from gpt2box.runs.listing import find_run
-    from gpt2box.utils.paths import shown
+    from gpt2box.utils.paths import display_path
 
-    print(shown(write_report(find_run(run))))
+    print(display_path(write_report(find_run(run))))
 
 
 @click.command(short_help="List or compare runs.")
@@ -52,7 +52,7 @@ def runs(names: tuple[str, ...], compare: bool, out: Path | None, as_json: bool)
     from gpt2box.report import compare as comparison
     from gpt2box.runs.listing import find_run, format_table, list_run_folders
     from gpt2box.runs.view import RunView
-    from gpt2box.utils.paths import runs_dir, shown
+    from gpt2box.utils.paths import display_path, runs_dir
 
     views = [RunView(folder) for folder in (map(find_run, names) if names else list_run_folders())]
     if compare:
@@ -60,9 +60,9 @@ def runs(names: tuple[str, ...], compare: bool, out: Path | None, as_json: bool)
         compared = comparison.compare_runs(views)
         comparison.write_comparison(compared, page)
         if as_json:
-            print(json.dumps({**compared.as_dict(), "page": shown(page)}, indent=2))
+            print(json.dumps({**compared.as_dict(), "page": display_path(page)}, indent=2))
         else:
-            print(harmless_lines("\n".join([*compared.lines(), f"curves: {shown(page)}"])))
+            print(escape_control_lines("\n".join([*compared.lines(), f"curves: {display_path(page)}"])))
         return
     found = [view.summary for view in views]
     if not names:
@@ -70,9 +70,9 @@ def runs(names: tuple[str, ...], compare: bool, out: Path | None, as_json: bool)
     if as_json:
         print(json.dumps([run.as_dict() for run in found], indent=2))
     elif found:
-        print(harmless_lines("\n".join(format_table(found))))
+        print(escape_control_lines("\n".join(format_table(found))))
     else:
-        print(f"no run in {shown(runs_dir())} yet; gpt2box train demo makes one")
+        print(f"no run in {display_path(runs_dir())} yet; gpt2box train demo makes one")
 
 
 @click.command(short_help="Repeat steps of a run and compare the bits.")
@@ -96,7 +96,7 @@ def verify(run: str | None, start: str | None, steps: int | None, as_json: bool)
     from gpt2box.verify.verify import verify as verify_run
 
     verdict = verify_run(find_run(run), start, steps)
-    print(json.dumps(verdict.as_dict(), indent=2) if as_json else harmless_lines("\n".join(verdict.lines())))
+    print(json.dumps(verdict.as_dict(), indent=2) if as_json else escape_control_lines("\n".join(verdict.lines())))
     if not verdict.same:
         raise SystemExit(Damaged.exit_code)
 

@@ -138,7 +138,7 @@ def load_config(argument: str | None, flags: dict[str, Any]) -> tuple[Config, li
             f"--init-from {flags['model']}",
         )
     name = config.name or default_run_name(config, path, base.get("dataset"))
-    return config.model_copy(update={"name": paths.checked_name(name, "run")}), notes + translated
+    return config.model_copy(update={"name": paths.validate_name(name, "run")}), notes + translated
 
 
 def default_run_name(config: Config, path: Path | None, usual_dataset: str | None) -> str:

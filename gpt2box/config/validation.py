@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gpt2box.config.schema import Config, describe_setting
-from gpt2box.errors import BadInput, harmless
+from gpt2box.errors import BadInput, escape_control
 
 SHORT_REPR = reprlib.Repr()  # values from a file may be very long
 SHORT_REPR.maxstring = SHORT_REPR.maxother = SHORT_REPR.maxlong = 200
@@ -28,7 +28,7 @@ def validate(values: dict[str, Any], source: str) -> Config:
         faults.append(f"{key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
     known = {key: value for key, value in values.items() if key in Config.model_fields}
     for key, value in known.items():
-        if isinstance(value, str) and harmless(value.replace("\n", "")) != value.replace("\n", ""):
+        if isinstance(value, str) and escape_control(value.replace("\n", "")) != value.replace("\n", ""):
             faults.append(f"{key}: found {SHORT_REPR.repr(value)}; expected characters that can be written")
     config = None
     try:

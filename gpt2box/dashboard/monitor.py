@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from gpt2box.runs.listing import find_newest_run, find_run
 from gpt2box.runs.view import RunView
-from gpt2box.system.gpu import Card, ask_driver
+from gpt2box.system.gpu import Gpu, query_nvml
 from gpt2box.utils.paths import runs_dir
 from gpt2box.utils.progress import LINE_SECONDS
 
@@ -41,20 +41,20 @@ def monitor(name: str | None, once: bool) -> None:
 
 def status_lines(name: str | None) -> Iterator[str]:
     """Format a line for each GPU, then one for the run."""
-    nvml = ask_driver()
+    nvml = query_nvml()
     if nvml.fault:
         yield f"no GPU: {nvml.fault}"
-    yield from (format_gpu(gpu) for gpu in nvml.cards)
+    yield from (format_gpu(gpu) for gpu in nvml.gpus)
     folder = runs_dir() / name if name else find_newest_run()
     yield RunView(folder).status_line() if folder and folder.is_dir() else f"no run in {runs_dir()} yet"
 
 
-def format_gpu(gpu: Card) -> str:
+def format_gpu(gpu: Gpu) -> str:
     """Format a GPU's figures on one line."""
     return "  ".join([gpu.name, *(f"{text} busy" if name == "busy" else text for name, text in gpu_figures(gpu))])
 
 
-def gpu_figures(gpu: Card) -> list[tuple[str, str]]:
+def gpu_figures(gpu: Gpu) -> list[tuple[str, str]]:
     """Format what the driver reports of a GPU, by name."""
     limit = f" of {gpu.power_limit_w:.0f} W" if gpu.power_limit_w else ""
     figures = []

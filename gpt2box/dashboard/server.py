@@ -29,8 +29,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gpt2box.dashboard.state import ClientState, DashboardState
 from gpt2box.errors import BadInput, MachineCannot
 from gpt2box.report.html import WEB
-from gpt2box.utils.paths import in_image, runs_dir, shown
-from gpt2box.utils.progress import say
+from gpt2box.utils.paths import display_path, in_image, runs_dir
+from gpt2box.utils.progress import log_line
 
 TOKEN_PATTERN = re.compile(r"[A-Za-z0-9_-]{16,200}")  # chosen by the user: safe in a URL, too long to guess
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -95,9 +95,11 @@ def serve(policy: AccessPolicy) -> None:
     with open_socket(policy) as listening:
         port = listening.getsockname()[1]
         policy = AccessPolicy(policy.host, port, policy.token)
-        say(f"watching {shown(runs_dir())} on {browser_url(policy)} (Ctrl-C ends it)")
+        log_line(f"watching {display_path(runs_dir())} on {browser_url(policy)} (Ctrl-C ends it)")
         if in_image() and is_loopback(policy.host):
-            say("note: 127.0.0.1 is this container's own; with --host 0.0.0.0 and a published port you can look in")
+            log_line(
+                "note: 127.0.0.1 is this container's own; with --host 0.0.0.0 and a published port you can look in"
+            )
         settings = uvicorn.Config(
             create_app(policy), log_level="warning", access_log=False, timeout_graceful_shutdown=1
         )

@@ -20,9 +20,9 @@ from gpt2box.runs.history import MAX_CURVE_POINTS, MetricsTail
 from gpt2box.runs.listing import list_run_folders, table_cells
 from gpt2box.runs.metrics import read_tail
 from gpt2box.runs.view import RunSummary, RunView
-from gpt2box.system.gpu import Card, Nvml, ask_driver
+from gpt2box.system.gpu import Gpu, Nvml, query_nvml
 from gpt2box.utils.files import is_locked
-from gpt2box.utils.progress import size
+from gpt2box.utils.progress import format_bytes
 
 GPU_QUERY_SECONDS = 2.0  # between queries of the driver
 MAX_FOLLOWED_RUNS = 4  # whose curves are kept in memory: 56 MB for a million points
@@ -81,8 +81,8 @@ class DashboardState:
     def read_gpus(self) -> dict[str, Any]:
         """Return what the driver reports, at most GPU_QUERY_SECONDS old."""
         if time.monotonic() - self._queried_at >= GPU_QUERY_SECONDS:
-            self._nvml, self._queried_at = ask_driver(), time.monotonic()
-        return {"fault": self._nvml.fault, "cards": [gpu_row(gpu) for gpu in self._nvml.cards]}
+            self._nvml, self._queried_at = query_nvml(), time.monotonic()
+        return {"fault": self._nvml.fault, "cards": [gpu_row(gpu) for gpu in self._nvml.gpus]}
 
     def describe_run(self, view: RunView, client: ClientState) -> dict[str, Any]:
         """Return one run in full."""
@@ -165,7 +165,7 @@ def read_samples(folder: Path, client: ClientState) -> dict[str, Any] | None:
     }
 
 
-def gpu_row(gpu: Card) -> dict[str, Any]:
+def gpu_row(gpu: Gpu) -> dict[str, Any]:
     """Return a GPU's figures, and the processes that hold its memory."""
     used = 0.0
     if gpu.total_bytes and gpu.free_bytes is not None:
@@ -175,7 +175,7 @@ def gpu_row(gpu: Card) -> dict[str, Any]:
         "used": used,
         "figures": gpu_figures(gpu),
         "processes": [
-            (each.name, str(each.pid), "not told" if each.used_bytes is None else size(each.used_bytes))
+            (each.name, str(each.pid), "not told" if each.used_bytes is None else format_bytes(each.used_bytes))
             for each in gpu.processes
         ],
     }

@@ -22,8 +22,8 @@ import numpy.typing as npt
 from gpt2box.data.dataset import SPLITS
 from gpt2box.data.tokenizer import Tokens
 from gpt2box.errors import BadInput
-from gpt2box.utils.files import read_object, write_atomically
-from gpt2box.utils.progress import say
+from gpt2box.utils.files import read_json_object, write_atomically
+from gpt2box.utils.progress import log_line
 
 DIGEST_BYTES = 16
 BUCKET_DOCUMENTS = 100_000  # some 230 MB of tokens in OpenWebText
@@ -108,7 +108,7 @@ class BinWriter:
 
     def open(self) -> tuple[int, int]:
         """Open the files, truncated to their durable sizes; return the file and unit to resume from."""
-        stored = read_object(self.folder / "progress.json")
+        stored = read_json_object(self.folder / "progress.json")
         if "sizes" in stored and all(
             (self.folder / name).exists() and (self.folder / name).stat().st_size >= size
             for name, size in stored["sizes"].items()
@@ -220,7 +220,9 @@ class BinWriter:
         os.fsync(self.files["val.bin"].fileno())
         os.truncate(train, cut * 2)  # ended before: done again; ended after: all begins anew
         self.save(self.state["file"], self.state["unit"])
-        say(f"note: chance held out too few of {counts['documents']:,} documents, so the end of the text is held out")
+        log_line(
+            f"note: chance held out too few of {counts['documents']:,} documents, so the end of the text is held out"
+        )
 
 
 class ShuffledBinWriter(BinWriter):

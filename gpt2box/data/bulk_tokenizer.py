@@ -20,7 +20,7 @@ from gpt2box.data.text_chunks import split_into_chunks
 from gpt2box.data.tokenizer import Tokenizer, Tokens, load_gpt2_tokenizer
 from gpt2box.errors import BadInput
 from gpt2box.utils.paths import raw_dir
-from gpt2box.utils.progress import say
+from gpt2box.utils.progress import log_line
 
 # All but what has long been a letter, a digit, space or none of these: Latin, Greek, Cyrillic, punctuation and symbols,
 # kana, ideographs, Hangul, full width, emoji.
@@ -43,7 +43,7 @@ class BulkEncoder:
         self.fast = None if source.is_dir() else self._fast()
         self._seen = 0
         if self.fast is not None and self.fast.encode(TEST).tolist() != self.tokenizer.encode(TEST).tolist():
-            say("note: gigatoken and tiktoken differ here: going on with tiktoken alone, slower")
+            log_line("note: gigatoken and tiktoken differ here: going on with tiktoken alone, slower")
             self.fast = None
 
     def _fast(self) -> Any:

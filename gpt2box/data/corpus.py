@@ -14,7 +14,7 @@ from gpt2box.data.sources import fingerprint, is_compressed
 from gpt2box.data.tokenize_workers import SourceFile
 from gpt2box.errors import BadInput
 from gpt2box.utils.paths import RECORD_SUFFIXES
-from gpt2box.utils.progress import counted, say, size
+from gpt2box.utils.progress import format_bytes, log_line, pluralize
 
 TOKEN_BYTES = {True: 0.76, False: 0.5}  # a byte of compressed text (OpenWebText's 18.1 of 24.2 GB) and of plain
 
@@ -58,10 +58,10 @@ def open_openwebtext(folder: Path | None, files: slice, keep_raw: bool) -> FileC
     sources = check_not_empty([hub_datasets.make_local_source(path) for path in paths])
     total = sum(source.size_bytes for source in sources)
     if (len(sources), total) != (pin.files, pin.size_bytes):
-        say(f"note: {len(sources)} of {of} files, {size(total)}: not the whole of OpenWebText")
+        log_line(f"note: {len(sources)} of {of} files, {format_bytes(total)}: not the whole of OpenWebText")
     identity = [fingerprint(path, path.name) for path in paths]
     if any(hub_datasets.KNOWN_FILES.get(i["name"]) not in (None, (i["bytes"], i["sha256"])) for i in identity):
-        say("note: these are not OpenWebText's files, but others of their names")
+        log_line("note: these are not OpenWebText's files, but others of their names")
     return FileCorpus("OpenWebText, from a folder", identity, sources)
 
 
@@ -113,7 +113,7 @@ def open_own_files(files: list[tuple[Path, str]]) -> FileCorpus:
     """Open the user's files; reads them once for their checksums."""
     plain = all(file_kind(path) not in RECORD_SUFFIXES for path, _ in files)
     if (total := sum(path.stat().st_size for path, _ in files)) > 1 << 32:
-        say(f"reading {counted(len(files), 'file')}, {size(total)}, to know them again")
+        log_line(f"reading {pluralize(len(files), 'file')}, {format_bytes(total)}, to know them again")
     identity = [fingerprint(path, name) for path, name in files]
     sources = [replace(hub_datasets.make_local_source(path), name=name) for path, name in files]
     source = ", ".join(str(path) for path, _ in files[:20]) + (", …" if len(files) > 20 else "")

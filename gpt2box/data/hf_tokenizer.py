@@ -16,7 +16,7 @@ import numpy as np
 from gpt2box.data.text_chunks import split_into_chunks
 from gpt2box.data.tokenizer import END_OF_TEXT, Tokens, byte_alphabet, vocabulary_digest
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.utils.files import read_object
+from gpt2box.utils.files import read_json_object
 
 FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt"),
@@ -104,7 +104,7 @@ def load_library_tokenizer(folder: Path) -> Any:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    config = read_object(folder / "tokenizer_config.json")
+    config = read_json_object(folder / "tokenizer_config.json")
     prefix = bool(config.get("add_prefix_space", False))
     try:
         if (folder / "tokenizer.json").is_file():
@@ -143,10 +143,10 @@ def add_tokens(tokenizer: Any, folder: Path, config: dict[str, Any]) -> None:
     """
     from tokenizers import AddedToken
 
-    special = {token_name(value) for value in read_object(folder / "special_tokens_map.json").values() if value}
+    special = {token_name(value) for value in read_json_object(folder / "special_tokens_map.json").values() if value}
     added = {
         int(index): AddedToken(content, normalized=False, special=content in special)
-        for content, index in read_object(folder / "added_tokens.json").items()
+        for content, index in read_json_object(folder / "added_tokens.json").items()
     }
     for index, about in config.get("added_tokens_decoder", {}).items():
         added[int(index)] = AddedToken(**{key: about[key] for key in about if key != "id"})
@@ -164,7 +164,7 @@ def token_name(token: object) -> str:
 def find_end_of_text(folder: Path) -> str:
     """Return the name of the end-of-text token."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        if token := read_object(folder / file).get("eos_token"):
+        if token := read_json_object(folder / file).get("eos_token"):
             return token_name(token)
     return END_OF_TEXT
 
@@ -174,11 +174,11 @@ def is_gpt2_tokenizer(folder: Path, vocabulary: dict[str, int], content: dict[st
 
     `content`: of tokenizer.json, if there is one.
     """
-    config = read_object(folder / "tokenizer_config.json")
+    config = read_json_object(folder / "tokenizer_config.json")
     before = content.get("pre_tokenizer") or {"type": "ByteLevel"}
     own_class = config.get("tokenizer_class") in GPT2_CLASSES
     added = {token["content"] for token in content.get("added_tokens") or []}
-    added |= set(read_object(folder / "added_tokens.json"))
+    added |= set(read_json_object(folder / "added_tokens.json"))
     added |= {token_name(token) for token in config.get("added_tokens_decoder", {}).values()}
     return (
         vocabulary_digest(vocabulary) == GPT2_DIGEST

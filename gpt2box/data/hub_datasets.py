@@ -27,9 +27,9 @@ from gpt2box.data import downloads
 from gpt2box.data.downloads import Asset, hub_endpoint
 from gpt2box.data.tokenize_workers import SourceFile
 from gpt2box.errors import BadInput, Damaged, TryAgain
-from gpt2box.utils.files import read_object, write_atomically
-from gpt2box.utils.paths import make_writable, raw_dir
-from gpt2box.utils.progress import say
+from gpt2box.utils.files import read_json_object, write_atomically
+from gpt2box.utils.paths import ensure_writable, raw_dir
+from gpt2box.utils.progress import log_line
 
 TRANSIENT_FOLDER = "passing"  # inside a corpus's folder: files that are dropped once they are tokenised
 OPEN_LOCK_FILES: dict[Path, int] = {}  # lock files
@@ -101,7 +101,7 @@ def list_repository_files(
     Raises:
         Damaged: the answer lacks a file.
     """
-    stored = read_object(kept)
+    stored = read_json_object(kept)
     if stored.get("revision") != revision:
         answer = fetch_json(f"{hub_endpoint()}/api/{repo}/tree/{revision}/{folder}".rstrip("/"))
         try:
@@ -110,7 +110,7 @@ def list_repository_files(
         except (KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"the Hub's list of {repo} lacks {error}", f"{len(names)} files with their sha256") from error
         stored = {"revision": revision, "files": pins}
-        make_writable(kept.parent)
+        ensure_writable(kept.parent)
         write_atomically(kept, json.dumps(stored, indent=1))
     try:
         return {name: (int(stored["files"][name][0]), str(stored["files"][name][1])) for name in names}
@@ -172,7 +172,7 @@ def download_source(asset: Asset, folder: Path, keep_raw: bool) -> SourceFile:
         place = folder if keep_raw or (folder / asset.filename).exists() else passing
         if keep_raw and (passing / asset.filename).exists():
             os.replace(passing / asset.filename, folder / asset.filename)
-        return fetch_with_retries(lambda: downloads.fetch(asset, make_writable(place), quiet=True), asset.filename)
+        return fetch_with_retries(lambda: downloads.fetch(asset, ensure_writable(place), quiet=True), asset.filename)
 
     def unlock() -> None:
         lock(fcntl.F_UNLCK)
@@ -191,7 +191,7 @@ def open_lock_file(folder: Path) -> int:
     """
     with OPEN_LOCK:
         if folder not in OPEN_LOCK_FILES:
-            OPEN_LOCK_FILES[folder] = os.open(make_writable(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            OPEN_LOCK_FILES[folder] = os.open(ensure_writable(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         return OPEN_LOCK_FILES[folder]
 
 
@@ -203,7 +203,7 @@ def fetch_with_retries(fetch: Callable[[], Path], what: str) -> Path:
         except TryAgain as error:
             if is_offline():
                 raise
-            say(f"note: {what}: {error.found.splitlines()[-1].strip()}; trying again in {2**attempt * 5} s")
+            log_line(f"note: {what}: {error.found.splitlines()[-1].strip()}; trying again in {2**attempt * 5} s")
             time.sleep(2**attempt * 5)
     return fetch()
 

@@ -16,9 +16,9 @@ from gpt2box.data import downloads, hf_tokenizer
 from gpt2box.data.downloads import Asset, hub_endpoint
 from gpt2box.data.hub_datasets import fetch_json, fetch_with_retries
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.utils.files import fsync_dir, read_json, read_object, write_atomically
-from gpt2box.utils.paths import make_writable, model_dir, raw_dir
-from gpt2box.utils.progress import say, size
+from gpt2box.utils.files import fsync_dir, read_json, read_json_object, write_atomically
+from gpt2box.utils.paths import ensure_writable, model_dir, raw_dir
+from gpt2box.utils.progress import format_bytes, log_line
 
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 INDEX = "model.safetensors.index.json"
@@ -62,7 +62,7 @@ def fetch_repository(
     matched = HUB_NAME.fullmatch(name)
     assert matched, name
     repo, revision = matched.groups()
-    there = read_object(folder / "hub.json")
+    there = read_json_object(folder / "hub.json")
     if (folder / proof).is_file():
         if revision and revision not in (there.get("asked"), there.get("commit")):
             found = f"{folder} is {repo} at {there.get('asked') or 'an unknown revision'}"
@@ -74,8 +74,8 @@ def fetch_repository(
     )
     commit = str(about["sha"])
     entries = {entry["path"]: entry for entry in fetch_json(f"{hub_endpoint()}/api/models/{quoted}/tree/{commit}")}
-    temporary = make_writable(folder.with_name(f".{folder.name}.tmp"))
-    if read_object(temporary / "hub.json").get("commit") != commit:
+    temporary = ensure_writable(folder.with_name(f".{folder.name}.tmp"))
+    if read_json_object(temporary / "hub.json").get("commit") != commit:
         for stale in temporary.iterdir():
             stale.unlink()
     write_atomically(temporary / "hub.json", json.dumps({"repo": repo, "asked": revision or "main", "commit": commit}))
@@ -97,7 +97,7 @@ def download_model(repo: str, entries: dict[str, Any], url: str, folder: Path) -
     """
     if "config.json" not in entries:
         raise BadInput(f"{repo} has no config.json", f"a GPT-2 for transformers; it has: {', '.join(entries)}")
-    kind = read_object(fetch_file("config.json", entries["config.json"], url, folder)).get("model_type")
+    kind = read_json_object(fetch_file("config.json", entries["config.json"], url, folder)).get("model_type")
     if kind != "gpt2":
         raise BadInput(f"{repo} is of model_type {kind!r}", "'gpt2'")
     weights = [path for path in ("model.safetensors", INDEX) if path in entries][:1]
@@ -143,7 +143,7 @@ def fetch_file(path: str, entry: dict[str, Any], url: str, folder: Path) -> Path
     """
     sha256 = str(entry.get("lfs", {}).get("oid", ""))
     if sha256:
-        say(f"{path}: {size(entry['size'])}")
+        log_line(f"{path}: {format_bytes(entry['size'])}")
     asset = Asset(path, int(entry["size"]), sha256, f"{url}/{path}")
     file = fetch_with_retries(lambda: downloads.fetch(asset, folder), path)
     if not sha256:

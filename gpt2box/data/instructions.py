@@ -24,7 +24,7 @@ from gpt2box.data.sources import fingerprint
 from gpt2box.data.tokenizer import Tokens, tokenizer_identity
 from gpt2box.errors import BadInput
 from gpt2box.utils.paths import RECORD_SUFFIXES
-from gpt2box.utils.progress import bytes_bar
+from gpt2box.utils.progress import byte_progress
 
 # Of Stanford Alpaca (Taori et al. 2023), without its preamble: what follows the last line is the response.
 TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
@@ -123,7 +123,7 @@ def write_instructions(
     words.save(folder / "tokenizer")
     documents: dict[tuple[str, str], tuple[Tokens, int]] = {}  # ids, and how many of them are the prompt's
     empty = duplicates = 0
-    with bytes_bar("tokenising", sum(path.stat().st_size for path, _ in files)) as advance:
+    with byte_progress("tokenising", sum(path.stat().st_size for path, _ in files)) as advance:
         for path, name in files:
             for pair in read_pairs(path, name, columns):
                 empty += not pair[1].strip()

@@ -23,9 +23,9 @@ from gpt2box.data.prepare_corpus import prepare_corpus
 from gpt2box.data.prepare_texts import prepare_texts
 from gpt2box.data.readers import file_kind
 from gpt2box.data.sources import CORPORA, KNOWN_CORPORA, OPENWEBTEXT, find_files, is_small, load_texts
-from gpt2box.errors import BadInput, Damaged, why
-from gpt2box.utils.paths import RECORD_SUFFIXES, checked_name, dataset_dir, make_writable, raw_dir, slug, title_of
-from gpt2box.utils.progress import say
+from gpt2box.errors import BadInput, Damaged, describe_error
+from gpt2box.utils.paths import RECORD_SUFFIXES, dataset_dir, ensure_writable, raw_dir, slugify, stem_of, validate_name
+from gpt2box.utils.progress import log_line
 
 HUB = "hub:"
 STDIN = "-"
@@ -53,15 +53,15 @@ def prepare(
     asked, config = config.tokenizer, replace(config, tokenizer=resolve_tokenizer(config.tokenizer))
     check_options(item, config)
     usual = default_dataset_name(inputs[0], replace(config, tokenizer="gpt2" if config.tokenizer == "gpt2" else asked))
-    target = folder or dataset_dir(checked_name(name or usual, "dataset"))
+    target = folder or dataset_dir(validate_name(name or usual, "dataset"))
     if item in OPENWEBTEXT or item.startswith(HUB):
         made = prepare_corpus(open_file_corpus(item, config), resolve_config(item, config), target)
     else:
         made = prepare_own_files(item, inputs, config, target)
     manifest, written = made
     if not written:
-        say("nothing to do: it is there already, made from the same text")
-    say("\n".join([*summarize_dataset(target, manifest), *([] if folder else [next_command(target, manifest)])]))
+        log_line("nothing to do: it is there already, made from the same text")
+    log_line("\n".join([*summarize_dataset(target, manifest), *([] if folder else [next_command(target, manifest)])]))
     return made
 
 
@@ -101,9 +101,9 @@ def default_dataset_name(first: str, config: PrepareConfig) -> str:
     if first.startswith(HUB):
         title = "-".join(filter(None, [first.removeprefix(HUB), config.hub_config, config.hub_split]))
     else:
-        title = first if first in KNOWN_CORPORA else "stdin" if first == STDIN else title_of(Path(first))
-    parts = [slug(title)]
-    parts += [slug(Path(config.tokenizer.partition("@")[0]).name)] if config.tokenizer != "gpt2" else []
+        title = first if first in KNOWN_CORPORA else "stdin" if first == STDIN else stem_of(Path(first))
+    parts = [slugify(title)]
+    parts += [slugify(Path(config.tokenizer.partition("@")[0]).name)] if config.tokenizer != "gpt2" else []
     parts += list(map(str, config.shards or ()))
     parts += ["first", str(config.max_docs)] if config.max_docs else []
     return "-".join(parts)
@@ -184,7 +184,7 @@ def spool_stdin(inputs: Sequence[str], column: str) -> Iterator[list[str]]:
         return
     if sys.stdin is None:
         raise BadInput("standard input is closed", "a text")
-    with tempfile.TemporaryDirectory(dir=make_writable(raw_dir()), prefix=".stdin-") as folder:
+    with tempfile.TemporaryDirectory(dir=ensure_writable(raw_dir()), prefix=".stdin-") as folder:
         path = Path(folder) / ("stdin.jsonl" if column else "stdin.txt")
         with open(path, "wb") as file:
             # Not through the buffer, whose read sees no signal between two of its own.
@@ -192,7 +192,9 @@ def spool_stdin(inputs: Sequence[str], column: str) -> Iterator[list[str]]:
                 file.write(block)
         with open(path, "rb") as file:
             if not column and file.read(2) == b'{"':
-                say("note: standard input is taken as plain text; if these are JSON records, give --text-column NAME")
+                log_line(
+                    "note: standard input is taken as plain text; if these are JSON records, give --text-column NAME"
+                )
         yield [str(path) if item == STDIN else item for item in inputs]
 
 
@@ -270,16 +272,16 @@ def verify_dataset(name: str) -> None:
                 "prepare it again",
             )
     if not manifest:
-        say(f"{folder}: {dataset.tokens('train'):,} tokens, ids in range; no dataset.json to compare with")
+        log_line(f"{folder}: {dataset.tokens('train'):,} tokens, ids in range; no dataset.json to compare with")
         return
     check_content(folder, manifest)
     try:
         said = summarize_dataset(folder, manifest)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise Damaged(
-            f"{folder}/dataset.json is damaged ({why(error)})", "a manifest as `prepare` writes it"
+            f"{folder}/dataset.json is damaged ({describe_error(error)})", "a manifest as `prepare` writes it"
         ) from error
-    say("\n".join([*said, "  whole: both files hash to what dataset.json says"]))
+    log_line("\n".join([*said, "  whole: both files hash to what dataset.json says"]))
 
 
 def largest_id(path: Path) -> int:

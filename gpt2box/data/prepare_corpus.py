@@ -17,8 +17,8 @@ from gpt2box.data.tokenize_workers import default_worker_count, tokenize_files
 from gpt2box.data.tokenizer import tokenizer_identity
 from gpt2box.errors import VolumeUnwritable
 from gpt2box.system import host
-from gpt2box.utils.files import read_object, write_atomically
-from gpt2box.utils.progress import say, size
+from gpt2box.utils.files import read_json_object, write_atomically
+from gpt2box.utils.progress import format_bytes, log_line
 
 FILES_AT_ONCE = 4  # downloaded: one being tokenized, those ahead, one being written
 
@@ -66,10 +66,13 @@ def check_space(collection: FileCorpus, config: PrepareConfig, temporary: Path) 
         ahead = collection.size_bytes()  # all are downloaded first, to count their rows
     there = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
     needed, free = max(collection.token_bytes() - there, 0) + ahead, host.free_bytes(temporary)
-    say(f"{len(collection.sources)} files, {size(collection.size_bytes())}: takes about {size(needed)} of disk")
+    log_line(
+        f"{len(collection.sources)} files, {format_bytes(collection.size_bytes())}: takes about "
+        f"{format_bytes(needed)} of disk"
+    )
     if needed > free:
         raise VolumeUnwritable(
-            f"{size(free)} free in {temporary.parent}; that is {size(needed - free)} too few",
+            f"{format_bytes(free)} free in {temporary.parent}; that is {format_bytes(needed - free)} too few",
             "more space",
             "free space, set GPT2BOX_VOLUMES to a folder on a larger disk, or take a part: --max-docs 100000",
         )
@@ -86,7 +89,7 @@ def write(collection: FileCorpus, config: PrepareConfig, folder: Path) -> dict[s
     writer: BinWriter
     if config.split == "nanogpt":
         counted = folder / "documents.json"  # counting downloads every file; after a resume the tokenized ones are gone
-        documents = collection.documents or read_object(counted).get("rows") or count_rows(collection.sources)
+        documents = collection.documents or read_json_object(counted).get("rows") or count_rows(collection.sources)
         write_atomically(counted, json.dumps({"rows": documents}))
         documents = min(documents, config.max_docs or documents)
         writer = ShuffledBinWriter(folder, documents, config.val_fraction, SPLIT_SEED)

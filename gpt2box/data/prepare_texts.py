@@ -22,7 +22,7 @@ from gpt2box.data.prepare_config import PrepareConfig
 from gpt2box.data.sources import TextCorpus
 from gpt2box.data.tokenizer import Tokenizer
 from gpt2box.utils.paths import raw_dir
-from gpt2box.utils.progress import bytes_bar
+from gpt2box.utils.progress import byte_progress
 
 
 def prepare_texts(corpus: TextCorpus, config: PrepareConfig, folder: Path) -> PreparedDataset:
@@ -85,7 +85,7 @@ def write_texts(corpus: TextCorpus, config: PrepareConfig, folder: Path) -> dict
     assert config.val_fraction is not None
     splits = split_texts(corpus.texts, config.val_fraction)
     figures = {"longest": 0, "duplicates": corpus.duplicates, "empty": corpus.empty}
-    with bytes_bar("tokenising", sum(map(len, corpus.texts))) as advance:
+    with byte_progress("tokenising", sum(map(len, corpus.texts))) as advance:
         for name, texts in splits.items():
             figures |= {f"{name} documents": len(texts), f"{name} characters": sum(map(len, texts))}
             with open(folder / f"{name}.bin", "wb") as file:

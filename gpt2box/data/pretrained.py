@@ -8,10 +8,10 @@ from pathlib import Path
 from gpt2box.config.schema import MODEL_SHAPES, Config
 from gpt2box.data import downloads, hub_models
 from gpt2box.data.tokenizer import GPT2_VOCAB_SIZES, Tokenizer, load_model_tokenizer
-from gpt2box.errors import BadInput, Damaged, why
+from gpt2box.errors import BadInput, Damaged, describe_error
 from gpt2box.model.shape import GPT2_VOCAB_SIZE, ModelShape, parse_sizes
 from gpt2box.utils.files import read_json
-from gpt2box.utils.paths import checkpoint_of, model_dir, raw_dir, run_dir
+from gpt2box.utils.paths import find_checkpoint, model_dir, raw_dir, run_dir
 
 HUB_REVISIONS = {
     "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
@@ -50,7 +50,7 @@ def pretrained_folder(init_from: str) -> Path:
     """
     if init_from not in MODEL_SHAPES:
         folder = Path(init_from) if "/" in init_from else model_dir(init_from)
-        if "/" not in init_from and not folder.exists() and (of_run := checkpoint_of(run_dir(init_from), "best")):
+        if "/" not in init_from and not folder.exists() and (of_run := find_checkpoint(run_dir(init_from), "best")):
             return of_run
         if not folder.is_dir() and hub_models.HUB_NAME.fullmatch(init_from):
             return hub_models.hub_model(init_from)
@@ -173,4 +173,6 @@ def load_shape(folder: Path) -> ModelShape:
         bias = bool(config.get("gpt2box", {}).get("bias", True))
         return ModelShape(**sizes, bias=bias, gelu=gelu)
     except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{path} is damaged ({why(error)})", "a GPT-2 config as transformers writes it") from error
+        raise Damaged(
+            f"{path} is damaged ({describe_error(error)})", "a GPT-2 config as transformers writes it"
+        ) from error

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.utils.paths import COMPRESSED, RECORD_SUFFIXES
+from gpt2box.utils.paths import COMPRESSION_SUFFIXES, RECORD_SUFFIXES
 
 BLOCK_BYTES = 1 << 24  # bytes of a plain text decoded at a time
 BATCH_ROWS = 256  # documents of a Parquet file decoded at a time
@@ -39,7 +39,7 @@ class Unit:
 def file_kind(path: Path) -> str:
     """Return the suffix that determines how to read a file, ignoring compression suffixes."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    while suffixes and suffixes[-1] in COMPRESSED:
+    while suffixes and suffixes[-1] in COMPRESSION_SUFFIXES:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
 

@@ -15,8 +15,8 @@ from typing import Any
 from gpt2box.data import downloads
 from gpt2box.data.readers import decode_text, file_kind, read_documents, split_into_units
 from gpt2box.errors import BadInput
-from gpt2box.utils.paths import COMPRESSED, RECORD_SUFFIXES, TEXT_SUFFIXES, raw_dir, title_of
-from gpt2box.utils.progress import counted, say
+from gpt2box.utils.paths import COMPRESSION_SUFFIXES, RECORD_SUFFIXES, TEXT_SUFFIXES, raw_dir, stem_of
+from gpt2box.utils.progress import log_line, pluralize
 
 OPENWEBTEXT = {"openwebtext": 0.0005, "openwebtext-10k": 0.01}  # held out of each: nanoGPT's share; enough of a slice
 SMALL_BYTES = 1 << 26  # own texts up to here are read whole
@@ -90,13 +90,13 @@ def load_texts(
     if given := [path for path in blank if str(path) in inputs]:
         raise BadInput(f"{given[0]} is empty", "a text")
     if blank:
-        say(f"note: {len(blank)} of {len(files)} files are empty and left out, such as {blank[0]}")
+        log_line(f"note: {len(blank)} of {len(files)} files are empty and left out, such as {blank[0]}")
     filled = [text for text in found if text.strip()]
     kept = filled if keep_duplicates else list(dict.fromkeys(filled))
     identity = [fingerprint(path, name) for path, name in files if path not in blank]
     source = ", ".join(str(path) for path, _ in files[:20]) + (", …" if len(files) > 20 else "")
     left_out = len(filled) - len(kept), len(found) - len(filled)
-    return TextCorpus(title_of(Path(inputs[0])), source, identity, kept, True, *left_out)
+    return TextCorpus(stem_of(Path(inputs[0])), source, identity, kept, True, *left_out)
 
 
 def find_files(inputs: Sequence[str]) -> NamedFiles:
@@ -140,14 +140,14 @@ def find_files_in_folder(folder: Path) -> list[Path]:
         linked += [Path(parent, name) for name in folders if os.path.islink(Path(parent, name))]
         visible += [Path(parent, name) for name in names if not name.startswith(".")]
     if linked:
-        say(f"note: {len(linked)} linked folders such as {linked[0]} are left out; name them to have them too")
+        log_line(f"note: {len(linked)} linked folders such as {linked[0]} are left out; name them to have them too")
     plain, records = (sorted(f for f in visible if file_kind(f) in kind and f.is_file()) for kind in kinds)
     if plain and records:
-        left_out = f"{counted(len(records), 'file')} of records left out, such as {records[0]}"
-        say(f"note: beside texts, {left_out}; name them to have them, too")
+        left_out = f"{pluralize(len(records), 'file')} of records left out, such as {records[0]}"
+        log_line(f"note: beside texts, {left_out}; name them to have them, too")
     if not plain and not records:
         known = " ".join([*TEXT_SUFFIXES, *RECORD_SUFFIXES])
-        packed = ", ".join(COMPRESSED)
+        packed = ", ".join(COMPRESSION_SUFFIXES)
         raise BadInput(f"no text in the folder {folder}", f"files that end in one of: {known} (also {packed})")
     return plain or records
 
@@ -166,7 +166,7 @@ def is_small(files: NamedFiles) -> bool:
 
 def is_compressed(path: Path) -> bool:
     """Return True if a file is compressed, so that its size is not that of its text."""
-    return path.suffix.lower() in (*COMPRESSED, ".parquet")
+    return path.suffix.lower() in (*COMPRESSION_SUFFIXES, ".parquet")
 
 
 def fingerprint(path: Path, name: str) -> dict[str, Any]:

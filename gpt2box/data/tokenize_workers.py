@@ -24,7 +24,7 @@ from gpt2box.data.readers import Unit, read_documents, split_into_units
 from gpt2box.data.tokenizer import Tokens
 from gpt2box.errors import MachineCannot
 from gpt2box.system import host
-from gpt2box.utils.progress import Advance, bytes_bar
+from gpt2box.utils.progress import AdvanceProgress, byte_progress
 
 WORKER_MEMORY_BYTES = 1 << 30
 SPILL_BYTES = 1 << 27  # of a unit's tokens
@@ -122,7 +122,7 @@ def append_to_file(tokens: list[Tokens], path: Path) -> None:
 
 def default_worker_count() -> int:
     """Return the number of workers that cores and memory allow, at most 16."""
-    return max(1, min(int(host.cores()), 16, host.memory_bytes()[1] // WORKER_MEMORY_BYTES - 1))
+    return max(1, min(int(host.cpu_cores()), 16, host.memory_bytes()[1] // WORKER_MEMORY_BYTES - 1))
 
 
 def tokenize_files(
@@ -149,7 +149,7 @@ def tokenize_files(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, start_worker, (tokenizer_source,))
     try:
-        with bytes_bar("tokenising", sum(source.size_bytes for source in sources)) as advance:
+        with byte_progress("tokenising", sum(source.size_bytes for source in sources)) as advance:
             advance(sum(source.size_bytes for source in sources[:first_file]))
             batches = OrderedWriter(bin_writer, sources, advance, max_documents)
             downloads: deque[Future[Path]] = deque()
@@ -202,7 +202,7 @@ class OrderedWriter:
     """Write finished units in order."""
 
     def __init__(
-        self, bin_writer: BinWriter, sources: list[SourceFile], advance: Advance, max_documents: int | None
+        self, bin_writer: BinWriter, sources: list[SourceFile], advance: AdvanceProgress, max_documents: int | None
     ) -> None:
         self.bin_writer, self.sources, self.advance, self.max_documents = bin_writer, sources, advance, max_documents
         # Result, index of its file, index of its unit, number of units in the file.

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2box.data import downloads
-from gpt2box.errors import BadInput, Damaged, why
+from gpt2box.errors import BadInput, Damaged, describe_error
 from gpt2box.model.shape import GPT2_PADDED_VOCAB_SIZE, GPT2_VOCAB_SIZE
 from gpt2box.utils.files import read_json
 from gpt2box.utils.paths import raw_dir
@@ -195,7 +195,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return _from_vocabulary(vocabulary) if is_gpt2_tokenizer(folder, vocabulary, content) else BpeTokenizer(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(
-            f"{folder}: the tokenizer's files are damaged ({why(error)})", "files as they were written"
+            f"{folder}: the tokenizer's files are damaged ({describe_error(error)})", "files as they were written"
         ) from error
 
 

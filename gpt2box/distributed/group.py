@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt2box.distributed.fsdp import is_sharded
 from gpt2box.errors import Gpt2boxError, TryAgain
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.utils.ranks import ALONE, Ranks, ranks
+from gpt2box.utils.ranks import SINGLE_PROCESS, RankInfo, rank_info
 
 T = TypeVar("T")
 
@@ -35,18 +35,18 @@ CONTROL_TIMEOUT = timedelta(days=7)  # the other ranks wait this long while rank
 class RankGroup:
     """All ranks of a run. Every rank calls each method, in the same order; a single process pays nothing for it."""
 
-    def __init__(self, ranks: Ranks, control_group: Any = None) -> None:
+    def __init__(self, ranks: RankInfo, control_group: Any = None) -> None:
         self.ranks, self.control_group = ranks, control_group
 
     @property
     def is_rank_0(self) -> bool:
         """Return whether this rank writes the run folder and prints."""
-        return self.ranks.first
+        return self.ranks.is_rank_0
 
     @property
     def is_single_process(self) -> bool:
         """Return whether there is no other rank."""
-        return self.ranks.count == 1
+        return self.ranks.world_size == 1
 
     def run_on_rank0(self, function: Callable[[], T]) -> T:
         """Call `function` on rank 0 and return its result on all ranks.
@@ -74,7 +74,7 @@ class RankGroup:
     def run_once_per_host(self, function: Callable[[], None]) -> None:
         """Call `function` on rank 0, then on one rank of each host (a shared disk already has the result)."""
         self.run_on_rank0(function)
-        if not self.is_rank_0 and self.ranks.local == 0:
+        if not self.is_rank_0 and self.ranks.local_rank == 0:
             function()
         self.all_gather(None)
 
@@ -82,7 +82,7 @@ class RankGroup:
         """Return each rank's value, in the order of the ranks."""
         if self.is_single_process:
             return [value]
-        values: list[Any] = [None] * self.ranks.count
+        values: list[Any] = [None] * self.ranks.world_size
         dist.all_gather_object(values, value, group=self.control_group)
         return values
 
@@ -98,7 +98,7 @@ class RankGroup:
         """Average a device scalar over all ranks, without waiting for the GPU."""
         if not self.is_single_process:
             dist.all_reduce(loss)
-            loss /= self.ranks.count
+            loss /= self.ranks.world_size
         return loss
 
     @torch.no_grad()
@@ -151,9 +151,9 @@ def join_rank_group() -> Iterator[RankGroup]:
     Raises:
         TryAgain: another rank is lost. torchrun then ends all ranks and, with --max-restarts, starts them again.
     """
-    own = ranks()
-    if own.count == 1:
-        yield RankGroup(ALONE)
+    own = rank_info()
+    if own.world_size == 1:
+        yield RankGroup(SINGLE_PROCESS)
         return
     try:
         store, rank, count = next(iter(rendezvous("env://", timeout=GRADIENT_TIMEOUT)))
@@ -166,13 +166,13 @@ def join_rank_group() -> Iterator[RankGroup]:
             raise
         raise TryAgain(
             f"rank {own.rank}: another rank is lost ({str(error).splitlines()[0].split('. ')[0]})",
-            f"all {own.count} ranks",
+            f"all {own.world_size} ranks",
             "the same command resumes from the last checkpoint; torchrun --max-restarts 3 repeats it by itself",
         ) from error
     dist.destroy_process_group()  # not after an error: it would wait for ranks that wait for this one
 
 
-def unused_store_prefix(store: Store, own: Ranks) -> Store:
+def unused_store_prefix(store: Store, own: RankInfo) -> Store:
     """Agree on a prefix of torchrun's store that no earlier attempt has used.
 
     Newer versions of torchrun keep one store over all restarts; gloo would find the addresses of dead ranks in it and
@@ -180,9 +180,9 @@ def unused_store_prefix(store: Store, own: Ranks) -> Store:
     with a random token of its own, and proceeds once rank 0 has listed that token as seen.
     """
     token = uuid.uuid4().hex
-    if own.first:
+    if own.is_rank_0:
         store.set("part", token)
-        answers = [f"{token}/{rank}" for rank in range(1, own.count)]
+        answers = [f"{token}/{rank}" for rank in range(1, own.world_size)]
         store.wait(answers, GRADIENT_TIMEOUT)
         store.set(f"{token}/seen", " ".join(store.get(answer).decode() for answer in answers))
         return PrefixStore(token, store)

@@ -24,11 +24,11 @@ import torch
 from gpt2box.data import hub_datasets
 from gpt2box.data.readers import UNREADABLE, file_kind, open_file, open_parquet, unreadable_error
 from gpt2box.data.tokenizer import Tokenizer
-from gpt2box.errors import BadInput, why
+from gpt2box.errors import BadInput, describe_error
 from gpt2box.evaluation.perplexity import BATCH_TOKENS, bounded_exp
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.utils.files import parse_json
-from gpt2box.utils.progress import bytes_bar
+from gpt2box.utils.progress import byte_progress
 
 HUB_DATASETS = {"hellaswag": ("Rowan/hellaswag", "validation"), "lambada": ("EleutherAI/lambada_openai", "test")}
 
@@ -73,7 +73,7 @@ def read_questions(task: str, path: Path, limit: int | None) -> list[Question]:
         questions = [parse[task](record) for record in islice(read_records(path), limit)]
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         expected = f"the format of {HUB_DATASETS[task][0]} on the Hub"
-        raise BadInput(f"{path} is not {task}: {why(error)}", expected) from error
+        raise BadInput(f"{path} is not {task}: {describe_error(error)}", expected) from error
     if not questions:
         raise BadInput(f"{path} is empty", "records")
     return questions
@@ -184,7 +184,7 @@ def score_continuations(pairs: Sequence[tuple[str, str]], model: GPT2, tokenizer
     order = sorted(range(len(pairs)), key=lambda i: -len(requests[i][0] + requests[i][1]))
     scores: dict[int, Score] = {}
     model.eval()
-    with bytes_bar("scoring", sum(len(context) + len(continuation) for context, continuation in pairs)) as advance:
+    with byte_progress("scoring", sum(len(context) + len(continuation) for context, continuation in pairs)) as advance:
         while len(scores) < len(order):
             begin = len(scores)
             longest = min(sum(map(len, requests[order[begin]])) - 1, block_size)

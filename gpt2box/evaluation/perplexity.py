@@ -25,9 +25,9 @@ from gpt2box.data.readers import decode_text
 from gpt2box.data.tokenizer import Tokenizer, Tokens
 from gpt2box.errors import BadInput
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.utils.files import read_object
+from gpt2box.utils.files import read_json_object
 from gpt2box.utils.paths import dataset_dir
-from gpt2box.utils.progress import bytes_bar
+from gpt2box.utils.progress import byte_progress
 
 BATCH_TOKENS = 8192  # per forward pass; their activations stay small next to the weights
 MAX_EXPONENT = 700.0  # exp() of more than 709 overflows a float
@@ -94,7 +94,7 @@ def compute_loss(
     nats = 0.0
     batch_size = max(1, BATCH_TOKENS // block_size)
     model.eval()
-    with bytes_bar("evaluating", count * ID_BYTES) as advance:
+    with byte_progress("evaluating", count * ID_BYTES) as advance:
         windows = sliding_windows(count, block_size, stride)
         for _, same_length in groupby(windows, key=lambda window: window[1] - window[0]):
             while chosen := list(islice(same_length, batch_size)):
@@ -160,7 +160,7 @@ def training_dataset(folder: Path) -> Path:
     Raises:
         BadInput: `folder` is not a checkpoint of a run.
     """
-    recorded = read_object(folder.resolve().parent.parent / "manifest.json").get("dataset")
+    recorded = read_json_object(folder.resolve().parent.parent / "manifest.json").get("dataset")
     path = recorded.get("folder") if isinstance(recorded, dict) else None
     if not path or not isinstance(path, str):
         raise BadInput(f"what should {folder} be evaluated on?", "a dataset or a text", "--dataset NAME or --text FILE")

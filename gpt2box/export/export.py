@@ -17,8 +17,8 @@ from gpt2box.export.nanogpt import write_nanogpt
 from gpt2box.export.publish import publish
 from gpt2box.inference.model_loader import load_model
 from gpt2box.model.gpt2 import GPT2
-from gpt2box.utils.files import read_object
-from gpt2box.utils.progress import say
+from gpt2box.utils.files import read_json_object
+from gpt2box.utils.progress import log_line
 
 DTYPES = {  # by format, the default first
     "huggingface": ("float32", "float16", "bfloat16"),
@@ -51,11 +51,11 @@ def export_model(
         card = model_card(folder, model.shape, license_id, title, path.name)
         write = partial(write_huggingface, model=model, tokenizer=tokenizer, dtype=dtype, card=card)
     elif format_name == "nanogpt":
-        write = partial(write_nanogpt, model=model, state=read_object(folder / "state.json"))
+        write = partial(write_nanogpt, model=model, state=read_json_object(folder / "state.json"))
     else:
         check_gguf(model, tokenizer, dtype)
         if model.shape.gelu == "none":
-            say("note: llama.cpp computes GELU in its tanh form, this model exactly: outputs differ a little")
+            log_line("note: llama.cpp computes GELU in its tanh form, this model exactly: outputs differ a little")
         write = partial(write_gguf, model=model, tokenizer=tokenizer, dtype=dtype, title=path.stem)
     publish(path, write)
     if format_name == "gguf":
@@ -65,7 +65,7 @@ def export_model(
 
 def prompt_template(folder: Path) -> str:
     """Return the prompt template of the instruction data that the run was trained on, or the plain prompt."""
-    dataset = read_object(folder.resolve().parent.parent / "manifest.json").get("dataset")
+    dataset = read_json_object(folder.resolve().parent.parent / "manifest.json").get("dataset")
     template = dataset.get("template") if isinstance(dataset, dict) else None
     return template if isinstance(template, str) and '"' not in template else "{prompt}"
 

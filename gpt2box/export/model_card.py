@@ -11,8 +11,8 @@ from gpt2box.config.loader import read_yaml
 from gpt2box.config.schema import MODEL_SHAPES
 from gpt2box.data import hub_models
 from gpt2box.model.shape import ModelShape
-from gpt2box.utils.files import read_object
-from gpt2box.utils.progress import duration
+from gpt2box.utils.files import read_json_object
+from gpt2box.utils.progress import format_duration
 
 # The folders of an absolute path: useless to readers of the card, and they may reveal a user name.
 LEADING_FOLDERS = re.compile(r"(?<![\w:/.])(?:/[^/,|]+)+/")
@@ -25,7 +25,7 @@ def model_card(folder: Path, shape: ModelShape, license_id: str, title: str, fol
     `title` is the name on the Hub, or "". `folder_name` is the export's folder, which the usage example names.
     """
     run = folder.resolve().parent.parent
-    manifest, state = read_object(run / "manifest.json"), read_object(folder / "state.json")
+    manifest, state = read_json_object(run / "manifest.json"), read_json_object(folder / "state.json")
     settings = read_yaml(run / "config.yaml") if manifest and (run / "config.yaml").exists() else {}
     name = title or (run.name if manifest else folder.resolve().name)
     lines = ["---", *front_matter(settings, license_id), "---", "", f"# {name}", ""]
@@ -78,7 +78,7 @@ def training_section(manifest: dict[str, Any], state: dict[str, Any], settings: 
     for split, record in splits.items():
         lines.append(f"| {split} | {record['tokens']:,} tokens, sha256 {record['sha256'][:16]}… |")
     lines += [f"| {key} | {settings[key]} |" for key in SETTINGS if settings.get(key) is not None]
-    lines.append(f"| steps | {state.get('step', 0):,}, {duration(state.get('seconds', 0.0))} |")
+    lines.append(f"| steps | {state.get('step', 0):,}, {format_duration(state.get('seconds', 0.0))} |")
     if state.get("val_loss") is not None:
         lines.append(f"| val_loss | {state['val_loss']:.4f} nats per token |")
     lines += [f"| {key} | {session[key]} |" for key in ("device", "gpt2box", "torch") if session.get(key)]

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from gpt2box.data import downloads
 from gpt2box.data.tokenizer import Tokenizer, build_char_tokenizer, load_gpt2_tokenizer
-from gpt2box.errors import BadInput, Damaged, printable, why
+from gpt2box.errors import BadInput, Damaged, describe_error, printable_line
 from gpt2box.export.huggingface import write_huggingface
 from gpt2box.export.publish import check_tensors, publish
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.hf_weights import check_finite
 from gpt2box.model.shape import GPT2_PADDED_VOCAB_SIZE, GPT2_VOCAB_SIZE, ModelShape, parse_sizes
-from gpt2box.utils.files import check_regular
+from gpt2box.utils.files import check_regular_file
 from gpt2box.utils.paths import raw_dir
 
 COMPILED_PREFIX = "_orig_mod."  # torch.compile puts it before every name
@@ -63,7 +63,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         Damaged: The file cannot be read.
         OSError: The path is not a regular file.
     """
-    check_regular(path)
+    check_regular_file(path)
     try:
         is_zip = zipfile.is_zipfile(path)  # PyTorch before 1.6 wrote another format, which cannot be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -80,7 +80,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     for name, tensor in model.items():
         is_plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not is_plain or not tensor.is_floating_point():
-            raise BadInput(f"{path}: {printable(name)} is not a floating-point tensor", EXPECTED)
+            raise BadInput(f"{path}: {printable_line(name)} is not a floating-point tensor", EXPECTED)
     return content
 
 
@@ -93,7 +93,7 @@ def parse_shape(sizes: dict[str, Any], gelu: str, path: Path) -> ModelShape:
     try:
         return ModelShape(**parse_sizes(sizes), bias=sizes.get("bias") is not False, gelu=gelu)
     except ValueError as error:
-        raise BadInput(f"{path}: model_args: {printable(str(error))}", "the sizes of a GPT-2") from error
+        raise BadInput(f"{path}: model_args: {printable_line(str(error))}", "the sizes of a GPT-2") from error
 
 
 def choose_tokenizer(shape: ModelShape, text: Path | None, path: Path) -> Tokenizer:
@@ -113,7 +113,7 @@ def choose_tokenizer(shape: ModelShape, text: Path | None, path: Path) -> Tokeni
     try:
         tokenizer = build_char_tokenizer([text.read_text(encoding="utf-8")], end_of_text=False)
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {text}: {why(error)}", "plain text in UTF-8") from error
+        raise BadInput(f"cannot read {text}: {describe_error(error)}", "plain text in UTF-8") from error
     if tokenizer.vocab_size != shape.vocab_size:
         raise BadInput(f"{text} has {tokenizer.vocab_size:,} different characters", f"{shape.vocab_size:,}, as {path}")
     return tokenizer

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from gpt2box.errors import BadInput, Damaged, VolumeUnwritable
-from gpt2box.utils.files import discard, fsync_dir
-from gpt2box.utils.paths import fix_hint
+from gpt2box.utils.files import fsync_dir, remove_path
+from gpt2box.utils.paths import writable_hint
 
 MIN_NORMAL_FLOAT16 = 2**-14  # below it float16 numbers are evenly spaced, so the rounding error stops shrinking
 
@@ -27,7 +27,7 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        discard(temporary)
+        remove_path(temporary)
         write(temporary)
         for written in [*temporary.rglob("*"), temporary]:  # files before their folder
             fsync_dir(written)
@@ -35,9 +35,9 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
         fsync_dir(path.parent)
     except OSError as error:
         found = f"cannot write {path}: {error.strerror or error}"
-        raise VolumeUnwritable(found, "free space and permission", fix_hint(path.parent)) from error
+        raise VolumeUnwritable(found, "free space and permission", writable_hint(path.parent)) from error
     finally:
-        discard(temporary)
+        remove_path(temporary)
 
 
 def check_tensors(expected: dict[str, Tensor], stored: dict[str, Tensor], rounding: float, path: Path) -> None:

@@ -17,8 +17,8 @@ from gpt2box.data.downloads import hub_endpoint
 from gpt2box.data.hub_datasets import is_offline
 from gpt2box.errors import BadInput, Gpt2boxError, TryAgain
 from gpt2box.export.export import default_path, export_model
-from gpt2box.utils.paths import make_writable
-from gpt2box.utils.progress import counted, say, size
+from gpt2box.utils.paths import ensure_writable
+from gpt2box.utils.progress import format_bytes, log_line, pluralize
 
 NAME_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")  # owner or name of a repository
 TOKENS_URL = "https://huggingface.co/settings/tokens"
@@ -42,17 +42,19 @@ def push(folder: Path, repo: str, dtype: str, license_id: str, public: bool) -> 
     if private is False and not public:
         found = f"{repo} is there already, and public: anyone could download the model"
         raise BadInput(found, "a private repository, unless --public is given", "--public, or another name")
-    parent = make_writable(default_path(folder, "huggingface", "").parent)
+    parent = ensure_writable(default_path(folder, "huggingface", "").parent)
     with tempfile.TemporaryDirectory(dir=parent, prefix=".push-") as temporary:
         exported = export_model(folder, "huggingface", dtype, Path(temporary) / "model", license_id, title=repo)
         files = sorted(exported.iterdir())
         total = sum(path.stat().st_size for path in files)
         visibility = "public" if public and private is not True else "private"
-        say(f"to {hub_endpoint()}/{repo} ({visibility}): {counted(len(files), 'file')}, {size(total)}")
+        log_line(f"to {hub_endpoint()}/{repo} ({visibility}): {pluralize(len(files), 'file')}, {format_bytes(total)}")
         for path in files:
-            say(f"  {path.name:24} {path.stat().st_size:>15,} bytes")
+            log_line(f"  {path.name:24} {path.stat().st_size:>15,} bytes")
         if public and private:
-            say("note: the repository is there already, and stays private; make it public in its settings on the Hub")
+            log_line(
+                "note: the repository is there already, and stays private; make it public in its settings on the Hub"
+            )
         with translate_hub_errors(repo):
             api.create_repo(repo, private=not public, exist_ok=True)
             api.upload_folder(repo_id=repo, folder_path=exported, commit_message="Upload by gpt2box")

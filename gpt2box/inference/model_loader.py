@@ -14,7 +14,7 @@ from gpt2box.errors import BadInput, Damaged
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.hf_weights import load_hf_weights
 from gpt2box.system.device import choose_device
-from gpt2box.utils.paths import NAME, checkpoint_of, run_folders, runs_dir
+from gpt2box.utils.paths import NAME_PATTERN, find_checkpoint, list_run_dirs, runs_dir
 
 
 def find_model(name: str | None, checkpoint: str) -> Path:
@@ -25,7 +25,7 @@ def find_model(name: str | None, checkpoint: str) -> Path:
     Raises:
         BadInput: There is no such model or checkpoint; the message lists what exists.
     """
-    last_checkpoints = [(checkpoint_of(run, "last"), run.name) for run in run_folders()]
+    last_checkpoints = [(find_checkpoint(run, "last"), run.name) for run in list_run_dirs()]
     newest_first = sorted(((path.lstat().st_mtime, run) for path, run in last_checkpoints if path), reverse=True)
     runs = [run for _, run in newest_first]
     if name is None:
@@ -36,9 +36,9 @@ def find_model(name: str | None, checkpoint: str) -> Path:
                 "gpt2box train demo, or gpt2box sample gpt2",
             )
         name = runs[0]
-    if NAME.fullmatch(name) and name in runs:
+    if NAME_PATTERN.fullmatch(name) and name in runs:
         run = runs_dir() / name
-        if folder := checkpoint_of(run, checkpoint):
+        if folder := find_checkpoint(run, checkpoint):
             return folder
         existing = sorted(path.name for path in (run / "checkpoints").glob("[bls]*"))
         raise BadInput(f"run {name} has no checkpoint {checkpoint}", ", ".join(existing))

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from gpt2box.data.tokenizer import Tokenizer, encode_prompt
-from gpt2box.errors import BadInput, harmless_lines, why
+from gpt2box.errors import BadInput, describe_error, escape_control_lines
 from gpt2box.model.decoder import Decoder
 from gpt2box.model.sampling import SamplingParams, generate, generate_batch
 from gpt2box.utils.files import parse_json
@@ -84,7 +84,7 @@ def stream(
 
 def escape_for_terminal(text: str) -> str:
     """Escape control characters if standard output is a terminal; files and pipes get the text unchanged."""
-    return harmless_lines(text) if sys.stdout.isatty() else text
+    return escape_control_lines(text) if sys.stdout.isatty() else text
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -99,7 +99,9 @@ def read_prompts(path: Path) -> list[str]:
         prompts = [parse_json(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
         "".join(prompts).encode()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: {why(error)}", 'one prompt per line, or {"prompt": "…"} in .jsonl') from error
+        raise BadInput(
+            f"{path}: {describe_error(error)}", 'one prompt per line, or {"prompt": "…"} in .jsonl'
+        ) from error
     if not prompts:
         raise BadInput(f"{path}: no prompts", 'one prompt per line, or {"prompt": "…"} in .jsonl')
     return prompts

@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gpt2box.errors import BadInput, Damaged, why
+from gpt2box.errors import BadInput, Damaged, describe_error
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import base_parameters, merge_adapter
 from gpt2box.model.shape import ModelShape
-from gpt2box.utils.files import check_regular, read_json
+from gpt2box.utils.files import check_regular_file, read_json
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 PREFIX = "transformer."
@@ -180,7 +180,7 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 raise ValueError("it leads out of the folder")
             files = sorted(folder / name for name in names)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Damaged(f"{index} is damaged ({why(error)})") from error
+            raise Damaged(f"{index} is damaged ({describe_error(error)})") from error
     elif any(folder.glob("*.bin")):
         raise BadInput(
             f"{folder} has pickled weights, which can run any code and are not read",
@@ -192,7 +192,7 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         raise BadInput(f"no weights in {folder}", "model.safetensors")
     for file in files:
         try:
-            check_regular(file)
+            check_regular_file(file)
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118, not a dict
                     yield key, tensors.get_tensor(key)

@@ -14,7 +14,7 @@ from typing import Any
 
 from gpt2box.config.schema import Config
 from gpt2box.model.shape import ModelShape
-from gpt2box.utils.files import read_object, write_atomically
+from gpt2box.utils.files import read_json_object, write_atomically
 
 FORMAT = 1
 MIN_SPEEDUP = 1.05  # a smaller difference may be noise
@@ -80,7 +80,7 @@ def bench_key(device_name: str, config: Config, shape: ModelShape, dtype: str) -
 def read_bench_records(path: Path, device_name: str) -> list[BenchRecord]:
     """Read the records of a device and the installed PyTorch version. Skips damaged ones."""
     records = []
-    rows = read_object(path).get("measured")
+    rows = read_json_object(path).get("measured")
     for row in rows if isinstance(rows, list) else []:
         try:
             record = BenchRecord(**{**row, "job": BenchKey(**row["job"])})
@@ -96,7 +96,7 @@ def read_bench_records(path: Path, device_name: str) -> list[BenchRecord]:
 def store_bench_records(path: Path, records: list[BenchRecord]) -> None:
     """Write records to the file, replacing older ones of the same job and execution plan."""
     new = {(json.dumps(asdict(record.job)), record.plan_key) for record in records}
-    rows = read_object(path).get("measured")
+    rows = read_json_object(path).get("measured")
     other = [row for row in rows if isinstance(row, dict) and row_key(row) not in new] if isinstance(rows, list) else []
     content = {"format": FORMAT, "measured": [*other, *map(asdict, records)]}
     write_atomically(path, json.dumps(content, indent=1) + "\n")

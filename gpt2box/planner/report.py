@@ -22,7 +22,7 @@ from gpt2box.planner.search import (
 )
 from gpt2box.planner.target_device import TargetDevice, apply_bench_records
 from gpt2box.utils.paths import dataset_dir
-from gpt2box.utils.progress import counted, duration, size
+from gpt2box.utils.progress import format_bytes, format_duration, pluralize
 
 ESTIMATE_NOTES = {False: "all estimated", True: "speed measured here by gpt2box bench, the rest estimated"}
 SPEED_MARKS = {False: "", True: " (measured here)"}
@@ -81,10 +81,10 @@ def format_report(
     each = " of each GPU" if device.ranks > 1 else ""
     yield f"memory{each} at its peak, in {chosen.memory.peak_phase}; estimated"
     for name, count in chosen.memory.components().items():
-        yield f"  {name:12} {size(count):>10}" + (f"   {MEMORY_FORMULAS[name]}" if explain else "")
-    yield f"  {'total':12} {size(chosen.memory.total, 2):>10}   of {size(device.free_bytes, 2)} free"
+        yield f"  {name:12} {format_bytes(count):>10}" + (f"   {MEMORY_FORMULAS[name]}" if explain else "")
+    yield f"  {'total':12} {format_bytes(chosen.memory.total, 2):>10}   of {format_bytes(device.free_bytes, 2)} free"
     if chosen.measured_bytes:
-        yield f"  {'measured':12} {size(chosen.measured_bytes):>10}   here, by gpt2box bench"
+        yield f"  {'measured':12} {format_bytes(chosen.measured_bytes):>10}   here, by gpt2box bench"
     if explain:
         M, N = chosen.micro_batch_size * shape.block_size, count_padded_parameters(shape)
         sizes = f"L = {shape.n_layer}, C = {shape.n_embd}, H = {shape.n_head}, P = {shape.padded_vocab_size:,}"
@@ -95,7 +95,7 @@ def format_report(
     for fallback in find_fallbacks(config, shape, device) if device.on_gpu else ():
         plan, numbers = fallback.plan, "changes the numbers" if fallback.changes_numbers else "the same numbers"
         speed = f", {format_speed(plan)}" if plan.tokens_per_sec else ""
-        yield f"  {fallback.flags}\n    {plan.describe()}, {size(plan.total_bytes)}{speed}; {numbers}"
+        yield f"  {fallback.flags}\n    {plan.describe()}, {format_bytes(plan.total_bytes)}{speed}; {numbers}"
 
 
 def format_speed(plan: ExecutionPlan) -> str:
@@ -108,17 +108,17 @@ def format_plan(config: Config, shape: ModelShape, plan: ExecutionPlan, compiled
     ranks = f" × {plan.ranks} GPUs" if plan.ranks > 1 else ""
     yield (
         f"{config.tokens_per_step:,} tokens a step = {plan.micro_batch_size} × {shape.block_size} × "
-        f"{counted(plan.grad_accum_steps, 'micro-step')}{ranks}; "
+        f"{pluralize(plan.grad_accum_steps, 'micro-step')}{ranks}; "
         f"activation checkpointing: {plan.activation_checkpointing}, {'compiled' if compiled else 'not compiled'}"
     )
     if plan.tokens_per_sec:
         seconds = config.max_steps * config.tokens_per_step / plan.tokens_per_sec
-        yield f"{format_speed(plan)}, {config.max_steps:,} steps in {duration(seconds)}"
+        yield f"{format_speed(plan)}, {config.max_steps:,} steps in {format_duration(seconds)}"
     if tokens := count_train_tokens(config):
         yield f"{config.max_steps * config.tokens_per_step / tokens:.2g} passes over {tokens:,} tokens"
     each = estimate_checkpoint_bytes(config, shape)
-    total = size(config.max_checkpoints * each)
-    yield f"checkpoints: {size(each)} each, {total} on disk; {size(each)} of the host's memory to copy one"
+    size, total = format_bytes(each), format_bytes(config.max_checkpoints * each)
+    yield f"checkpoints: {size} each, {total} on disk; {size} of the host's memory to copy one"
 
 
 def estimate_checkpoint_bytes(config: Config, shape: ModelShape) -> int:
@@ -148,7 +148,7 @@ def format_alternatives(
         verdict = "chosen" if plan == chosen else "fits" if fits else "does not fit"
         yield (
             f"{plan.activation_checkpointing:10} micro_batch_size {plan.micro_batch_size:<4} "
-            f"{size(plan.total_bytes, 2):>10}  {speed}  {verdict}"
+            f"{format_bytes(plan.total_bytes, 2):>10}  {speed}  {verdict}"
         )
 
 
@@ -208,5 +208,5 @@ def print_size_table(config: Config, device: TargetDevice, as_json: bool) -> Non
         verdict = "" if fits else "  does not fit"
         print(
             f"  {name:12} {shape.parameters / 1e6:>6.0f}M  micro_batch_size {plan.micro_batch_size:<4} "
-            f"checkpointing {plan.activation_checkpointing:10} {size(plan.total_bytes):>10}  {speed}{verdict}"
+            f"checkpointing {plan.activation_checkpointing:10} {format_bytes(plan.total_bytes):>10}  {speed}{verdict}"
         )

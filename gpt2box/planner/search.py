@@ -20,7 +20,7 @@ from gpt2box.planner.throughput import (
     with_gradient_averaging,
     with_weight_gathers,
 )
-from gpt2box.utils.progress import size
+from gpt2box.utils.progress import format_bytes
 
 CHECKPOINTING_MODES = ("none", "selective", "full")  # of activations
 MAX_MICRO_BATCH_TOKENS = 65_536  # larger micro-batches make no GPU faster
@@ -186,10 +186,10 @@ def choose_execution_plan(
         cost = cost if fallback.changes_numbers else ""
         newer = "; needs PyTorch 2.6, as STACK=cu13x has" if "--shard" in fallback.flags else ""
         plan = fallback.plan
-        advice = f"{fallback.flags} fits ({size(plan.total_bytes)}, {plan.describe()}{cost}{newer})"
+        advice = f"{fallback.flags} fits ({format_bytes(plan.total_bytes)}, {plan.describe()}{cost}{newer})"
     raise MachineCannot(
-        f"{device.name} has {size(max(device.free_bytes, 0))} free; the least that these settings need is "
-        f"{size(nearest.total_bytes)} ({nearest.describe()}; estimated)",
+        f"{device.name} has {format_bytes(max(device.free_bytes, 0))} free; the least that these settings need is "
+        f"{format_bytes(nearest.total_bytes)} ({nearest.describe()}; estimated)",
         "a plan that fits",
         advice,
     )

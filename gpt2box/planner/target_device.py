@@ -14,7 +14,7 @@ from gpt2box.planner.memory import GIB
 from gpt2box.system import gpu
 from gpt2box.system.host import cpu_name, memory_bytes
 from gpt2box.utils.paths import bench_file
-from gpt2box.utils.progress import size
+from gpt2box.utils.progress import format_bytes
 
 DESKTOP_RESERVE_BYTES = GIB // 2  # left free on a GPU that is only named: what a desktop without a browser uses
 
@@ -44,12 +44,12 @@ def select_target_device(name: str | None, vram_gib: float | None, config: Confi
     check_ranks(config, gpus)
     if name or vram_gib:
         return replace(describe_named_gpu(name, vram_gib, config), ranks=gpus)
-    nvml = gpu.ask_driver()
-    if config.device == "cpu" or (config.device == "auto" and not nvml.cards):
+    nvml = gpu.query_nvml()
+    if config.device == "cpu" or (config.device == "auto" and not nvml.gpus):
         free = memory_bytes()[1]
         dtype = "float32" if config.dtype == "auto" else config.dtype
         compiled = config.compile is True
-        note = f"{size(free)} free now"
+        note = f"{format_bytes(free)} free now"
         cpu = TargetDevice("this CPU", free, None, dtype, False, compiled, cpu_name(), memory_note=note)
         return replace(cpu, ranks=gpus)
     return replace(describe_installed_gpu(config, nvml), ranks=gpus)
@@ -59,7 +59,7 @@ def describe_named_gpu(name: str | None, vram_gib: float | None, config: Config)
     """Describe a GPU by its name or its memory."""
     spec = gpu_spec_named(name) if name else None
     total = round((vram_gib or (spec.gib if spec else 0)) * GIB)
-    note = f"{size(total)}, of which {size(DESKTOP_RESERVE_BYTES)} are left to a desktop"
+    note = f"{format_bytes(total)}, of which {format_bytes(DESKTOP_RESERVE_BYTES)} are left to a desktop"
     note += "" if spec else "; no speed without a GPU's name (--gpu)"
     dtype = resolve_dtype(config, spec.capability if spec else gpu.BFLOAT16_CAPABILITY)
     name = spec.name if spec else "the GPU"
@@ -73,13 +73,13 @@ def describe_installed_gpu(config: Config, nvml: gpu.Nvml) -> TargetDevice:
         BadInput: There is none, or the driver does not report its memory.
     """
     index = int(config.device.partition(":")[2] or 0)
-    if index >= len(nvml.cards):
+    if index >= len(nvml.gpus):
         found = nvml.fault or f"no GPU with the number {index}"
         raise BadInput(found, f"a GPU here, or one of {', '.join(GPU_SPECS)}", "gpt2box plan … --gpu rtx-4070")
-    card = nvml.cards[index]
+    card = nvml.gpus[index]
     if card.free_bytes is None:
         raise BadInput(f"the driver does not report the memory of {card.name}", "", "gpt2box plan … --vram-gib 12")
-    note = f"{size(card.free_bytes)} of {size(card.total_bytes or 0)} free now"
+    note = f"{format_bytes(card.free_bytes)} of {format_bytes(card.total_bytes or 0)} free now"
     spec = gpu_spec_of_device(card.name, card.total_bytes)
     dtype = resolve_dtype(config, card.capability or gpu.BFLOAT16_CAPABILITY)
     return TargetDevice(card.name, card.free_bytes, spec, dtype, True, True, card.name, memory_note=note)

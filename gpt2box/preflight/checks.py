@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gpt2box.system.gpu import BFLOAT16_CAPABILITY, Card, Nvml
-from gpt2box.utils.progress import size
+from gpt2box.system.gpu import BFLOAT16_CAPABILITY, Gpu, Nvml
+from gpt2box.utils.progress import format_bytes
 
 # The oldest Linux driver that runs any program built for this CUDA major version, and the card generations it
 # has code for (CUDA's release notes, "minor version compatibility").
@@ -44,7 +44,7 @@ def driver(nvml: Nvml, cuda: str | None, in_container: bool, is_wsl: bool) -> Fi
     needed = int(cuda.split(".")[0])
     found = f"{nvml.driver}{runs}; this PyTorch is built for CUDA {cuda}"
     if nvml.cuda and nvml.cuda[0] < needed:
-        older = all(found.capability and found.capability < CU13_ONLY for found in nvml.cards)
+        older = all(found.capability and found.capability < CU13_ONLY for found in nvml.gpus)
         other = "; or the image for older drivers: STACK=cu121" if needed > 12 and nvml.cuda[0] == 12 and older else ""
         return Finding("driver", "failure", found, f"install driver {OLDEST_DRIVER[needed]} or newer{other}")
     return Finding("driver", "ok", found)
@@ -52,13 +52,13 @@ def driver(nvml: Nvml, cuda: str | None, in_container: bool, is_wsl: bool) -> Fi
 
 def card(nvml: Nvml, index: int, in_container: bool) -> Finding:
     """Whether there is a card of this number."""
-    listed = "; ".join(f"{number}: {found.name}" for number, found in enumerate(nvml.cards)) or "none"
-    if index >= len(nvml.cards):
+    listed = "; ".join(f"{number}: {found.name}" for number, found in enumerate(nvml.gpus)) or "none"
+    if index >= len(nvml.gpus):
         bring = "start with --gpus all" if in_container else "a card that nvidia-smi lists, or --device cpu"
-        fix = "the device of a card that is listed, such as --device cuda:0" if nvml.cards else bring
+        fix = "the device of a card that is listed, such as --device cuda:0" if nvml.gpus else bring
         return Finding("card", "failure", f"no card with the number {index}; listed: {listed}", fix)
-    note = ", a MIG slice" if nvml.cards[index].is_mig else ""
-    return Finding("card", "ok", nvml.cards[index].name + note)
+    note = ", a MIG slice" if nvml.gpus[index].is_mig else ""
+    return Finding("card", "ok", nvml.gpus[index].name + note)
 
 
 def architecture(capability: tuple[int, int] | None, built_for: list[str], cuda: str | None) -> Finding:
@@ -96,14 +96,14 @@ def runs_on(capability: tuple[int, int], built_for: list[str]) -> bool:
     return False
 
 
-def vram(found: Card) -> Finding:
+def vram(found: Gpu) -> Finding:
     """Memory in all, free now, and who holds the rest."""
     if found.total_bytes is None or found.free_bytes is None:
         return Finding("vram", "warning", "the driver does not tell", "watch nvidia-smi while training")
     taken = found.total_bytes - found.free_bytes
-    text = f"{size(found.free_bytes)} free of {size(found.total_bytes)}"
+    text = f"{format_bytes(found.free_bytes)} free of {format_bytes(found.total_bytes)}"
     holders = [
-        f"{process.name} {size(process.used_bytes) if process.used_bytes else ''}".strip()
+        f"{process.name} {format_bytes(process.used_bytes) if process.used_bytes else ''}".strip()
         for process in found.processes[:4]
     ]
     if holders:
@@ -115,7 +115,7 @@ def vram(found: Card) -> Finding:
     return Finding("vram", "ok", text)
 
 
-def health(found: Card) -> Iterator[Finding]:
+def health(found: Gpu) -> Iterator[Finding]:
     """Temperature, power limit and PCIe link: what makes a card slower than it is."""
     if found.temperature_c is not None:
         hot = found.temperature_c >= min(HOT_C, (found.slowdown_c or 200) - 5)
@@ -209,10 +209,10 @@ def dataset(name: str, there: bool, source: str) -> Finding:
 
 def memory(total: int, available: int, needed: int) -> Finding:
     """Main memory, against what the job holds of it."""
-    found = f"{size(available)} free of {size(total)}"
+    found = f"{format_bytes(available)} free of {format_bytes(total)}"
     if available < needed:
         fix = "close programs, or raise the container's or WSL's memory limit"
-        return Finding("memory", "warning", f"{found}; the job wants about {size(needed)}", fix)
+        return Finding("memory", "warning", f"{found}; the job wants about {format_bytes(needed)}", fix)
     return Finding("memory", "ok", found)
 
 
@@ -228,14 +228,16 @@ def cpu(cores: float) -> Finding:
 def shared_memory(total: int | None) -> Finding:
     """/dev/shm: NCCL and worker processes use it; training on one card does not."""
     if total is None or total < 64 << 20:
-        found = "none" if total is None else size(total)
+        found = "none" if total is None else format_bytes(total)
         return Finding("/dev/shm", "warning", found, "--shm-size 1g, for more than one GPU")
-    return Finding("/dev/shm", "ok", size(total))
+    return Finding("/dev/shm", "ok", format_bytes(total))
 
 
 def disk(volumes: str, free: int, needed: int, what: str) -> Finding:
     """Space on a disk that holds some volumes, against what the job writes there."""
-    found = f"{size(free)} free for {volumes}" + (f"; the job writes {size(needed)} ({what})" if needed else "")
+    found = f"{format_bytes(free)} free for {volumes}" + (
+        f"; the job writes {format_bytes(needed)} ({what})" if needed else ""
+    )
     if free < needed:
         return Finding("disk", "failure", found, "free space, or GPT2BOX_VOLUMES on a larger disk")
     if free < needed + GIB:

@@ -31,8 +31,8 @@ from gpt2box.preflight.requirements import (
 )
 from gpt2box.preflight.smoke_test import probe
 from gpt2box.system import gpu, host
-from gpt2box.utils.paths import make_writable, raw_dir, volumes
-from gpt2box.utils.progress import counted, say
+from gpt2box.utils.paths import ensure_writable, raw_dir, volumes_dir
+from gpt2box.utils.progress import log_line, pluralize
 
 HUB_TIMEOUT_S = 10.0
 
@@ -45,14 +45,14 @@ def preflight(config: Config | None, text: Path | None, wanted: str, as_json: bo
     Raises:
         MachineCannot: a check failed.
     """
-    nvml = gpu.ask_driver()
-    device = ("cuda" if nvml.cards else "cpu") if wanted == "auto" else wanted
+    nvml = gpu.query_nvml()
+    device = ("cuda" if nvml.gpus else "cpu") if wanted == "auto" else wanted
     if not as_json:
-        say(f"checking this machine for {config.name if config else 'training'} on {device}")
+        log_line(f"checking this machine for {config.name if config else 'training'} on {device}")
     findings = list(all_findings(config, text, device, nvml))
     failures = [finding for finding in findings if finding.status == "failure"]
     if as_json:
-        cards = [asdict(card) for card in nvml.cards]
+        cards = [asdict(card) for card in nvml.gpus]
         report = {"ok": not failures, "device": device, "cards": cards, "findings": [asdict(f) for f in findings]}
         print(json.dumps(report, indent=2))
     else:
@@ -61,7 +61,7 @@ def preflight(config: Config | None, text: Path | None, wanted: str, as_json: bo
     if failures:
         raise MachineCannot(f"preflight: {', '.join(finding.name for finding in failures)} failed")
     warnings = sum(finding.status == "warning" for finding in findings)
-    say(f"preflight: {len(findings) - warnings} ok, {counted(warnings, 'warning')}")
+    log_line(f"preflight: {len(findings) - warnings} ok, {pluralize(warnings, 'warning')}")
 
 
 def show(finding: Finding) -> None:
@@ -77,7 +77,7 @@ def all_findings(config: Config | None, text: Path | None, device: str, nvml: gp
     """Every check, in the order of what depends on what."""
     on_gpu = device != "cpu"
     wanted = on_gpu if config is None or config.compile == "auto" else bool(config.compile)
-    chosen = nvml.cards[device_index(device) :][:1] if on_gpu else []
+    chosen = nvml.gpus[device_index(device) :][:1] if on_gpu else []
     old = any(card.capability and card.capability < (7, 0) for card in chosen)  # Triton has no code for it
     facts = probe(device, wanted and not old)
     if on_gpu:
@@ -117,8 +117,8 @@ def card_findings(nvml: gpu.Nvml, index: int) -> Iterator[Finding]:
     chosen = checks.card(nvml, index, host.in_container())
     yield chosen
     if chosen.status == "ok":
-        yield checks.vram(nvml.cards[index])
-        yield from checks.health(nvml.cards[index])
+        yield checks.vram(nvml.gpus[index])
+        yield from checks.health(nvml.gpus[index])
 
 
 def host_findings(config: Config | None) -> Iterator[Finding]:
@@ -131,7 +131,7 @@ def host_findings(config: Config | None) -> Iterator[Finding]:
     total, available = host.memory_bytes()
     needed = (4 << 30) + (checkpoint_bytes(config) if config else 0)  # the copy that a checkpoint is written from
     yield checks.memory(total, available, needed)
-    yield checks.cpu(host.cores())
+    yield checks.cpu(host.cpu_cores())
     yield checks.shared_memory(host.shm_bytes())
     if host.is_wsl():
         yield windows()
@@ -139,9 +139,9 @@ def host_findings(config: Config | None) -> Iterator[Finding]:
 
 def windows() -> Finding:
     """Linux under Windows: what differs there."""
-    if any(host.is_windows_drive(volumes() / volume) for volume in VOLUMES):
+    if any(host.is_windows_drive(volumes_dir() / volume) for volume in VOLUMES):
         fix = "keep gpt2box inside WSL's own file system, such as ~/gpt2box"
-        return Finding("wsl", "warning", f"{volumes()} is on a Windows drive, many times slower", fix)
+        return Finding("wsl", "warning", f"{volumes_dir()} is on a Windows drive, many times slower", fix)
     found = (
         "under Windows: .wslconfig limits the memory, the driver does not name who holds the card's, "
         "and a container sees every card whatever GPU in .env says (choose with --device cuda:N)"
@@ -151,9 +151,9 @@ def windows() -> Finding:
 
 def write_test(volume: str) -> Finding:
     """Whether a volume can really be written."""
-    folder = volumes() / volume
+    folder = volumes_dir() / volume
     try:
-        with tempfile.TemporaryFile(dir=make_writable(folder)) as file:
+        with tempfile.TemporaryFile(dir=ensure_writable(folder)) as file:
             file.write(b"x" * 4096)
             file.flush()
             os.fsync(file.fileno())
@@ -196,8 +196,8 @@ def check_gpu(wanted: str) -> None:
     Raises:
         MachineCannot: the first check that failed, in its own words.
     """
-    nvml = gpu.ask_driver()
-    if wanted == "cpu" or (wanted == "auto" and not nvml.cards):
+    nvml = gpu.query_nvml()
+    if wanted == "cpu" or (wanted == "auto" and not nvml.gpus):
         return
     import torch
 

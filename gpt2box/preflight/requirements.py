@@ -15,8 +15,8 @@ from gpt2box.errors import VolumeUnwritable
 from gpt2box.model.shape import GPT2_VOCAB_SIZE, ModelShape
 from gpt2box.planner.model_shape import resolve_model_shape
 from gpt2box.system import host
-from gpt2box.utils.paths import checkpoints, dataset_dir, make_writable, model_dir, run_dir, volumes
-from gpt2box.utils.progress import say, size
+from gpt2box.utils.paths import dataset_dir, ensure_writable, list_checkpoints, model_dir, run_dir, volumes_dir
+from gpt2box.utils.progress import format_bytes, log_line
 
 VOLUMES = ("data", "models", "runs")
 CHAR = "-char"  # what a dataset of characters is called by default
@@ -80,9 +80,9 @@ def group_needs_by_disk(config: Config | None) -> list[tuple[list[str], int, lis
     wanted = list_disk_needs(config) if config else []
     disks: dict[int, list[str]] = {}
     for volume in VOLUMES:
-        disks.setdefault(make_writable(volumes() / volume).stat().st_dev, []).append(volume)
+        disks.setdefault(ensure_writable(volumes_dir() / volume).stat().st_dev, []).append(volume)
     return [
-        (names, host.free_bytes(volumes() / names[0]), [need for need in wanted if need.volume in names])
+        (names, host.free_bytes(volumes_dir() / names[0]), [need for need in wanted if need.volume in names])
         for names in disks.values()
     ]
 
@@ -96,10 +96,11 @@ def check_space(config: Config) -> None:
     for names, free, wanted in group_needs_by_disk(config):
         needed = sum(need.size_bytes for need in wanted)
         if needed > free:
-            listed = ", ".join(f"{need.what} {size(need.size_bytes)}" for need in wanted)
+            listed = ", ".join(f"{need.what} {format_bytes(need.size_bytes)}" for need in wanted)
             raise VolumeUnwritable(
-                f"{size(free)} free for {', '.join(names)} in {volumes()}; the job writes {size(needed)} ({listed})",
-                f"{size(needed - free)} more",
+                f"{format_bytes(free)} free for {', '.join(names)} in {volumes_dir()}; "
+                f"the job writes {format_bytes(needed)} ({listed})",
+                f"{format_bytes(needed - free)} more",
                 "free space, or set GPT2BOX_VOLUMES to a folder on a larger disk",
             )
 
@@ -119,7 +120,7 @@ def select_tokenizer(config: Config) -> str:
     """Return the tokenizer of the weights that a run starts from, as prepare's --tokenizer."""
     if config.init_from in ("scratch", *MODEL_SHAPES):
         return "gpt2"
-    begun = bool(checkpoints(run_dir(config.name) / "checkpoints"))  # the first weights may be gone
+    begun = bool(list_checkpoints(run_dir(config.name) / "checkpoints"))  # the first weights may be gone
     folder = dataset_dir(config.dataset) / "tokenizer" if begun else pretrained_folder(config.init_from)
     return str(folder) if any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")) else "gpt2"
 
@@ -142,6 +143,6 @@ def fetch_requirements(config: Config, text: Path | None) -> None:
         written = False
     dataset = open_dataset(folder)  # says what to do where it is missing
     made = "made" if written else "there"
-    say(f"dataset {config.dataset}: {made}, {dataset.tokens('train'):,} tokens to train on")
-    if config.init_from != "scratch" and not checkpoints(run_dir(config.name) / "checkpoints"):
-        say(f"weights of {config.init_from}: {pretrained_folder(config.init_from)}")
+    log_line(f"dataset {config.dataset}: {made}, {dataset.tokens('train'):,} tokens to train on")
+    if config.init_from != "scratch" and not list_checkpoints(run_dir(config.name) / "checkpoints"):
+        log_line(f"weights of {config.init_from}: {pretrained_folder(config.init_from)}")

@@ -15,8 +15,8 @@ from gpt2box.report.html import Chart, Line, plots_html, render_document, sectio
 from gpt2box.runs.formatting import format_count, format_loss, format_step
 from gpt2box.runs.view import RunView, as_mapping
 from gpt2box.utils.files import write_atomically
-from gpt2box.utils.paths import make_writable
-from gpt2box.utils.progress import duration, size
+from gpt2box.utils.paths import ensure_writable
+from gpt2box.utils.progress import format_bytes, format_duration
 
 Rows = dict[str, list[str]]  # by name, a cell for each run
 UNKNOWN = "-"
@@ -80,14 +80,14 @@ def key_figures(runs: list[RunView]) -> Rows:
                 "at step": f"{best[1]:,}" if best else UNKNOWN,
                 "last train loss": format_loss(values["loss"][-1]) if "loss" in values else UNKNOWN,
                 "tokens seen": format_count(run.tokens),
-                "time in training": duration(run.seconds),
+                "time in training": format_duration(run.seconds),
                 "tokens a second": f"{np.median(values['tokens_per_sec']):,.0f}"
                 if "tokens_per_sec" in values
                 else UNKNOWN,
-                "peak memory": size(float(values["peak_memory_bytes"].max()))
+                "peak memory": format_bytes(float(values["peak_memory_bytes"].max()))
                 if "peak_memory_bytes" in values
                 else UNKNOWN,
-                "on disk": size(run.size_bytes),
+                "on disk": format_bytes(run.size_bytes),
             }
         )
     return {name: [column[name] for column in columns] for name in columns[0]}
@@ -135,7 +135,7 @@ def write_comparison(compared: Comparison, path: Path) -> None:
         section("Figures", table_html(names, compared.figures)),
         tag("p", f"Written by gpt2box on {time.strftime('%Y-%m-%d at %H:%M')}.", class_="note"),
     ]
-    make_writable(path.absolute().parent)
+    ensure_writable(path.absolute().parent)
     write_atomically(path, render_document(" · ".join(names), *body))
 
 

@@ -14,9 +14,9 @@ from gpt2box.runs.formatting import format_count, format_loss, format_step
 from gpt2box.runs.history import Curve, History
 from gpt2box.runs.sessions import recorded_sessions
 from gpt2box.runs.view import RunView, as_mapping
-from gpt2box.utils.files import regular, whole, write_atomically
-from gpt2box.utils.paths import shown
-from gpt2box.utils.progress import called, duration, size
+from gpt2box.utils.files import count_or_zero, open_regular, write_atomically
+from gpt2box.utils.paths import display_path
+from gpt2box.utils.progress import format_bytes, format_duration, gpt2box_command
 
 MAX_SAMPLES = 20  # of those written during training
 MAX_SAMPLE_CHARACTERS = 5000
@@ -32,7 +32,7 @@ def write_report(folder: Path) -> Path:
         OSError: the run's folder cannot be written.
     """
     run = RunView(folder)
-    written = f"Written by gpt2box on {time.strftime('%Y-%m-%d at %H:%M')} from {shown(folder)}."
+    written = f"Written by gpt2box on {time.strftime('%Y-%m-%d at %H:%M')} from {display_path(folder)}."
     parts = [
         tag("h1", run.name),
         summary_html(run),
@@ -51,20 +51,20 @@ def write_report(folder: Path) -> Path:
 def summary_html(run: RunView) -> Html:
     """Render how far the run is and how good."""
     summary = run.summary
-    seconds = f"{duration(summary.seconds)}, up to the newest checkpoint" if summary.seconds else ""
+    seconds = f"{format_duration(summary.seconds)}, up to the newest checkpoint" if summary.seconds else ""
     facts = [
         ("state", summary.state_label),
         ("step", format_step(summary.step, summary.max_steps)),
         ("best val_loss", format_loss(*run.best) if run.best else "not evaluated yet"),
         ("tokens seen", format_count(summary.tokens)),
         ("time in training", seconds),
-        ("on disk", size(summary.size_bytes)),
+        ("on disk", format_bytes(summary.size_bytes)),
     ]
     parts = [definition_list(facts)]
     if summary.fault:
         parts.append(tag("p", f"Damaged: {summary.fault}", class_="bad"))
     if summary.state == "training":
-        text = f"The run is being trained: {called('report', run.name)} updates this page."
+        text = f"The run is being trained: {gpt2box_command('report', run.name)} updates this page."
         parts.append(tag("p", text, class_="note"))
     return tag("div", *parts)
 
@@ -74,13 +74,13 @@ def inputs_facts(run: RunView) -> Html:
     plan, settings = run.plan, run.settings
     shape, dataset = as_mapping(plan.get("shape")), as_mapping(run.manifest.get("dataset"))
     splits, tokenizer = as_mapping(dataset.get("splits")), as_mapping(dataset.get("tokenizer"))
-    tokens = {name: whole(as_mapping(split).get("tokens")) for name, split in splits.items()}
+    tokens = {name: count_or_zero(as_mapping(split).get("tokens")) for name, split in splits.items()}
     network = (
-        f"{whole(plan.get('parameters')):,} parameters: {shape.get('n_layer')} layers × {shape.get('n_embd')} wide, "
-        f"{shape.get('n_head')} heads, context {shape.get('block_size')}"
+        f"{count_or_zero(plan.get('parameters')):,} parameters: {shape.get('n_layer')} layers × "
+        f"{shape.get('n_embd')} wide, {shape.get('n_head')} heads, context {shape.get('block_size')}"
     )
     micro = f"{plan.get('micro_batch_size')} × {shape.get('block_size')} × {plan.get('grad_accum_steps')}"
-    vocabulary = f"{tokenizer.get('kind', '')}, {whole(tokenizer.get('vocab_size')):,} tokens"
+    vocabulary = f"{tokenizer.get('kind', '')}, {count_or_zero(tokenizer.get('vocab_size')):,} tokens"
     epochs = plan.get("epochs")
     facts = [
         ("initialized from", str(settings.get("init_from", ""))),
@@ -154,9 +154,9 @@ def planned_vs_measured(run: RunView) -> list[Html]:
     """Render the estimates made before the first step beside the measurements."""
     plan, summary = run.plan, run.summary
     on_gpu = str(plan.get("device", "")).startswith("cuda")
-    parts = {name: whole(count) for name, count in as_mapping(plan.get("memory")).items()}
+    parts = {name: count_or_zero(count) for name, count in as_mapping(plan.get("memory")).items()}
     memory = float(sum(parts.values()) - parts.get("context", 0))  # PyTorch does not count the CUDA context
-    rate = float(whole(plan.get("expected_tokens_per_sec")))
+    rate = float(count_or_zero(plan.get("expected_tokens_per_sec")))
     seconds = summary.tokens / rate if rate else 0.0
     measured = {name: curve.value for name, curve in run.history.curves.items()}
     peak = float(measured["peak_memory_bytes"].max()) if "peak_memory_bytes" in measured else 0.0
@@ -165,8 +165,8 @@ def planned_vs_measured(run: RunView) -> list[Html]:
     rows = [
         (
             "memory",
-            size(memory) if memory else "",
-            size(peak) if peak else "",
+            format_bytes(memory) if memory else "",
+            format_bytes(peak) if peak else "",
             format_ratio(peak, memory) if on_gpu else "",
         ),
         (
@@ -177,8 +177,8 @@ def planned_vs_measured(run: RunView) -> list[Html]:
         ),
         (
             f"time for {summary.step:,} steps",
-            duration(seconds) if rate else "",
-            duration(summary.seconds) if summary.seconds else "",
+            format_duration(seconds) if rate else "",
+            format_duration(summary.seconds) if summary.seconds else "",
             format_ratio(summary.seconds, seconds),
         ),
         (
@@ -230,7 +230,9 @@ def samples_section(folder: Path) -> list[Html]:
         return [tag("p", "No samples: --sample-tokens was 0, or no evaluation has been done yet.", class_="note")]
     parts = []
     if len(paths) > count:
-        parts.append(tag("p", f"{count} of {len(paths):,}; all are in {shown(folder / 'samples')}.", class_="note"))
+        parts.append(
+            tag("p", f"{count} of {len(paths):,}; all are in {display_path(folder / 'samples')}.", class_="note")
+        )
     for number, (title, path, style) in enumerate(texts, 1):
         is_open = {"open_": "open"} if number == len(texts) else {}
         text = tag("pre", read_sample_excerpt(path), **({"class_": style} if style else {}))
@@ -248,7 +250,7 @@ def read_sample_excerpt(path: Path) -> str:
     """Read the beginning of a sample. A link is not followed."""
     if path.is_symlink():
         return ""
-    with open(path, encoding="utf-8", errors="replace", opener=regular) as file:
+    with open(path, encoding="utf-8", errors="replace", opener=open_regular) as file:
         text = file.read(MAX_SAMPLE_CHARACTERS + 1)
     return text if len(text) <= MAX_SAMPLE_CHARACTERS else text[:MAX_SAMPLE_CHARACTERS] + "…"
 
@@ -256,17 +258,17 @@ def read_sample_excerpt(path: Path) -> str:
 def next_commands(run: RunView) -> list[Html]:
     """Render the commands that continue from the run."""
     tokenizer = as_mapping(as_mapping(run.manifest.get("dataset")).get("tokenizer"))
-    resume, summary = called("train", shown(run.folder / "config.yaml")), run.summary
+    resume, summary = gpt2box_command("train", display_path(run.folder / "config.yaml")), run.summary
     rows = []
     if summary.state in ("stopped", "training"):
         rows.append(("resume, once it is stopped" if summary.state == "training" else "resume", resume))
     if summary.state == "finished":
         rows.append(("train further", f"{resume} --max-steps {2 * max(summary.step, 1)}"))
     rows += [
-        ("generate text", called("sample", run.name)),
-        ("evaluate it", called("eval", run.name)),
-        ("export for transformers and the Hub", called("export", run.name)),
+        ("generate text", gpt2box_command("sample", run.name)),
+        ("evaluate it", gpt2box_command("eval", run.name)),
+        ("export for transformers and the Hub", gpt2box_command("export", run.name)),
     ]
     if tokenizer.get("kind") != "char":  # llama.cpp has no character tokenizer
-        rows.append(("export for llama.cpp and Ollama", called("export", run.name, "--format", "gguf")))
+        rows.append(("export for llama.cpp and Ollama", gpt2box_command("export", run.name, "--format", "gguf")))
     return [tag("p", title, tag("pre", command)) for title, command in rows]

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from gpt2box.runs.metrics import to_number
-from gpt2box.utils.files import whole
-from gpt2box.utils.progress import size
+from gpt2box.utils.files import count_or_zero
+from gpt2box.utils.progress import format_bytes
 
 
 def format_count(count: float) -> str:
@@ -59,9 +59,9 @@ def format_figures(
             value = to_number(train[key])
             figures[name] = "not finite" if value is None else f"{value:.3g}"
     if (memory := to_number(train.get("peak_memory_bytes"))) is not None:
-        figures["peak memory"] = size(memory)
-    if skipped := whole(train.get("skipped_steps")):
-        reason = skip_reason(skipped, whole(train.get("loss_spikes")))
+        figures["peak memory"] = format_bytes(memory)
+    if skipped := count_or_zero(train.get("skipped_steps")):
+        reason = skip_reason(skipped, count_or_zero(train.get("loss_spikes")))
         figures["skipped"] = f"{skipped:,} step{'s' * (skipped > 1)} left out: {reason}"
     return figures
 

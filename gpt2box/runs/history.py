@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2box.runs.metrics import parse_rows, to_number
-from gpt2box.utils.files import regular
+from gpt2box.utils.files import open_regular
 
 MAX_CURVE_POINTS = 2000  # of a drawn curve: about the pixels of a screen
 FIELDS_BY_KIND = {  # numbers read of each kind of row
@@ -156,7 +156,7 @@ class MetricsTail:
     def read_new_rows(self) -> None:
         """Read appended rows for about MAX_READ_SECONDS. A line still being written is left for the next call."""
         try:
-            with open(self.path, "rb", opener=regular) as file:
+            with open(self.path, "rb", opener=open_regular) as file:
                 stat = os.fstat(file.fileno())
                 if stat.st_ino != self._inode or stat.st_size < self._offset:  # a resumed run replaces the file
                     self._reset(stat.st_ino)

@@ -9,8 +9,8 @@ from gpt2box.errors import BadInput
 from gpt2box.runs.formatting import format_count, format_loss, format_step
 from gpt2box.runs.view import RunSummary
 from gpt2box.utils.files import is_locked
-from gpt2box.utils.paths import run_folders, runs_dir, shown
-from gpt2box.utils.progress import duration, size
+from gpt2box.utils.paths import display_path, list_run_dirs, runs_dir
+from gpt2box.utils.progress import format_bytes, format_duration
 
 
 def find_run(name: str | None) -> Path:
@@ -23,7 +23,7 @@ def find_run(name: str | None) -> Path:
     if name is None:
         newest = find_newest_run()
         if newest is None:
-            raise BadInput(f"no run in {shown(runs_dir())} yet", "a run", "gpt2box train demo")
+            raise BadInput(f"no run in {display_path(runs_dir())} yet", "a run", "gpt2box train demo")
         return newest
     if name not in names:
         raise BadInput(f"no run {name!r}", f"one of: {', '.join(sorted(names)) or 'none yet'}", "gpt2box runs")
@@ -32,14 +32,14 @@ def find_run(name: str | None) -> Path:
 
 def find_newest_run() -> Path | None:
     """Return the run whose metrics.jsonl changed last."""
-    found = [path / "metrics.jsonl" for path in run_folders() if (path / "metrics.jsonl").exists()]
+    found = [path / "metrics.jsonl" for path in list_run_dirs() if (path / "metrics.jsonl").exists()]
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
     return newest.parent if newest else None
 
 
 def list_run_folders() -> list[Path]:
     """Return the folders of all runs."""
-    return [path for path in run_folders() if is_run_folder(path)]
+    return [path for path in list_run_dirs() if is_run_folder(path)]
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -72,6 +72,6 @@ def table_cells(run: RunSummary) -> list[str]:
         format_step(run.step, run.max_steps),
         "-" if run.best_val_loss is None else format_loss(run.best_val_loss),
         format_count(run.tokens),
-        duration(run.seconds),
-        size(run.size_bytes),
+        format_duration(run.seconds),
+        format_bytes(run.size_bytes),
     ]

@@ -19,8 +19,8 @@ from gpt2box.data.pretrained import HUB_REVISIONS
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.planner.run_plan import RunPlan
 from gpt2box.runs.sessions import recorded_sessions, session_at_step, session_differences, valid_sessions
-from gpt2box.utils.files import read_json, read_object, write_atomically
-from gpt2box.utils.progress import say, size
+from gpt2box.utils.files import read_json, read_json_object, write_atomically
+from gpt2box.utils.progress import format_bytes, log_line
 
 FORMAT = 2  # of manifest.json; 1 lacked settings and weights
 LARGE_FILE_BYTES = 1 << 30  # whose checksum takes a second or more
@@ -44,7 +44,7 @@ def check_settings_unchanged(
     before = load_run_settings(run)
     began = read_manifest(run)
     if not began:
-        say(
+        log_line(
             f"note: {run / 'manifest.json'} is {'damaged' if os.path.lexists(run / 'manifest.json') else 'missing'}: "
             "the dataset cannot be compared with the original, and the record of earlier sessions is lost"
         )
@@ -70,7 +70,7 @@ def check_settings_unchanged(
         tail = "; the learning rate's schedule now ends there" if moves_schedule else ""
         if key == "max_steps" and config.max_steps < step:
             tail = f", which the run is past: it is at step {step:,}, and nothing is left to do"
-        say(f"note: {key}: {getattr(before, key)} before, {getattr(config, key)} now{tail}")
+        log_line(f"note: {key}: {getattr(before, key)} before, {getattr(config, key)} now{tail}")
     return {key: getattr(before, key) for key in differing}
 
 
@@ -105,14 +105,14 @@ def load_run_settings(run: Path) -> Config:
     path, manifest = run / "config.yaml", run / "manifest.json"
     if path.exists() and (values := loader.read_yaml(path)):
         return validate(values, str(path))
-    values = read_object(manifest).get("settings") or {}
+    values = read_json_object(manifest).get("settings") or {}
     if not values or not isinstance(values, dict):
         raise Damaged(
             f"the settings of {run.name} are lost: neither {path} nor {manifest} has them",
             "one of them",
             f"restore it from a backup; or start another run from the weights: --init-from {run}/checkpoints/last",
         )
-    say(f"note: {path} is {'empty' if path.exists() else 'missing'}: using the settings in {manifest.name}")
+    log_line(f"note: {path} is {'empty' if path.exists() else 'missing'}: using the settings in {manifest.name}")
     return validate(values, str(manifest))
 
 
@@ -130,7 +130,7 @@ def warn_if_not_bit_exact(run: Path, session: dict[str, Any]) -> None:
     before = valid_sessions(read_manifest(run))
     last = session_at_step(before, max(session["step"] - 1, 0)) if before else session
     for line in session_differences(last, session, bits_only=True):
-        say(f"note: {line}: from here on the run is not bit-identical to an uninterrupted one")
+        log_line(f"note: {line}: from here on the run is not bit-identical to an uninterrupted one")
 
 
 def write_run_records(
@@ -141,10 +141,10 @@ def write_run_records(
     config.yaml comes last: a run killed before that detects and records the same settings change again.
     """
     path = run / "manifest.json"
-    before = read_object(path)
+    before = read_json_object(path)
     if os.path.lexists(path) and not read_manifest(run):
         os.replace(path, run / DAMAGED_COPY_NAME)
-        say(f"note: the damaged manifest.json is kept as {DAMAGED_COPY_NAME}")
+        log_line(f"note: the damaged manifest.json is kept as {DAMAGED_COPY_NAME}")
     known = (
         before.get("weights") if plan.config.lora_rank == 0 or session["step"] else None
     )  # LoRA reads the base weights at every start
@@ -201,7 +201,7 @@ def cached_train_sha256(dataset: Dataset, before: dict[str, Any]) -> str:
 def sha256_of_tokens(path: Path, size_bytes: int, mtime_ns: int) -> str:
     """Return a file's checksum, cached in this process by size and mtime."""
     if size_bytes > LARGE_FILE_BYTES:
-        say(f"computing the checksum of {size(size_bytes)} of tokens")
+        log_line(f"computing the checksum of {format_bytes(size_bytes)} of tokens")
     return sha256_of(path)
 
 
@@ -217,7 +217,7 @@ def describe_weights(init_from: str, folder: Path | None) -> dict[str, Any]:
     """Describe the initial weights: Hub repository and commit, and the sha256 of each file."""
     if folder is None:
         return {"init_from": init_from}
-    hub = read_object(folder / "hub.json")
+    hub = read_json_object(folder / "hub.json")
     commit = hub.get("commit") or (HUB_REVISIONS.get(init_from) if folder.name in HUB_REVISIONS else None)
     files = {path.name: sha256_of(path) for path in sorted(folder.glob("model*.safetensors"))}
     return {"init_from": init_from, "repo": hub.get("repo"), "commit": commit, "sha256": files}

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.tensorboard.writer import SummaryWriter
 
-from gpt2box.errors import why
+from gpt2box.errors import describe_error
 from gpt2box.runs.wandb import WandbRun
-from gpt2box.utils.files import parse_json, regular, write_atomically
-from gpt2box.utils.paths import make_writable
-from gpt2box.utils.progress import say
+from gpt2box.utils.files import open_regular, parse_json, write_atomically
+from gpt2box.utils.paths import ensure_writable
+from gpt2box.utils.progress import log_line
 
 TEXT_FIELDS = ("kind", "digest", "val_set")  # all other fields are numbers or null
 TAIL_BYTES = 1 << 20  # of metrics.jsonl: enough for the newest row of each kind
@@ -49,14 +49,14 @@ class MetricsWriter:
         evaluated_step: int,
         echo: bool = False,
         wandb: str = "off",
-        log: Callable[[str], None] = say,
+        log: Callable[[str], None] = log_line,
     ) -> None:
         self._echo, self._log = echo, log
         drop_rows_after(path, step, evaluated_step)
-        self._file = open(path, "a", encoding="utf-8", opener=regular)  # noqa: SIM115, closed by close()
+        self._file = open(path, "a", encoding="utf-8", opener=open_regular)  # noqa: SIM115, closed by close()
         from torch.utils.tensorboard.writer import SummaryWriter  # takes a second to import
 
-        events = make_writable(path.parent / "tensorboard")  # else the writer's thread would report it
+        events = ensure_writable(path.parent / "tensorboard")  # else the writer's thread would report it
         threading.excepthook = ignore_tensorboard_thread_errors
         self._events: SummaryWriter | None = SummaryWriter(str(events), purge_step=step + 1)
         self._wandb = None if wandb == "off" else WandbRun(path.parent, wandb)
@@ -73,7 +73,7 @@ class MetricsWriter:
                 self._echo = False
                 with suppress(OSError, ValueError):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python has buffered
-                self._log(f"no more metrics on standard output: {why(error)}")
+                self._log(f"no more metrics on standard output: {describe_error(error)}")
         numbers = {
             f"{kind}/{name}": value
             for name, value in values.items()
@@ -101,7 +101,7 @@ class MetricsWriter:
             action(self._events)
         except Exception as error:  # raised in the writer's thread: disk full, folder gone
             self._events = None
-            self._log(f"no more events for TensorBoard: {why(error)}")
+            self._log(f"no more events for TensorBoard: {describe_error(error)}")
 
 
 def ignore_tensorboard_thread_errors(arguments: threading.ExceptHookArgs) -> None:
@@ -119,7 +119,7 @@ def drop_rows_after(path: Path, step: int, evaluated_step: int) -> None:
                 yield line.rstrip("\n") + "\n"
 
     if path.exists():
-        with open(path, encoding="utf-8", errors="replace", opener=regular) as file:
+        with open(path, encoding="utf-8", errors="replace", opener=open_regular) as file:
             write_atomically(path, rows_to_keep(file))
 
 
@@ -131,7 +131,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def iter_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Iterate over the valid rows of a metrics.jsonl, a million in a long run. A missing file has none."""
     if path.is_file():
-        with open(path, encoding="utf-8", errors="replace", opener=regular) as file:
+        with open(path, encoding="utf-8", errors="replace", opener=open_regular) as file:
             yield from parse_rows(file)
 
 
@@ -169,7 +169,7 @@ def to_number(value: object) -> float | None:
 def read_tail(path: Path, max_bytes: int = TAIL_BYTES) -> str:
     """Read the last complete lines of a file; empty if it is missing."""
     try:
-        with open(path, "rb", opener=regular) as file:
+        with open(path, "rb", opener=open_regular) as file:
             start = max(os.fstat(file.fileno()).st_size - max_bytes, 0)
             file.seek(start)
             content = file.read().decode("utf-8", errors="replace")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gpt2box.utils.files import read_object
+from gpt2box.utils.files import read_json_object
 
 SECTIONS = ("config", "execution", "derived")  # later sections override: config may say "auto" where execution has 4
 
 
 def read_plan(run: Path) -> dict[str, Any]:
     """Read plan.json as one flat mapping; empty if the file is missing or damaged. Values are not checked."""
-    return flatten_plan(read_object(run / "plan.json"))
+    return flatten_plan(read_json_object(run / "plan.json"))
 
 
 def flatten_plan(plan: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from gpt2box.config.schema import CHANGEABLE
 from gpt2box.planner.run_plan import RunPlan
-from gpt2box.utils.files import read_object, write_atomically
+from gpt2box.utils.files import read_json_object, write_atomically
 
 # Execution settings recorded per session: another value adds numbers in another order. "way" in manifest.json.
 EXECUTION_KEYS = (
@@ -131,7 +131,7 @@ def record_execution(run: Path, plan: RunPlan, step: int) -> None:
         OSError: the file cannot be written.
     """
     path = run / "manifest.json"
-    manifest = read_object(path)
+    manifest = read_json_object(path)
     sessions = valid_sessions(manifest)
     if not sessions:
         return  # the manifest was lost: there is no session to add to

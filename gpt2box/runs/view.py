@@ -19,9 +19,9 @@ from gpt2box.errors import BadInput
 from gpt2box.runs.formatting import format_count, format_figures, format_log_line, format_loss, format_step
 from gpt2box.runs.metrics import parse_rows, read_tail, to_number
 from gpt2box.runs.plan_file import read_plan
-from gpt2box.utils.files import is_locked, read_object, whole
-from gpt2box.utils.paths import checkpoints, run_dir, shown
-from gpt2box.utils.progress import duration
+from gpt2box.utils.files import count_or_zero, is_locked, read_json_object
+from gpt2box.utils.paths import display_path, list_checkpoints, run_dir
+from gpt2box.utils.progress import format_duration
 
 if TYPE_CHECKING:
     from gpt2box.runs.history import History
@@ -49,7 +49,7 @@ class RunSummary:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for `gpt2box runs --json`."""
-        return {**asdict(self), "folder": shown(run_dir(self.name))}
+        return {**asdict(self), "folder": display_path(run_dir(self.name))}
 
     @property
     def state_label(self) -> str:
@@ -81,12 +81,12 @@ class RunView:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """manifest.json."""
-        return read_object(self.folder / "manifest.json")
+        return read_json_object(self.folder / "manifest.json")
 
     @cached_property
     def tokens_per_step(self) -> int:
         """Tokens per optimizer step; 0 if unknown."""
-        return whole(self.plan.get("tokens_per_step"))
+        return count_or_zero(self.plan.get("tokens_per_step"))
 
     @cached_property
     def history(self) -> History:
@@ -114,7 +114,7 @@ class RunView:
         state, fault = read_newest_checkpoint(self.folder)
         is_training = is_locked(self.folder / ".lock")
         fault = "" if is_training else (self._find_settings_fault() or fault)
-        step = whole(state.get("step"))
+        step = count_or_zero(state.get("step"))
         best, best_step = state.get("best_val_loss"), state.get("best_step")
         has_best = isinstance(best, int | float) and math.isfinite(best)
         rows = [] if has_best and not is_training else self._read_tail_rows()
@@ -126,7 +126,7 @@ class RunView:
             evaluated = [row for row in rows if isinstance(row.get("val_loss"), int | float)]
             row = min(evaluated, key=lambda row: row["val_loss"], default={})
             best, best_step = row.get("val_loss"), row.get("step")
-        max_steps, stopped_early = whole(self.plan.get("max_steps")), bool(state.get("stopped_early"))
+        max_steps, stopped_early = count_or_zero(self.plan.get("max_steps")), bool(state.get("stopped_early"))
         is_done = stopped_early or (bool(state) and step >= max_steps > 0 and state.get("evaluated_step") == step)
         return RunSummary(
             name=self.name,
@@ -136,7 +136,7 @@ class RunView:
             step=step,
             max_steps=max_steps,
             best_val_loss=best,
-            best_step=None if best is None else whole(best_step),
+            best_step=None if best is None else count_or_zero(best_step),
             tokens=step * self.tokens_per_step,
             seconds=round(seconds) if seconds < 1e12 else 0,
             size_bytes=disk_usage_bytes(self.folder),
@@ -156,7 +156,7 @@ class RunView:
         now = time.time()
         silent_s = now - max((to_number(row.get("time")) or 0.0 for row in self.latest.values()), default=now)
         if run.state == "training" and silent_s > MAX_SILENCE_S:
-            figures["last figure"] = f"{duration(silent_s)} ago"
+            figures["last figure"] = f"{format_duration(silent_s)} ago"
         return figures
 
     def status_line(self) -> str:
@@ -172,7 +172,7 @@ class RunView:
         """Format the time that a run in training still needs at its present rate."""
         run, rate = self.summary, to_number(self.latest.get("train", {}).get("tokens_per_sec"))
         tokens = max(run.max_steps - run.step, 0) * self.tokens_per_step
-        return duration(tokens / rate) if run.state == "training" and rate and tokens else ""
+        return format_duration(tokens / rate) if run.state == "training" and rate and tokens else ""
 
     def _read_tail_rows(self) -> list[dict[str, Any]]:
         return list(parse_rows(read_tail(self.folder / "metrics.jsonl").splitlines()))
@@ -182,10 +182,10 @@ class RunView:
         path = self.folder / "config.yaml"
         try:
             if not read_yaml(path):
-                return f"{shown(path)} is empty"
+                return f"{display_path(path)} is empty"
         except BadInput as error:
             return error.found
-        return "" if self.plan else f"{shown(self.folder / 'plan.json')} is missing or no JSON object"
+        return "" if self.plan else f"{display_path(self.folder / 'plan.json')} is missing or no JSON object"
 
 
 def training_seconds_after(rows: list[dict[str, Any]], step: int, tokens_per_step: int) -> float:
@@ -203,15 +203,15 @@ def read_newest_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
 
     Returns: the state, empty if there is none; and the fault, empty unless every checkpoint is incomplete.
     """
-    found = [*checkpoints(folder / "checkpoints"), *folder.glob("checkpoints/.step-*.old")]
+    found = [*list_checkpoints(folder / "checkpoints"), *folder.glob("checkpoints/.step-*.old")]
     for path in sorted(found, key=lambda path: path.name.lstrip("."), reverse=True):
-        state = read_object(path / "state.json")
+        state = read_json_object(path / "state.json")
         try:
             if all((path / name).stat().st_size == file["bytes"] for name, file in state["files"].items()):
                 return state, ""
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-    return {}, f"no whole checkpoint in {shown(folder / 'checkpoints')}" if found else ""
+    return {}, f"no whole checkpoint in {display_path(folder / 'checkpoints')}" if found else ""
 
 
 def disk_usage_bytes(folder: Path) -> int:

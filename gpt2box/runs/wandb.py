@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from gpt2box.config.loader import read_yaml
 from gpt2box.errors import BadInput, MachineCannot, TryAgain
-from gpt2box.utils.files import read_object, write_atomically
+from gpt2box.utils.files import read_json_object, write_atomically
 from gpt2box.utils.paths import in_image
 
 
@@ -67,7 +67,7 @@ class WandbRun:
     def __init__(self, folder: Path, mode: str) -> None:
         import wandb
 
-        saved = read_object(folder / "wandb.json")
+        saved = read_json_object(folder / "wandb.json")
         name = str(saved.get("id") or secrets.token_hex(4))
         project = os.environ.get("WANDB_PROJECT") or str(saved.get("project") or "gpt2box")
         write_atomically(folder / "wandb.json", json.dumps({"id": name, "project": project}) + "\n")

@@ -19,7 +19,7 @@ import torch
 WORKSPACE = ":4096:8"  # eight buffers of 4 MiB, of those that cuBLAS's manual names the one that costs no time
 
 
-def make_deterministic(compiled: bool) -> None:
+def enable_determinism(compiled: bool) -> None:
     """For the rest of this process. Before the first product on a GPU: cuBLAS reads its variable only then.
 
     A workspace that the user has set stays: PyTorch refuses one that is not deterministic, by name.
@@ -31,10 +31,10 @@ def make_deterministic(compiled: bool) -> None:
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     if compiled:
-        choose_no_kernel_by_time()
+        disable_kernel_timing()
 
 
-def choose_no_kernel_by_time() -> None:
+def disable_kernel_timing() -> None:
     """In torch.compile. Deterministic algorithms alone leave it a choice by time of a reduction's block size."""
     import torch._inductor.config as inductor
 

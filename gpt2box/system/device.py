@@ -19,17 +19,19 @@ from gpt2box.config.schema import DEVICE_PATTERN
 from gpt2box.errors import BadInput, MachineCannot
 from gpt2box.system.gpu import BFLOAT16_CAPABILITY
 from gpt2box.system.host import is_wsl
-from gpt2box.utils.progress import counted
+from gpt2box.utils.progress import pluralize
 
 # Read when CUDA starts. Cards are numbered as NVML does; CUDA's own order is the fastest first.
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 # One growing segment in place of many fixed ones, so that what is planned fits without gaps. The name changed in 2.9.
 # Not on WSL2, where some cards' drivers before R615 refuse the first piece of memory then (PyTorch's issue 192330).
-SINCE_2_9 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
+IS_TORCH_2_9 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 if not is_wsl():
-    os.environ.setdefault("PYTORCH_ALLOC_CONF" if SINCE_2_9 else "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault(
+        "PYTORCH_ALLOC_CONF" if IS_TORCH_2_9 else "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+    )
 # As cuBLAS, cuDNN, CUDA, its driver, Triton, NCCL and a compiler that tries kernels out have it.
-NO_CARD_MEMORY = re.compile(
+CUDA_OOM_PATTERN = re.compile(
     r".*(CU(BLAS|DNN)_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED when calling .?cublasCreate|"
     r"(CUDA( driver)? error|Triton Error \[CUDA\]|OutOfMemoryError): (CUDA )?out of memory|"
     r"Cuda failure .*out of memory).*"
@@ -86,7 +88,7 @@ def choose_compile(wanted: bool | str, device: torch.device) -> tuple[bool, str]
 
 
 @contextmanager
-def card_memory_named() -> Iterator[None]:
+def translate_cuda_oom() -> Iterator[None]:
     """Have what cuBLAS, Triton and CUDA itself say of a card whose memory ran out be what PyTorch's allocator says.
 
     cuBLAS asks for memory when it is first used, which may be in the first backward pass (PyTorch's issue 128601).
@@ -97,18 +99,18 @@ def card_memory_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = NO_CARD_MEMORY.search(str(error))
+        said = CUDA_OOM_PATTERN.search(str(error))
         if isinstance(error, torch.cuda.OutOfMemoryError) or not said:
             raise
         raise torch.cuda.OutOfMemoryError(said[0].strip()) from None
 
 
-def describe(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
-    return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
+    return f"CPU, {pluralize(torch.get_num_threads(), 'thread')}"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -25,7 +25,7 @@ class GpuProcess:
 
 
 @dataclass(frozen=True)
-class Card:
+class Gpu:
     """A GPU, or a MIG slice of one."""
 
     index: int
@@ -52,11 +52,11 @@ class Nvml:
 
     driver: str = ""
     cuda: tuple[int, int] | None = None  # the newest CUDA that the driver runs
-    cards: list[Card] = field(default_factory=list)
+    gpus: list[Gpu] = field(default_factory=list)
     fault: str = ""
 
 
-def ask_driver() -> Nvml:
+def query_nvml() -> Nvml:
     """The driver's version and the cards that this process may use. Never raises."""
     try:
         import pynvml
@@ -65,29 +65,29 @@ def ask_driver() -> Nvml:
     try:
         pynvml.nvmlInit()
     except Exception as error:  # a broken library can answer anything
-        return Nvml(fault=fault_in_words(error))
+        return Nvml(fault=describe_nvml_error(error))
     try:
-        number = ask(pynvml.nvmlSystemGetCudaDriverVersion)
+        number = call_or_none(pynvml.nvmlSystemGetCudaDriverVersion)
         cuda = (number // 1000, number % 1000 // 10) if number else None
-        version = ask(pynvml.nvmlSystemGetDriverVersion) or ""
-        found: list[Card] = []
-        for index in range(ask(pynvml.nvmlDeviceGetCount) or 0):
-            handle = ask(pynvml.nvmlDeviceGetHandleByIndex, index)
+        version = call_or_none(pynvml.nvmlSystemGetDriverVersion) or ""
+        found: list[Gpu] = []
+        for index in range(call_or_none(pynvml.nvmlDeviceGetCount) or 0):
+            handle = call_or_none(pynvml.nvmlDeviceGetHandleByIndex, index)
             if handle is not None:
-                found += read_card(handle, index)
-        return Nvml(version, cuda, visible(found, os.environ.get("CUDA_VISIBLE_DEVICES")))
+                found += read_gpus(handle, index)
+        return Nvml(version, cuda, filter_visible(found, os.environ.get("CUDA_VISIBLE_DEVICES")))
     finally:
-        ask(pynvml.nvmlShutdown)
+        call_or_none(pynvml.nvmlShutdown)
 
 
-def card_of(device: str) -> Card | None:
+def find_gpu(device: str) -> Gpu | None:
     """What the driver says of the card that PyTorch calls `cuda` or `cuda:N`."""
     kind, _, number = device.partition(":")
-    cards = ask_driver().cards if kind == "cuda" else []
+    cards = query_nvml().gpus if kind == "cuda" else []
     return cards[int(number or 0)] if len(cards) > int(number or 0) else None
 
 
-def ask(function: Callable[..., Any], *arguments: Any) -> Any:
+def call_or_none(function: Callable[..., Any], *arguments: Any) -> Any:
     """What NVML answers, or None where it does not."""
     try:
         return function(*arguments)
@@ -95,7 +95,7 @@ def ask(function: Callable[..., Any], *arguments: Any) -> Any:
         return None
 
 
-def fault_in_words(error: Exception) -> str:
+def describe_nvml_error(error: Exception) -> str:
     """Why NVML did not start."""
     kind = type(error).__name__.removeprefix("NVMLError_")
     known = {
@@ -107,59 +107,59 @@ def fault_in_words(error: Exception) -> str:
     return known.get(kind, f"the NVIDIA driver does not answer: {error}")
 
 
-def read_card(handle: Any, index: int) -> list[Card]:
+def read_gpus(handle: Any, index: int) -> list[Gpu]:
     """The card, or its slices where it is in MIG mode."""
     import pynvml as n
 
-    mode = ask(n.nvmlDeviceGetMigMode, handle)
+    mode = call_or_none(n.nvmlDeviceGetMigMode, handle)
     if not (mode and mode[0]):
-        return [describe(handle, handle, index)]
-    slices = range(ask(n.nvmlDeviceGetMaxMigDeviceCount, handle) or 0)
-    handles = [ask(n.nvmlDeviceGetMigDeviceHandleByIndex, handle, number) for number in slices]
-    return [describe(part, handle, index) for part in handles if part is not None]
+        return [read_gpu_or_slice(handle, handle, index)]
+    slices = range(call_or_none(n.nvmlDeviceGetMaxMigDeviceCount, handle) or 0)
+    handles = [call_or_none(n.nvmlDeviceGetMigDeviceHandleByIndex, handle, number) for number in slices]
+    return [read_gpu_or_slice(part, handle, index) for part in handles if part is not None]
 
 
-def describe(handle: Any, parent: Any, index: int) -> Card:
+def read_gpu_or_slice(handle: Any, parent: Any, index: int) -> Gpu:
     """All figures of a card or slice; a slice has its parent's temperature, power and capability."""
     import pynvml as n
 
-    memory = ask(n.nvmlDeviceGetMemoryInfo, handle)
-    capability = ask(n.nvmlDeviceGetCudaComputeCapability, parent)
+    memory = call_or_none(n.nvmlDeviceGetMemoryInfo, handle)
+    capability = call_or_none(n.nvmlDeviceGetCudaComputeCapability, parent)
     watts = [
         value / 1000 if value else None
         for value in (
-            ask(n.nvmlDeviceGetPowerUsage, parent),
-            ask(n.nvmlDeviceGetEnforcedPowerLimit, parent),
-            ask(n.nvmlDeviceGetPowerManagementDefaultLimit, parent),
+            call_or_none(n.nvmlDeviceGetPowerUsage, parent),
+            call_or_none(n.nvmlDeviceGetEnforcedPowerLimit, parent),
+            call_or_none(n.nvmlDeviceGetPowerManagementDefaultLimit, parent),
         )
     ]
-    return Card(
+    return Gpu(
         index=index,
-        name=ask(n.nvmlDeviceGetName, handle) or "unknown card",
-        uuid=ask(n.nvmlDeviceGetUUID, handle) or "",
+        name=call_or_none(n.nvmlDeviceGetName, handle) or "unknown card",
+        uuid=call_or_none(n.nvmlDeviceGetUUID, handle) or "",
         capability=tuple(capability) if capability else None,
         total_bytes=memory.total if memory else None,
         free_bytes=memory.free if memory else None,
-        processes=processes(handle),
-        temperature_c=ask(n.nvmlDeviceGetTemperature, parent, n.NVML_TEMPERATURE_GPU),
-        slowdown_c=ask(n.nvmlDeviceGetTemperatureThreshold, parent, n.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN),
+        processes=gpu_processes(handle),
+        temperature_c=call_or_none(n.nvmlDeviceGetTemperature, parent, n.NVML_TEMPERATURE_GPU),
+        slowdown_c=call_or_none(n.nvmlDeviceGetTemperatureThreshold, parent, n.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN),
         power_w=watts[0],
         power_limit_w=watts[1],
         power_default_w=watts[2],
-        pcie_width=ask(n.nvmlDeviceGetCurrPcieLinkWidth, parent),
-        pcie_max_width=ask(n.nvmlDeviceGetMaxPcieLinkWidth, parent),
-        busy_percent=busy.gpu if (busy := ask(n.nvmlDeviceGetUtilizationRates, parent)) else None,
+        pcie_width=call_or_none(n.nvmlDeviceGetCurrPcieLinkWidth, parent),
+        pcie_max_width=call_or_none(n.nvmlDeviceGetMaxPcieLinkWidth, parent),
+        busy_percent=busy.gpu if (busy := call_or_none(n.nvmlDeviceGetUtilizationRates, parent)) else None,
         is_mig=handle is not parent,
     )
 
 
-def processes(handle: Any) -> tuple[GpuProcess, ...]:
+def gpu_processes(handle: Any) -> tuple[GpuProcess, ...]:
     """Who holds the card's memory, most first. In a container only those that the driver shows to it."""
     import pynvml as n
 
     found: dict[int, int | None] = {}
     for question in (n.nvmlDeviceGetComputeRunningProcesses, n.nvmlDeviceGetGraphicsRunningProcesses):
-        for process in ask(question, handle) or []:
+        for process in call_or_none(question, handle) or []:
             used = process.usedGpuMemory
             found[process.pid] = max(found.get(process.pid) or 0, used) if used is not None else found.get(process.pid)
     listed = [GpuProcess(pid, process_name(pid), used) for pid, used in found.items()]
@@ -170,7 +170,7 @@ def process_name(pid: int) -> str:
     """A program's name, or its number where it belongs to another user or container."""
     import pynvml as n
 
-    path = ask(n.nvmlSystemGetProcessName, pid)
+    path = call_or_none(n.nvmlSystemGetProcessName, pid)
     if not path:
         try:
             path = Path(f"/proc/{pid}/comm").read_text().strip()
@@ -179,7 +179,7 @@ def process_name(pid: int) -> str:
     return Path(path.split(" ")[0]).name or f"process {pid}"
 
 
-def visible(cards: list[Card], selection: str | None) -> list[Card]:
+def filter_visible(cards: list[Gpu], selection: str | None) -> list[Gpu]:
     """The cards that CUDA_VISIBLE_DEVICES leaves, in its order; as CUDA does, up to the first that is not there."""
     if selection is None:
         return cards

@@ -15,7 +15,7 @@ from pathlib import Path
 from gpt2box.errors import MachineCannot
 
 NO_LIMIT = 1 << 60  # what cgroups write where memory is not limited
-NO_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|Cannot allocate memory|failed to map segment")
+HOST_OOM_PATTERN = re.compile(r"DefaultCPUAllocator|can't allocate memory|Cannot allocate memory|failed to map segment")
 
 
 def in_container() -> bool:
@@ -38,7 +38,7 @@ def is_wsl() -> bool:
     return "microsoft" in platform.release().lower()
 
 
-def cores() -> float:
+def cpu_cores() -> float:
     """CPU cores that this process may use: by affinity and by the container's quota."""
     usable = float(len(os.sched_getaffinity(0)))
     quota, period = _read("/sys/fs/cgroup/cpu.max", "max 100000").split()[:2]
@@ -111,13 +111,13 @@ def _read(path: str, default: str) -> str:
         return default
 
 
-def memory_ran_out(error: BaseException) -> bool:
+def is_host_oom(error: BaseException) -> bool:
     """Whether it says so of this machine's own memory: Python's error, or PyTorch's in words."""
-    return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)))
+    return isinstance(error, MemoryError) or bool(HOST_OOM_PATTERN.search(str(error)))
 
 
 @contextmanager
-def memory_while(doing: str) -> Iterator[None]:
+def explain_host_oom(doing: str) -> Iterator[None]:
     """`doing`: what is done, for words.
 
     Raises:
@@ -126,12 +126,12 @@ def memory_while(doing: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not memory_ran_out(error):
+        if not is_host_oom(error):
             raise
-        raise no_memory(doing) from error
+        raise host_oom_error(doing) from error
 
 
-def no_memory(doing: str = "") -> MachineCannot:
+def host_oom_error(doing: str = "") -> MachineCannot:
     """What to say where this machine's own memory ran out."""
     return MachineCannot(
         f"the machine's own memory ran out{f' while {doing}' if doing else ''}",

@@ -14,8 +14,8 @@ import torch
 
 import gpt2box
 from gpt2box.system import host
-from gpt2box.system.device import describe
-from gpt2box.system.gpu import ask_driver
+from gpt2box.system.device import describe_device
+from gpt2box.system.gpu import query_nvml
 
 ROOT = Path(__file__).resolve().parents[2]
 STACKS = ("cpu", "cu121", "cu13x")
@@ -29,19 +29,19 @@ ENVIRONMENT = (
 )  # fmt: skip
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
+def collect_provenance(device: torch.device) -> dict[str, Any]:
     """For a run's manifest.json: a session's part."""
     return {
         "gpt2box": gpt2box.__version__,
         "git": git_state(),
         "image": os.environ.get("GPT2BOX_IMAGE", ""),  # stack, version, revision and the lock's sha256
-        "locks": lock_digests(),
+        "locks": lock_file_hashes(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": describe(device),
-        "gpu": gpu_facts(device),
+        "device": describe_device(device),
+        "gpu": describe_gpu(device),
         "cpu": cpu_facts(),
-        "packages": packages(),
+        "packages": package_versions(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
 
@@ -60,7 +60,7 @@ def git_state() -> str:
     return revision.strip() + ("+changes" if changes.strip() else "")
 
 
-def lock_digests() -> dict[str, str]:
+def lock_file_hashes() -> dict[str, str]:
     """Return the sha256 of each stack's concatenated lock files (see scripts/compose.sh); in an image, only its own."""
     image = os.environ.get("GPT2BOX_IMAGE", "").split()
     if len(image) == 4:
@@ -72,7 +72,7 @@ def lock_digests() -> dict[str, str]:
     return found
 
 
-def packages() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Versions of what the numbers come from, and one sha256 over the names and versions of all that is installed."""
     every = {
         (each.metadata["Name"] or "").lower(): each.version
@@ -86,7 +86,7 @@ def packages() -> dict[str, str]:
     return {**chosen, "all_sha256": hashlib.sha256(listed.encode()).hexdigest()}
 
 
-def gpu_facts(device: torch.device) -> dict[str, Any]:
+def describe_gpu(device: torch.device) -> dict[str, Any]:
     """The card and what drives it; nothing on a CPU."""
     if device.type != "cuda":
         return {}
@@ -95,7 +95,7 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "memory_bytes": properties.total_memory,
-        "driver": ask_driver().driver,
+        "driver": query_nvml().driver,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
     }
@@ -106,6 +106,6 @@ def cpu_facts() -> dict[str, Any]:
     return {
         "model": host.cpu_model(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": host.cores(),
+        "cores": host.cpu_cores(),
         "threads": torch.get_num_threads(),
     }

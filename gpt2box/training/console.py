@@ -13,8 +13,16 @@ if TYPE_CHECKING:
 
 from gpt2box.planner.run_plan import RunPlan
 from gpt2box.runs.formatting import format_figures, format_log_line, format_loss, format_step
-from gpt2box.system.gpu import Card, card_of
-from gpt2box.utils.progress import LINE_SECONDS, Aside, duration, note, say, size, text_to
+from gpt2box.system.gpu import Gpu, find_gpu
+from gpt2box.utils.progress import (
+    LINE_SECONDS,
+    StderrRedirect,
+    format_bytes,
+    format_duration,
+    log_line,
+    log_to_file,
+    open_text_stream,
+)
 
 TREND_LENGTH = 48  # logged losses in the panel's curve
 BARS = "▁▂▃▄▅▆▇█"
@@ -31,7 +39,7 @@ class Display:
         self.seconds_left = 0.0
         self.val_loss = ""
         self.sample_lines: list[str] = []
-        self.gpu: Card | None = None
+        self.gpu: Gpu | None = None
         self._queried_at = self._printed_at = 0.0
         self._skipped_reported = ""
         self._live: Any = None
@@ -40,8 +48,8 @@ class Display:
             from rich.live import Live
 
             # Warnings and whatever else is written to standard error then appears above the panel.
-            self._aside = Aside()
-            self._console = Console(file=text_to(os.dup(self._aside.terminal), closefd=True))
+            self._aside = StderrRedirect()
+            self._console = Console(file=open_text_stream(os.dup(self._aside.terminal), closefd=True))
             self._width = self._console.width
             self._live = Live(get_renderable=self.panel, console=self._console, refresh_per_second=2, transient=True)
             self._live.start()
@@ -56,7 +64,7 @@ class Display:
         if self._live is not None:
             self.flush_stderr()
             if now - self._queried_at >= GPU_QUERY_SECONDS:
-                self._queried_at, self.gpu = now, card_of(self.plan.derived.device)
+                self._queried_at, self.gpu = now, find_gpu(self.plan.derived.device)
         if now - self._printed_at < LINE_SECONDS and step != self.plan.config.max_steps:
             return
         self._printed_at = now
@@ -65,8 +73,8 @@ class Display:
             figures.pop("skipped", None)
         self._skipped_reported = skipped
         is_shown_elsewhere = self._live is not None or self.plan.config.log_format == "json"
-        line = format_log_line(step, self.plan.config.max_steps, figures, duration(seconds_left))
-        (note if is_shown_elsewhere else say)(line)
+        line = format_log_line(step, self.plan.config.max_steps, figures, format_duration(seconds_left))
+        (log_to_file if is_shown_elsewhere else log_line)(line)
 
     def show_evaluation(self, step: int, val_loss: float, is_best: bool, best: float | None, best_step: int) -> None:
         """Print an evaluation as a permanent line, and show it in the panel."""
@@ -96,9 +104,9 @@ class Display:
         """Print a permanent line, above the panel if there is one."""
         if self._live is not None:
             self._console.print(text, markup=False, highlight=False)
-            note(text)
+            log_to_file(text)
         else:
-            say(text)
+            log_line(text)
 
     def flush_stderr(self) -> None:
         """Print standard error's lines above the panel. Clear a screen that became narrower: its lines broke."""
@@ -153,7 +161,8 @@ class Display:
         if gpu := self.gpu:
             if gpu.total_bytes and gpu.free_bytes is not None:
                 lines["memory"] += (
-                    f"; the GPU: {size(gpu.total_bytes - gpu.free_bytes)} of {size(gpu.total_bytes)} in use"
+                    f"; the GPU: {format_bytes(gpu.total_bytes - gpu.free_bytes)} of "
+                    f"{format_bytes(gpu.total_bytes)} in use"
                 )
             sensors = [f"{gpu.temperature_c} °C"] if gpu.temperature_c is not None else []
             sensors += [f"{gpu.power_w:.0f} W"] if gpu.power_w is not None else []
@@ -164,7 +173,9 @@ class Display:
 
     def _format_progress(self) -> str:
         left = (
-            f", {duration(self.seconds_left)} left" if self.figures and self.step < self.plan.config.max_steps else ""
+            f", {format_duration(self.seconds_left)} left"
+            if self.figures and self.step < self.plan.config.max_steps
+            else ""
         )
         return format_step(self.step, self.plan.config.max_steps) + left
 

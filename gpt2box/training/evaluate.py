@@ -19,7 +19,7 @@ from gpt2box.distributed.fsdp import is_sharded, reshard
 from gpt2box.distributed.group import RankGroup
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.planner.run_plan import RunPlan
-from gpt2box.system.device import card_memory_named
+from gpt2box.system.device import translate_cuda_oom
 
 
 def autocast(plan: RunPlan) -> AbstractContextManager[object]:
@@ -32,9 +32,9 @@ def autocast(plan: RunPlan) -> AbstractContextManager[object]:
 def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan, group: RankGroup) -> tuple[float, str]:
     """Mean loss over the fixed validation windows, and that set's name. Each rank of the group takes its share."""
     windows = val_window_starts(dataset.tokens("val"), plan.shape.block_size, plan.config.eval_windows)
-    starts = windows[group.ranks.rank :: group.ranks.count]
+    starts = windows[group.ranks.rank :: group.ranks.world_size]
     # Where weights are split, all ranks put them together as often: one that has a window less looks at another's.
-    share = -(-len(windows) // group.ranks.count) if is_sharded(model) else len(starts)
+    share = -(-len(windows) // group.ranks.world_size) if is_sharded(model) else len(starts)
     total, weights = torch.zeros((), device=plan.derived.device), 0.0
     was_training = model.training
     model.eval()
@@ -49,7 +49,7 @@ def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan, group: RankGroup) -> 
             )
             loss = None
             halves = [torch.cuda.OutOfMemoryError] if count > 1 and not is_sharded(model) else []
-            with suppress(*halves), card_memory_named():
+            with suppress(*halves), translate_cuda_oom():
                 loss = model(inputs, targets)
             if loss is None:
                 torch.cuda.empty_cache()

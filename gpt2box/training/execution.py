@@ -16,25 +16,25 @@ from gpt2box.planner.memory import CUDA_CONTEXT_BYTES
 from gpt2box.planner.search import check_sharding, choose_execution_plan, list_execution_plans
 from gpt2box.planner.target_device import TargetDevice, apply_bench_records
 from gpt2box.runs.plan_file import read_plan
-from gpt2box.system.device import choose_compile, describe
-from gpt2box.system.gpu import card_of
+from gpt2box.system.device import choose_compile, describe_device
+from gpt2box.system.gpu import find_gpu
 from gpt2box.system.host import cpu_name, memory_bytes
-from gpt2box.utils.paths import checkpoints, run_dir, step_of
-from gpt2box.utils.ranks import Ranks, ranks
+from gpt2box.utils.paths import checkpoint_step, list_checkpoints, run_dir
+from gpt2box.utils.ranks import RankInfo, rank_info
 
 
 def place_of(device: torch.device, dtype: str, compiled: bool) -> TargetDevice:
     """The device, with what is free there now."""
-    card = card_of(str(device))
+    card = find_gpu(str(device))
     if device.type == "cuda":
         free = card.free_bytes if card else None
         if free is None:  # asked through PyTorch, CUDA's own share is already taken
             free = torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES
     else:
-        free = memory_bytes()[1] // ranks().local_count
+        free = memory_bytes()[1] // rank_info().local_world_size
     kind = gpu_spec_of_device(card.name, card.total_bytes) if card else None
     name = (card.name if card else "") if device.type == "cuda" else cpu_name()
-    return TargetDevice(describe(device), free, kind, dtype, device.type == "cuda", compiled, name)
+    return TargetDevice(describe_device(device), free, kind, dtype, device.type == "cuda", compiled, name)
 
 
 def place_for(config: Config, shape: ModelShape, device: torch.device, dtype: str, compiled: bool) -> TargetDevice:
@@ -77,11 +77,11 @@ def check_split(config: Config, shape: ModelShape, count: int) -> None:
     check_sharding(config, shape, count)
 
 
-def device_of(wanted: str, own: Ranks) -> str:
+def device_of(wanted: str, own: RankInfo) -> str:
     """Of several ranks, each takes its own card; `wanted` is what the settings say."""
-    if own.count == 1 or wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    if own.world_size == 1 or wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return wanted
-    return f"cuda:{own.local}"
+    return f"cuda:{own.local_rank}"
 
 
 def choose_way(config: Config, shape: ModelShape, place: TargetDevice) -> ExecutionPlan:
@@ -106,8 +106,8 @@ def ways_down(config: Config, shape: ModelShape, place: TargetDevice) -> list[Ex
 
 def steps_remain(config: Config) -> bool:
     """Whether the run has steps left to do, as far as its newest checkpoint's name tells."""
-    done = checkpoints(run_dir(config.name) / "checkpoints")
-    return not done or step_of(done[-1]) < config.max_steps
+    done = list_checkpoints(run_dir(config.name) / "checkpoints")
+    return not done or checkpoint_step(done[-1]) < config.max_steps
 
 
 def recorded_way(run: Path) -> tuple[int, str] | None:

@@ -13,7 +13,7 @@ from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import add_adapters
 from gpt2box.optim.factory import Optimizer, make_optimizer
 from gpt2box.planner.run_plan import RunPlan
-from gpt2box.system.host import memory_while
+from gpt2box.system.host import explain_host_oom
 
 MOST_WAYS = 64  # compiled: PyTorch would go on without the compiler from the ninth on, and not say it
 
@@ -89,7 +89,7 @@ def fill(
         if torch.cuda.is_available():  # a snapshot's page-locked memory, after a return to a checkpoint
             getattr(torch._C, "_host_emptyCache", lambda: None)()
         on_host = plan.with_derived(device="cpu", shard=False)
-        with memory_while("all weights and averages are made, to be dealt out"):
+        with explain_host_oom("all weights and averages are made, to be dealt out"):
             whole_model = empty_model(on_host)
             whole_ones.append((whole_model, make_optimizer(whole_model, on_host)))
             values(*whole_ones[0])

@@ -12,7 +12,7 @@ import torch
 from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.search import next_smaller_plan
 from gpt2box.runs.sessions import record_execution
-from gpt2box.system.device import card_memory_named
+from gpt2box.system.device import translate_cuda_oom
 from gpt2box.system.host import memory_bytes
 from gpt2box.training.console import Display
 from gpt2box.training.evaluate import autocast
@@ -75,7 +75,7 @@ def rehearse(job: Job, forward: Any, display: Display) -> None:
         loss = None
         with (
             suppress(torch.cuda.OutOfMemoryError),
-            card_memory_named(),
+            translate_cuda_oom(),
             job.group.gradient_sync(forward, is_last=False),
         ):
             with autocast(plan):

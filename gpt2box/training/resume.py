@@ -36,10 +36,10 @@ from gpt2box.runs.manifest import (
 from gpt2box.runs.plan_file import flatten_plan, read_plan
 from gpt2box.runs.sessions import session_at_step, valid_sessions
 from gpt2box.runs.view import as_mapping
-from gpt2box.utils.files import locked, mark, read_object, regular, whole
-from gpt2box.utils.paths import dataset_dir, make_writable, shown
-from gpt2box.utils.progress import kept_log, say, size
-from gpt2box.utils.signals import raised
+from gpt2box.utils.files import count_or_zero, file_lock, open_regular, read_json_object, write_lock_token
+from gpt2box.utils.paths import dataset_dir, display_path, ensure_writable
+from gpt2box.utils.progress import format_bytes, log_line, run_log_file
+from gpt2box.utils.signals import exit_on_signal
 
 
 def bring_dataset(config: Config, text: Path | None, group: RankGroup) -> Dataset:
@@ -51,7 +51,7 @@ def bring_dataset(config: Config, text: Path | None, group: RankGroup) -> Datase
 
     def needed() -> None:
         if text or not has_dataset(config):
-            with raised():
+            with exit_on_signal():
                 fetch_requirements(config, text)
 
     group.run_once_per_host(needed)
@@ -72,10 +72,10 @@ Found = tuple[Path, TrainState, list[Damaged]]
 
 def take(config: Config, run: Path, held: ExitStack) -> str:
     """Take the run's lock and keep its log, as long as `held` is; returns the lock's mark."""
-    make_writable(run)
-    held.enter_context(locked(run / ".lock", f"the run {config.name} is being trained"))
-    held.enter_context(kept_log(run / "log.txt"))
-    return mark(run / ".lock")
+    ensure_writable(run)
+    held.enter_context(file_lock(run / ".lock", f"the run {config.name} is being trained"))
+    held.enter_context(run_log_file(run / "log.txt"))
+    return write_lock_token(run / ".lock")
 
 
 def begin(config: Config, dataset: Dataset, run: Path, allow: Sequence[str]) -> tuple[Found | None, dict[str, Any]]:
@@ -104,7 +104,7 @@ def check_dataset(dataset: Dataset) -> None:
     """
     size_bytes = sum(count for count, _ in file_stamps(dataset).values())
     if dataset.manifest and size_bytes > LARGE_FILE_BYTES:
-        say(f"comparing {size(size_bytes)} of tokens with their checksums")
+        log_line(f"comparing {format_bytes(size_bytes)} of tokens with their checksums")
     check_content(dataset.folder, dataset.manifest)
 
 
@@ -151,30 +151,30 @@ def check_none_lost(run: Path) -> None:
         if row.get("best") and row["step"] % interval:
             best.add(row["step"])
     saves = (step - 1) // interval + sum(0 < each < step for each in best)
-    began = max((session["step"] for session in valid_sessions(read_object(run / "manifest.json"))), default=0)
+    began = max((session["step"] for session in valid_sessions(read_json_object(run / "manifest.json"))), default=0)
     if saves < 2 and not began and not ended_with_one(run):  # the second save waits for the first
         return
     reached = f"to step {max(step, began):,}" if step or began else "before"
     raise Damaged(
         f"{run.name} was trained {reached}, and its checkpoints are gone",
-        f"them in {shown(run / 'checkpoints')}",
-        f"mount their disk or put them back; to begin anew: another --name, or remove {shown(run)}",
+        f"them in {display_path(run / 'checkpoints')}",
+        f"mount their disk or put them back; to begin anew: another --name, or remove {display_path(run)}",
     )
 
 
 def save_interval_of(run: Path) -> int:
     """As its last session had it, wherever that is kept; where it is not known, more than any run's steps."""
-    plan, manifest, settings = read_plan(run), read_object(run / "manifest.json"), {}
+    plan, manifest, settings = read_plan(run), read_json_object(run / "manifest.json"), {}
     with suppress(BadInput):
         settings = read_yaml(run / "config.yaml")
     kept_in = (plan, settings, manifest.get("settings"))
-    found = [whole(each.get("save_interval")) for each in kept_in if isinstance(each, dict)]
+    found = [count_or_zero(each.get("save_interval")) for each in kept_in if isinstance(each, dict)]
     return next((interval for interval in found if interval > 0), 2**63)
 
 
 def ended_with_one(run: Path) -> bool:
     """Whether the log has that a session ended after a step: it had saved."""
-    with suppress(OSError), open(run / "log.txt", encoding="utf-8", errors="replace", opener=regular) as log:
+    with suppress(OSError), open(run / "log.txt", encoding="utf-8", errors="replace", opener=open_regular) as log:
         return any(ENDED.match(line) for line in log)
     return False
 
@@ -235,6 +235,6 @@ def forget_losses(folder: Path) -> None:
 def announce_resume(config: Config, folder: Path, state: TrainState, passed_over: list[Any]) -> None:
     """Say where the run goes on, and which checkpoints were damaged."""
     for fault in passed_over:
-        say(f"note: passed over a damaged checkpoint: {fault.found}")
+        log_line(f"note: passed over a damaged checkpoint: {fault.found}")
     if state.step < config.max_steps:
-        say(f"resuming from {folder} at step {state.step:,}")
+        log_line(f"resuming from {folder} at step {state.step:,}")

@@ -15,12 +15,12 @@ from gpt2box.optim.factory import Optimizer
 from gpt2box.optim.loss_spikes import MAX_CONSECUTIVE_BAD_STEPS
 from gpt2box.planner.run_plan import RunPlan
 from gpt2box.runs.formatting import skip_reason
-from gpt2box.system.host import memory_ran_out
+from gpt2box.system.host import is_host_oom
 from gpt2box.training.model_setup import fill
-from gpt2box.utils.files import check_mark
-from gpt2box.utils.paths import checkpoints, shown, step_of
-from gpt2box.utils.progress import say
-from gpt2box.utils.ranks import ranks
+from gpt2box.utils.files import check_lock_token
+from gpt2box.utils.paths import checkpoint_step, display_path, list_checkpoints
+from gpt2box.utils.progress import log_line
+from gpt2box.utils.ranks import rank_info
 
 if TYPE_CHECKING:
     from gpt2box.training.trainer import Job
@@ -62,7 +62,7 @@ def back_to_last(job: Job) -> None:
     assert found, "with optimizer_in_backward, the first evaluation saves"
     job.state = found[1]
     restore_checkpoint(found[0], job.model, job.optimizer, job.state)
-    say(f"  some weights had taken that step already: going on from {shown(found[0])}")
+    log_line(f"  some weights had taken that step already: going on from {display_path(found[0])}")
 
 
 def back_to_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState]:
@@ -76,19 +76,19 @@ def back_to_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState]:
         BadInput: there is none, or it and the one before were gone back to MOST_ROLLBACKS times.
         VolumeUnwritable: its state cannot be written.
     """
-    check_mark(job.run / ".lock", job.mark)
+    check_lock_token(job.run / ".lock", job.mark)
     folder, state, past = newest_good(job, trouble)
     left_out = trouble.step + job.state.data_step - job.state.step - state.data_step
     state.rollbacks.append(Rollback(state.step, left_out, past))
     state.seconds = max(state.seconds, job.state.seconds)  # of training that is not undone
-    for path in reversed(checkpoints(folder.parent)):
-        if step_of(path) > state.step:
+    for path in reversed(list_checkpoints(folder.parent)):
+        if checkpoint_step(path) > state.step:
             retention.delete_checkpoint(path)
     write_state(folder, state, parse_state(folder)[1])
     retention.update_links(folder.parent, state)
-    say(
+    log_line(
         f"step {trouble.step:,}: {trouble.reason}, {MAX_CONSECUTIVE_BAD_STEPS} steps in a row ({trouble.left_out}): "
-        f"back to {shown(folder)}, passing over the data of {left_out:,} steps"
+        f"back to {display_path(folder)}, passing over the data of {left_out:,} steps"
         + (f"; {MOST_ROLLBACKS} returns to that of step {past:,} did not help" if past else "")
     )
     return folder, state
@@ -113,12 +113,12 @@ def newest_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState, int]:
     `prune` keeps two; whether there is a third may depend on when the run was interrupted.
     """
     past = 0
-    paths = [path for path in checkpoints(job.run / "checkpoints") if step_of(path) <= trouble.step]
+    paths = [path for path in list_checkpoints(job.run / "checkpoints") if checkpoint_step(path) <= trouble.step]
     for path, _ in retention.rollback_candidates(paths, job.plan.derived.save_interval):
         try:
             state = load_verified_state(path)
         except Damaged as fault:
-            say(f"note: passed over a damaged checkpoint: {fault.found}")
+            log_line(f"note: passed over a damaged checkpoint: {fault.found}")
             continue
         returns = [rollback for rollback in state.rollbacks if rollback.step == state.step]
         if len(returns) < MOST_ROLLBACKS:
@@ -156,7 +156,7 @@ def out_of_memory(plan: RunPlan) -> MachineCannot:
         flags = f"--micro-batch-size {less} " if less else ""
         flags += "" if execution.activation_checkpointing == "full" else "--activation-checkpointing full"
         return MachineCannot(
-            f"rank {ranks().rank}: out of memory with micro_batch_size {execution.micro_batch_size}, "
+            f"rank {rank_info().rank}: out of memory with micro_batch_size {execution.micro_batch_size}, "
             f"activation_checkpointing {execution.activation_checkpointing}, in a step of all ranks, "
             "that share the weights",
             "as much free memory on each GPU as at the beginning, and a plan that holds (it is estimated)",
@@ -164,7 +164,7 @@ def out_of_memory(plan: RunPlan) -> MachineCannot:
         )
     if execution.ranks > 1:
         return MachineCannot(
-            f"rank {ranks().rank}: out of memory with micro_batch_size {execution.micro_batch_size}, "
+            f"rank {rank_info().rank}: out of memory with micro_batch_size {execution.micro_batch_size}, "
             "in a step of all ranks",
             "as much free memory on each GPU as at the beginning (other programs' share counts: gpt2box monitor)",
             "the same command goes on from the last checkpoint, in a way that takes less if need be",
@@ -185,13 +185,13 @@ def machine_fault(error: BaseException, job: Job) -> Gpt2boxError | None:
     text = str(error)
     if isinstance(error, OSError):
         try:
-            check_mark(job.run / ".lock", job.mark)
+            check_lock_token(job.run / ".lock", job.mark)
         except VolumeUnwritable as fault:
             return fault
         return None  # cli.py knows what disks say
     last = job.run / "checkpoints" / "last"
-    resumes = f"from {shown(last.resolve())}" if last.exists() else "from the beginning"
-    if memory_ran_out(error):
+    resumes = f"from {display_path(last.resolve())}" if last.exists() else "from the beginning"
+    if is_host_oom(error):
         return MachineCannot(
             f"the machine's own memory ran out in step {job.state.step + 1:,}",
             "free memory (docs/memory.md)",

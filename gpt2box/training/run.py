@@ -34,10 +34,10 @@ from gpt2box.report.page import published_val_loss, write_report
 from gpt2box.runs import wandb
 from gpt2box.runs.manifest import parse_allowed_changes, warn_if_not_bit_exact, write_run_records
 from gpt2box.runs.sessions import make_session
-from gpt2box.system.determinism import make_deterministic
-from gpt2box.system.device import card_memory_named, choose_compile, choose_device, choose_dtype
-from gpt2box.system.host import memory_while
-from gpt2box.system.provenance import provenance
+from gpt2box.system.determinism import enable_determinism
+from gpt2box.system.device import choose_compile, choose_device, choose_dtype, translate_cuda_oom
+from gpt2box.system.host import explain_host_oom
+from gpt2box.system.provenance import collect_provenance
 from gpt2box.training.console import Display
 from gpt2box.training.evaluate import evaluate
 from gpt2box.training.execution import check_split, choose_way, device_of, place_for, shared, ways_down
@@ -46,9 +46,9 @@ from gpt2box.training.resume import begin, bring_dataset, check_is_this_runs, ta
 from gpt2box.training.rollback import HalfDoneStep, TooManyBad, back_to_last, go_back, machine_fault, out_of_memory
 from gpt2box.training.trainer import Job, train
 from gpt2box.utils.files import write_atomically
-from gpt2box.utils.paths import in_image, make_writable, run_dir, shown, text_path
-from gpt2box.utils.progress import called, counted, duration, kept_log, say, size
-from gpt2box.utils.ranks import ALONE
+from gpt2box.utils.paths import display_path, ensure_writable, in_image, run_dir, text_path
+from gpt2box.utils.progress import format_bytes, format_duration, gpt2box_command, log_line, pluralize, run_log_file
+from gpt2box.utils.ranks import SINGLE_PROCESS
 from gpt2box.utils.signals import StopRequest
 
 
@@ -80,7 +80,7 @@ def run_in(
     allow: Sequence[str] = (),
 ) -> None:
     """The same, on each rank of a group; `text`: what the dataset is made from."""
-    group.run_on_rank0(lambda: check_ranks(config, group.ranks.count))
+    group.run_on_rank0(lambda: check_ranks(config, group.ranks.world_size))
     wanted = device_of(config.device, group.ranks)
     check_gpu(wanted)
     group.run_on_rank0(lambda: wandb.check_available(config.wandb))
@@ -88,10 +88,10 @@ def run_in(
     device = choose_device(wanted)
     compile_model, note = choose_compile(config.compile if config.may_compile else False, device)
     for line in [*notes, *([note] if note else [])]:
-        say(f"note: {line}")
+        log_line(f"note: {line}")
     weights, shape = group.run_on_rank0(lambda: model_shape(config, dataset))
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
-    group.run_on_rank0(lambda: check_split(config, shape, group.ranks.count))
+    group.run_on_rank0(lambda: check_split(config, shape, group.ranks.world_size))
     place = shared(group.all_gather(place_for(config, shape, device, dtype, compile_model)))
     if device.index:
         torch.cuda.set_device(device)  # else some of the first card's memory would be held, too
@@ -129,7 +129,7 @@ def run_in(
 
                 fill(model, optimizer, plan, group, values)
             if group.is_rank_0:
-                session = make_session(provenance(device), plan, state.step, changed)
+                session = make_session(collect_provenance(device), plan, state.step, changed)
                 if found:
                     warn_if_not_bit_exact(run, session)
                 write_run_records(run, config, plan, dataset, session, weights)
@@ -143,7 +143,7 @@ def run_in(
             )
             job.mark, job.check_dataset = mark, unchanged(dataset, run)
             try:
-                with stop.awaited(), card_memory_named():
+                with stop.awaited(), translate_cuda_oom():
                     train_and_go_back(job)
             except torch.cuda.OutOfMemoryError as error:
                 raise out_of_memory(job.plan) from error
@@ -156,14 +156,14 @@ def run_in(
                 look_back(config, job)
     if not group.is_rank_0:
         return
-    with kept_log(run / "log.txt"):
+    with run_log_file(run / "log.txt"):
         report(config, argument, run, state, stop, plan, due)
 
 
 def set_arithmetic(plan: RunPlan) -> None:
     """How products and sums are formed, for the rest of this process; before the first of them."""
     if plan.derived.deterministic:
-        make_deterministic(plan.execution.compile)
+        enable_determinism(plan.execution.compile)
     if not plan.derived.device.startswith("cpu"):
         torch.set_float32_matmul_precision("high")  # TF32 where a product is float32
 
@@ -212,40 +212,46 @@ def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
     """What is about to happen, in a few lines."""
     shape, execution, derived = plan.shape, plan.execution, plan.derived
     shared_by = f" × {execution.ranks} ranks" if execution.ranks > 1 else ""
-    say(
+    log_line(
         f"{config.name}: {shape.n_layer} layers × {shape.n_embd} wide, {shape.n_head} heads, "
         f"{plan.shape.parameters:,} parameters, from {config.init_from}, on {config.dataset}"
     )
-    say(
+    log_line(
         f"  {config.tokens_per_step:,} tokens a step = {execution.micro_batch_size} × {shape.block_size} × "
-        f"{counted(execution.grad_accum_steps, 'micro-step')}{shared_by}; "
+        f"{pluralize(execution.grad_accum_steps, 'micro-step')}{shared_by}; "
         f"{config.max_steps:,} steps = {derived.epochs:.2g} passes over the text"
     )
     if config.lora_rank:
         trained = shape.adapter_parameters(config.lora_rank)
-        say(f"  trained are adapters of rank {config.lora_rank}, {trained:,} parameters; the weights stay as they are")
+        log_line(
+            f"  trained are adapters of rank {config.lora_rank}, {trained:,} parameters; the weights stay as they are"
+        )
     compiled = "compiled" if execution.compile else "not compiled"
     recompute = (
         "" if execution.activation_checkpointing == "none" else f", {execution.activation_checkpointing} recompute"
     )
-    say(f"  {device}; {derived.dtype}, {compiled}{recompute}; a checkpoint is {size(derived.checkpoint_bytes)}")
+    log_line(
+        f"  {device}; {derived.dtype}, {compiled}{recompute}; a checkpoint is {format_bytes(derived.checkpoint_bytes)}"
+    )
     pace = execution.tokens_per_sec
     seconds = config.max_steps * config.tokens_per_step / pace if pace else 0
-    speed = f"{pace:,.0f} tokens/s, {duration(seconds)} to the end" if pace else ""
+    speed = f"{pace:,.0f} tokens/s, {format_duration(seconds)} to the end" if pace else ""
     if derived.shard:
-        say("  each rank keeps a share of weights, gradients and averages; samples are left to gpt2box sample")
+        log_line("  each rank keeps a share of weights, gradients and averages; samples are left to gpt2box sample")
     if derived.device != "cpu":
         estimated = "" if execution.measured or not speed else f"; {speed}"
-        say(f"  estimated: {size(sum(execution.memory.components().values()))} of the card's memory{estimated}")
+        log_line(
+            f"  estimated: {format_bytes(sum(execution.memory.components().values()))} of the card's memory{estimated}"
+        )
     if execution.measured:
-        say(f"  measured here (gpt2box bench): {speed}")
+        log_line(f"  measured here (gpt2box bench): {speed}")
 
 
 @contextmanager
 def saying_out_of_memory(plan: RunPlan) -> Iterator[None]:
     """Outside training there is no way down."""
     try:
-        with card_memory_named(), memory_while("the network is made"):
+        with translate_cuda_oom(), explain_host_oom("the network is made"):
             yield
     except torch.cuda.OutOfMemoryError as error:
         raise out_of_memory(plan) from error
@@ -266,7 +272,7 @@ def evaluate_only(config: Config, plan: RunPlan, dataset: Dataset, weights: Path
             load_hf_weights(model, best)
         else:
             initialise(model, config, weights)
-        val_loss, val_set = evaluate(model, dataset, plan, RankGroup(ALONE))
+        val_loss, val_set = evaluate(model, dataset, plan, RankGroup(SINGLE_PROCESS))
     print(f"val_loss {val_loss:.4f} ({best if of_run else config.init_from}, windows {val_set})")
 
 
@@ -283,11 +289,11 @@ class Sampler:
         prompt = encode_prompt(self.tokenizer, text)
         ids = list(generate(Decoder(self.model), prompt, self.config.sample_tokens, SamplingParams(), self.config.seed))
         text += self.tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
-        folder = make_writable(self.run / "samples")
+        folder = ensure_writable(self.run / "samples")
         write_atomically(folder / f"step-{step:08d}.txt", text + "\n")
         first_or_last = step == 0 or step >= self.config.max_steps
-        shown = text.strip().splitlines()[: None if first_or_last else 3]
-        display.show_sample(shown)
+        excerpt = text.strip().splitlines()[: None if first_or_last else 3]
+        display.show_sample(excerpt)
 
 
 def look_back(config: Config, job: Job) -> None:
@@ -295,12 +301,12 @@ def look_back(config: Config, job: Job) -> None:
     step = kept_step(job.run, job.state)
     load_weights(job.run / "checkpoints" / retention.checkpoint_name(step), job.model)
     if job.pretrained and (columns := show_before_and_after(job.run, step)):
-        say(columns)
+        log_line(columns)
     prompt, length = config.sample_prompt, config.sample_tokens
     try:
         measure_memorization(job.run, job.model, job.dataset, prompt, length, config.seed, step)
     except torch.cuda.OutOfMemoryError:
-        say("note: not looked for what it knows by heart: out of memory")
+        log_line("note: not looked for what it knows by heart: out of memory")
 
 
 def kept_step(run: Path, state: TrainState) -> int:
@@ -315,34 +321,36 @@ def report(
     ended = "stopped early, no better val_loss" if state.stopped_early else "finished"
     if not trained and not stop and (run / "report.html").exists():
         more = ["--patience", f"{2 * config.patience}"] if state.stopped_early else ["--max-steps", f"{2 * state.step}"]
-        say(f"{config.name}: {ended} at step {state.step:,} before; nothing is left to do")
-        say(f"  to train longer {again(argument, plan, *more)}")
+        log_line(f"{config.name}: {ended} at step {state.step:,} before; nothing is left to do")
+        log_line(f"  to train longer {again(argument, plan, *more)}")
         return
     picture = plot_loss(run)
     if stop:
         retention = "saved" if (run / "checkpoints" / "last").exists() else "with nothing to save yet"
-        say(f"stopped by {stop.name} at step {state.step:,} of {plan.config.max_steps:,}, {retention}")
-        say(f"  to go on        {again(argument, plan)}")
+        log_line(f"stopped by {stop.name} at step {state.step:,} of {plan.config.max_steps:,}, {retention}")
+        log_line(f"  to go on        {again(argument, plan)}")
         return
     pace = plan.execution.tokens_per_sec
     kind = "as measured before" if plan.execution.measured else "estimated"
-    estimate = f" ({kind}: {duration(state.step * plan.config.tokens_per_step / pace)})" if pace else ""
-    say(f"{config.name}: {ended} at step {state.step:,} after {duration(state.seconds)} of training{estimate}")
+    estimate = f" ({kind}: {format_duration(state.step * plan.config.tokens_per_step / pace)})" if pace else ""
+    log_line(
+        f"{config.name}: {ended} at step {state.step:,} after {format_duration(state.seconds)} of training{estimate}"
+    )
     if state.best_val_loss is not None:
         expected = published_val_loss(config.model_dump())
         of_others = "" if expected is None else f" (published for this config: {expected:g})"
-        say(f"  best val_loss   {state.best_val_loss:.4f} at step {state.best_step:,}{of_others}")
+        log_line(f"  best val_loss   {state.best_val_loss:.4f} at step {state.best_step:,}{of_others}")
     if memorization := read_memorization(run, kept_step(run, state)):
-        say(f"  memorized       {memorization.describe()}")
-    say(f"  loss curve      {shown(picture)}")
-    say(f"  report          {shown(write_report(run))} (opens in a browser)")
+        log_line(f"  memorized       {memorization.describe()}")
+    log_line(f"  loss curve      {display_path(picture)}")
+    log_line(f"  report          {display_path(write_report(run))} (opens in a browser)")
     best = run / "checkpoints" / "best"
     model = best if best.exists() else run / "checkpoints" / "last"
     if model.exists():
-        say(f"  model           {shown(model)} (a Hugging Face folder)")
-    say(f"  everything      {shown(run)}")
+        log_line(f"  model           {display_path(model)} (a Hugging Face folder)")
+    log_line(f"  everything      {display_path(run)}")
     if model.exists():
-        say(f"  next            {'make sample' if in_image() else called('sample', config.name)}")
+        log_line(f"  next            {'make sample' if in_image() else gpt2box_command('sample', config.name)}")
 
 
 def again(argument: str | None, plan: RunPlan, *more: str) -> str:
@@ -350,4 +358,4 @@ def again(argument: str | None, plan: RunPlan, *more: str) -> str:
     if in_image() or plan.execution.ranks > 1:
         return " ".join(["the same command again", *(["with"] if more else []), *more])
     words = sys.argv[1:] if sys.argv[1:2] == ["train"] else ["train", *([argument] if argument else [])]
-    return f"{'' if more else 'the same command again: '}{called(*words, *more)}"
+    return f"{'' if more else 'the same command again: '}{gpt2box_command(*words, *more)}"

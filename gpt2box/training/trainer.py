@@ -33,7 +33,7 @@ from gpt2box.optim.schedule import learning_rate_at
 from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.run_plan import RunPlan
 from gpt2box.runs.metrics import LogInterval, MetricsWriter, to_number
-from gpt2box.system.device import card_memory_named, peak_memory_bytes
+from gpt2box.system.device import peak_memory_bytes, translate_cuda_oom
 from gpt2box.training.console import Display
 from gpt2box.training.evaluate import autocast, evaluate
 from gpt2box.training.model_setup import through_compiler
@@ -233,7 +233,7 @@ def open_metrics(job: Job, display: Display) -> MetricsWriter:
     return MetricsWriter(path, state.step, state.evaluated_step, echo, job.plan.config.wandb, display.print_line)
 
 
-@card_memory_named()
+@translate_cuda_oom()
 def take_step(job: Job, forward: Any, batches: Iterator[Tensor], update: Update) -> tuple[Tensor, float, Tensor]:
     """One optimizer step; returns its loss, learning rate and gradient norm.
 
@@ -268,7 +268,7 @@ def target_shares(of_step: list[Tensor], group: RankGroup) -> list[float]:
     """What makes a mean over all targets of a step that count, of the micro-batches' own means on all ranks."""
     counts = [count_loss_targets(batch) for batch in of_step]
     (all_counts,) = group.all_reduce_sum(sum(counts))
-    return [count * len(counts) * group.ranks.count / max(all_counts, 1) for count in counts]
+    return [count * len(counts) * group.ranks.world_size / max(all_counts, 1) for count in counts]
 
 
 def log(
@@ -345,7 +345,7 @@ def evaluate_and_note(job: Job, metrics: MetricsWriter, display: Display) -> boo
     display.show_evaluation(state.step, val_loss, improved, state.best_val_loss, state.best_step)
     if math.isfinite(val_loss):
         try:
-            with card_memory_named():
+            with translate_cuda_oom():
                 job.sample(display, state.step)
         except torch.cuda.OutOfMemoryError:
             display.print_line("no sample this time: out of memory")

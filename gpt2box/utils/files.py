@@ -18,7 +18,7 @@ from typing import Any
 from gpt2box.errors import BadInput, VolumeUnwritable
 
 
-def regular(path: str | Path, flags: int) -> int:
+def open_regular(path: str | Path, flags: int) -> int:
     """An opener for `open`: a pipe or a device in a file's place would be waited for, or read without end, and to write
     where a link leads would be to write anywhere.
 
@@ -32,25 +32,25 @@ def regular(path: str | Path, flags: int) -> int:
     except OSError as error:
         if error.errno != errno.ENXIO:  # a pipe that nobody reads, or a socket
             raise
-        raise not_a_file(path) from error
+        raise not_a_file_error(path) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise not_a_file(path)
+        raise not_a_file_error(path)
     return descriptor
 
 
-def not_a_file(path: str | Path) -> OSError:
+def not_a_file_error(path: str | Path) -> OSError:
     """What the system might say of it."""
     return OSError(errno.EINVAL, "not a file", str(path))
 
 
-def check_regular(path: Path) -> None:
+def check_regular_file(path: Path) -> None:
     """Before a library opens it.
 
     Raises:
         OSError: see `regular`.
     """
-    os.close(regular(path, os.O_RDONLY))
+    os.close(open_regular(path, os.O_RDONLY))
 
 
 def read_text(path: Path) -> str:
@@ -60,7 +60,7 @@ def read_text(path: Path) -> str:
         OSError: see `regular`.
         UnicodeDecodeError: it is not UTF-8.
     """
-    with open(path, encoding="utf-8", opener=regular) as file:
+    with open(path, encoding="utf-8", opener=open_regular) as file:
         return file.read()
 
 
@@ -81,23 +81,23 @@ def parse_json(text: str) -> Any:
         ValueError: it is no JSON, nested too deeply, or has a number of more than 300 digits.
     """
     try:
-        return json.loads(text, parse_int=_whole)
+        return json.loads(text, parse_int=_parse_int)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
 
-def whole(value: object) -> int:
+def count_or_zero(value: object) -> int:
     """A count from a file; 0 for what is no number, or none that a run could have."""
     return int(value) if isinstance(value, int | float) and abs(value) < 2**63 else 0
 
 
-def _whole(digits: str) -> int:
+def _parse_int(digits: str) -> int:
     if len(digits) > 300:  # no float
         raise ValueError(f"a number of {len(digits):,} digits")
     return int(digits)
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file's object; nothing where it is missing, unreadable or no object."""
     try:
         content = read_json(path)
@@ -107,7 +107,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
+def file_lock(path: Path, what: str, wait: bool = False) -> Iterator[None]:
     """Hold a lock file; the system frees it with the process, however that ends. `wait`: until another has done.
 
     Raises:
@@ -134,7 +134,7 @@ def locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock file, of this container or another. It only reads."""
     try:
-        descriptor = regular(path, os.O_RDONLY)
+        descriptor = open_regular(path, os.O_RDONLY)
     except OSError:
         return False
     try:
@@ -157,7 +157,7 @@ def fsync_dir(folder: Path) -> None:
         os.close(descriptor)
 
 
-def discard(path: Path) -> None:
+def remove_path(path: Path) -> None:
     """A folder with what is in it, or a file, where it is there; of a link itself alone: it may lead to what someone
     moved to another disk.
     """
@@ -176,10 +176,10 @@ def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:
         BadInput: a pipe, a socket or a device lies there.
         OSError: nothing was replaced, and nothing is left.
     """
-    if is_odd(path):
+    if is_special_file(path):
         raise BadInput(f"{path} is no file", "a file, or nothing, where one is to be written")
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb", opener=alone) as file:
+    with open(temporary, "wb", opener=open_exclusively) as file:
         try:
             if isinstance(content, bytes):
                 file.write(content)
@@ -195,13 +195,13 @@ def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:
     fsync_dir(path.parent)
 
 
-def is_odd(path: Path) -> bool:
+def is_special_file(path: Path) -> bool:
     """Whether what lies there is a pipe, a socket or a device, which is not to be replaced."""
     mode = path.lstat().st_mode if os.path.lexists(path) else stat.S_IFREG
     return not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode))
 
 
-def alone(name: str, flags: int) -> int:
+def open_exclusively(name: str, flags: int) -> int:
     """For open(): a file that no other process writes meanwhile; what a killed one left there is begun anew."""
     path = Path(name)
     for _ in range(100):
@@ -222,15 +222,15 @@ def alone(name: str, flags: int) -> int:
     raise OSError(errno.EAGAIN, "other processes write it, one after the other", name)
 
 
-def mark(lock: Path) -> str:
+def write_lock_token(lock: Path) -> str:
     """Write a word into a lock file that is held, by which to know it again (`check_mark`)."""
     word = uuid.uuid4().hex
-    with open(lock, "w", encoding="utf-8", opener=regular) as file:
+    with open(lock, "w", encoding="utf-8", opener=open_regular) as file:
         file.write(word)
     return word
 
 
-def check_mark(lock: Path, word: str) -> None:
+def check_lock_token(lock: Path, word: str) -> None:
     """Before something is written or removed beside a lock file that this process holds: whether it still lies there.
 
     The folder may have been removed, or another disk mounted over it, and have another owner by now. Not by the file's

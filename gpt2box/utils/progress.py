@@ -21,18 +21,18 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-from gpt2box.errors import Gpt2boxError, harmless_lines
-from gpt2box.utils.files import regular
-from gpt2box.utils.ranks import ranks
+from gpt2box.errors import Gpt2boxError, escape_control_lines
+from gpt2box.utils.files import open_regular
+from gpt2box.utils.ranks import rank_info
 
 LINE_SECONDS = 10.0
-CURSOR_AGAIN = "\x1b[?25h"
-STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
+SHOW_CURSOR = "\x1b[?25h"
+TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
 _logs: dict[Path, int] = {}  # the files that are kept now, and their descriptors
-_asides: list[Aside] = []
+_redirects: list[StderrRedirect] = []
 
 
-class MayBeGone(io.FileIO):
+class BestEffortFile(io.FileIO):
     """Standard error, or a terminal, that may go away, or lie on a full disk: what is only said ends nothing."""
 
     def write(self, data: ReadableBuffer) -> int:
@@ -42,35 +42,35 @@ class MayBeGone(io.FileIO):
         return memoryview(data).nbytes
 
 
-def text_to(descriptor: int, closefd: bool = False) -> io.TextIOWrapper:
+def open_text_stream(descriptor: int, closefd: bool = False) -> io.TextIOWrapper:
     """Text, line by line, to where nobody may listen any more."""
-    raw = io.BufferedWriter(MayBeGone(descriptor, "w", closefd=closefd))
+    raw = io.BufferedWriter(BestEffortFile(descriptor, "w", closefd=closefd))
     return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
-def say(text: str = "") -> None:
+def log_line(text: str = "") -> None:
     """A line for the user, on standard error: standard output is for results. Of several ranks the first speaks."""
-    text = harmless_lines(text)  # names from outside may hold what steers a terminal
-    if ranks().first:
+    text = escape_control_lines(text)  # names from outside may hold what steers a terminal
+    if rank_info().is_rank_0:
         print(text, file=sys.stderr, flush=True)
-    note(text)
+    log_to_file(text)
 
 
-def say_at_once(text: str, ends: bool = True) -> None:
+def log_from_signal_handler(text: str, ends: bool = True) -> None:
     """A line from a signal's handler: past Python's buffers, which may be in use just then.
 
     A panel shows it in its own time, unless the process ends now: then the panel's cursor is given back.
     """
-    if _asides and not ends:
-        _asides[-1].request = text
-    elif ranks().first:
+    if _redirects and not ends:
+        _redirects[-1].request = text
+    elif rank_info().is_rank_0:
         with suppress(OSError):
-            line = f"{CURSOR_AGAIN}\n{text}\n" if _asides else f"{text}\n"
-            os.write(_asides[-1].terminal if _asides else 2, line.encode())
-    note(text)
+            line = f"{SHOW_CURSOR}\n{text}\n" if _redirects else f"{text}\n"
+            os.write(_redirects[-1].terminal if _redirects else 2, line.encode())
+    log_to_file(text)
 
 
-def note(text: str) -> None:
+def log_to_file(text: str) -> None:
     """A line for the kept log alone, where one is kept."""
     for descriptor in _logs.values():
         lines = "".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in text.splitlines())
@@ -79,23 +79,23 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def kept_log(path: Path) -> Iterator[None]:
+def run_log_file(path: Path) -> Iterator[None]:
     """Meanwhile, append what is said to a file, and what ends it where that is an error."""
-    descriptor = regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    descriptor = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     _logs[path] = descriptor
     try:
         yield
     except Exception as error:
-        note(str(error) if isinstance(error, Gpt2boxError) else f"ended by {type(error).__name__}: {error}")
+        log_to_file(str(error) if isinstance(error, Gpt2boxError) else f"ended by {type(error).__name__}: {error}")
         raise
     finally:
-        while _asides:  # an error came in between: what is printed of it is for the terminal
-            _asides[-1].close()
+        while _redirects:  # an error came in between: what is printed of it is for the terminal
+            _redirects[-1].close()
         del _logs[path]
         os.close(descriptor)
 
 
-class Aside:
+class StderrRedirect:
     """While a panel is on the terminal, the kept log takes what libraries in C++ write to standard error past Python.
 
     There it is also after a crash. `news` is for the panel, which prints it in its own time.
@@ -109,23 +109,23 @@ class Aside:
             self._log = open(path, "rb")  # noqa: SIM115, closed below
             self._log.seek(0, os.SEEK_END)
             os.dup2(descriptor, 2)
-        _asides.append(self)
+        _redirects.append(self)
 
     def news(self) -> list[str]:
         """Lines that came since the last call; those of `note` have a time in front."""
         lines = self._log.read().decode("utf-8", errors="replace").splitlines() if self._log else []
-        return [line for line in lines if not STAMP.match(line)]
+        return [line for line in lines if not TIMESTAMP.match(line)]
 
     def close(self) -> None:
         """As it was before."""
-        _asides.remove(self)
+        _redirects.remove(self)
         os.dup2(self.terminal, 2)
         os.close(self.terminal)
         if self._log:
             self._log.close()
 
 
-def called(*words: str) -> str:
+def gpt2box_command(*words: str) -> str:
     """A command to paste: the program as it was called, by its path where the shell would not find it."""
     program, found = sys.argv[0], shutil.which("gpt2box")
     if Path(program).name == "gpt2box" and "/" in program and os.path.abspath(program) != found:
@@ -135,7 +135,7 @@ def called(*words: str) -> str:
     )
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds as people say them: 42s, 3m 05s, 2h 10m, 4d 3h."""
     if not abs(seconds) < 1e12:  # of a pace that a damaged file says
         return "unknown"
@@ -149,12 +149,12 @@ def duration(seconds: float) -> str:
     return f"{whole // 86_400}d {whole % 86_400 // 3600}h"
 
 
-def counted(count: int, what: str) -> str:
+def pluralize(count: int, what: str) -> str:
     """1 step, 2 steps."""
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
-def size(count: float, decimals: int = 1) -> str:
+def format_bytes(count: float, decimals: int = 1) -> str:
     """A number of bytes in a unit of fitting size."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
@@ -163,14 +163,14 @@ def size(count: float, decimals: int = 1) -> str:
     raise AssertionError
 
 
-class Advance(Protocol):
+class AdvanceProgress(Protocol):
     """Says how many more bytes are done, and what else there is to say."""
 
     def __call__(self, count: int, note: str = "") -> None: ...
 
 
 @contextmanager
-def bytes_bar(what: str, total: int) -> Iterator[Advance]:
+def byte_progress(what: str, total: int) -> Iterator[AdvanceProgress]:
     """Shows the progress of `total` bytes; yields the function that says how many more are done."""
     if sys.stderr.isatty():
         from rich.console import Console
@@ -213,7 +213,10 @@ def bytes_bar(what: str, total: int) -> Iterator[Advance]:
         if now - last >= LINE_SECONDS:
             last = now
             rate = max(done - before, 1) / (now - start)
-            left = f", {duration((total - done) / rate)} left" if total else ""
-            say(f"{what}: {size(done)} of {size(total)}, {size(rate)}/s{left}" + (f"; {note}" if note else ""))
+            left = f", {format_duration((total - done) / rate)} left" if total else ""
+            log_line(
+                f"{what}: {format_bytes(done)} of {format_bytes(total)}, {format_bytes(rate)}/s{left}"
+                + (f"; {note}" if note else "")
+            )
 
     yield advance

@@ -1,33 +1,33 @@
-"""Which of a run's processes this is, as torchrun says in the environment. Never imports torch."""
+"""Rank and world size of this process, read from torchrun's environment variables. Never imports torch."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 
-SAID = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """A rank is a process with a GPU of its own, or a share of a CPU."""
+class RankInfo:
+    """Position of this process among those of the run. A rank has a GPU of its own, or a share of a CPU."""
 
     rank: int
-    local: int  # among those of this machine
-    count: int
-    local_count: int
+    local_rank: int  # among the ranks of this machine
+    world_size: int
+    local_world_size: int
 
     @property
-    def first(self) -> bool:
-        """The one that speaks, writes and decides."""
+    def is_rank_0(self) -> bool:
+        """Tell if this rank logs, writes files and decides."""
         return self.rank == 0
 
 
-ALONE = Ranks(0, 0, 1, 1)
+SINGLE_PROCESS = RankInfo(0, 0, 1, 1)
 
 
-def ranks() -> Ranks:
-    """Read each time: a variable alone, which some container hosts set, says nothing."""
-    if any(not os.environ.get(name) for name in SAID):
-        return ALONE
-    return Ranks(*(int(os.environ[name]) for name in SAID[:4]))
+def rank_info() -> RankInfo:
+    """Read the environment anew. All variables must be set: some container hosts set one of them on their own."""
+    if any(not os.environ.get(name) for name in TORCHRUN_VARIABLES):
+        return SINGLE_PROCESS
+    return RankInfo(*(int(os.environ[name]) for name in TORCHRUN_VARIABLES[:4]))

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from gpt2box.utils.progress import say_at_once
+from gpt2box.utils.progress import log_from_signal_handler
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 BEFORE = "ended before training began: nothing is lost, the same command goes on where it was"
 AFTER = "ended after training, which is saved; the same command says where"
 UNSAVED = "ended without saving: the same command goes on from the last checkpoint"
@@ -34,7 +34,7 @@ class StopRequest:
 
     def install(self) -> StopRequest:
         """Take over SIGNALS."""
-        for number in heard():
+        for number in handled_signals():
             signal.signal(number, self._handle)
         return self
 
@@ -53,20 +53,22 @@ class StopRequest:
         if hung_up and self.name:
             return  # the shell and the system each send it, and a session's manager SIGTERM after it
         if self._came or not self._awaited:
-            say_at_once(f"{name}: {UNSAVED if self._awaited else self._at_another_time}")
+            log_from_signal_handler(f"{name}: {UNSAVED if self._awaited else self._at_another_time}")
             # Not an exception: raised inside an import, some library's `except` would swallow it.
             os._exit(128 + number)
         self._came, self.name = not hung_up, self.name or name
-        say_at_once(f"{name}: finishing this step, then saving. Once more to stop at once, without saving.", ends=False)
+        log_from_signal_handler(
+            f"{name}: finishing this step, then saving. Once more to stop at once, without saving.", ends=False
+        )
 
 
-def heard() -> list[signal.Signals]:
+def handled_signals() -> list[signal.Signals]:
     """SIGNALS, but for a SIGHUP that nohup has ignored."""
-    return [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+    return [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
 
 
 @contextmanager
-def raised() -> Iterator[None]:
+def exit_on_signal() -> Iterator[None]:
     """While data are prepared: a signal is raised here, so that what is under way ends its processes and tidies up,
     which may take seconds; a second one does not wait for that.
 
@@ -79,10 +81,10 @@ def raised() -> Iterator[None]:
         if came:
             os._exit(128 + number)
         came.append(number)
-        say_at_once(f"{signal.Signals(number).name}: {BEFORE}")
+        log_from_signal_handler(f"{signal.Signals(number).name}: {BEFORE}")
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, handle) for number in heard()}
+    before = {number: signal.signal(number, handle) for number in handled_signals()}
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from gpt2box.data.hub_models import HUB_NAME as HUB_NAME
 from gpt2box.data.prepare import prepare
 from gpt2box.data.prepare_config import PrepareConfig
 from gpt2box.data.pretrained import pretrained_folder
-from gpt2box.errors import BadInput, why
+from gpt2box.errors import BadInput, describe_error
 from gpt2box.preflight.requirements import has_dataset, known_corpus_name, select_tokenizer
 from gpt2box.runs.manifest import describe_dataset, describe_weights, is_same_dataset
 from gpt2box.runs.sessions import (
@@ -24,14 +24,14 @@ from gpt2box.runs.sessions import (
     session_differences,
     valid_sessions,
 )
-from gpt2box.system.determinism import make_deterministic
+from gpt2box.system.determinism import enable_determinism
 from gpt2box.system.device import choose_device
-from gpt2box.system.provenance import provenance
+from gpt2box.system.provenance import collect_provenance
 from gpt2box.training.run import run_config
 from gpt2box.utils.files import read_json
-from gpt2box.utils.paths import checked_name, dataset_dir, run_dir, shown
-from gpt2box.utils.progress import say
-from gpt2box.utils.signals import StopRequest, raised
+from gpt2box.utils.paths import dataset_dir, display_path, run_dir, validate_name
+from gpt2box.utils.progress import log_line
+from gpt2box.utils.signals import StopRequest, exit_on_signal
 
 MAX_MANIFEST_BYTES = 100_000_000
 NAME_SUFFIX = "-reproduced"
@@ -50,7 +50,7 @@ def reproduce(path: Path, name: str | None, device: str | None, stop: StopReques
     ensure_dataset(config, manifest["dataset"])
     check_weights(config, manifest)
     log_differences(config, manifest)
-    run_config(config, shown(run_dir(config.name) / "config.yaml"), stop)
+    run_config(config, display_path(run_dir(config.name) / "config.yaml"), stop)
 
 
 def read_complete_manifest(path: Path) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def read_complete_manifest(path: Path) -> dict[str, Any]:
             raise ValueError("no settings, dataset or sessions")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(
-            f"{path} is no manifest to reproduce a run from ({why(error)})",
+            f"{path} is no manifest to reproduce a run from ({describe_error(error)})",
             "manifest.json in a run's folder, written by this version",
             "gpt2box reproduce volumes/runs/NAME/manifest.json",
         ) from error
@@ -91,13 +91,15 @@ def load_settings(manifest: dict[str, Any], path: Path, name: str | None, device
     if device:
         values["device"] = device
     config = validate(values, str(path))
-    name = checked_name(name or f"{config.name}{NAME_SUFFIX}", "run")
+    name = validate_name(name or f"{config.name}{NAME_SUFFIX}", "run")
     for session in sessions[1:]:
         for key in sorted(CHANGEABLE_SETTINGS & session["changed"].keys()):
-            say(f"note: the run changed {key} at step {session['step']:,}; this one uses the last value from the start")
+            log_line(
+                f"note: the run changed {key} at step {session['step']:,}; this one uses the last value from the start"
+            )
     for step, later in execution_changes_after(sessions, 0).items():
         changes = ", ".join(f"{key} {value}" for key, value in changeable_execution(later).items())
-        say(
+        log_line(
             f"note: the run went on from step {step:,} with {changes}; this one does not: from there on the bits differ"
         )
     return config.model_copy(update={"name": name})
@@ -119,7 +121,7 @@ def ensure_dataset(config: Config, original: dict[str, Any]) -> None:
         corpus = known_corpus_name(config.dataset)
         sources = [corpus] if corpus else find_source_files(config.dataset, original)
         options = replace(prepare_options(original), tokenizer=requested_tokenizer(config, original))
-        with raised():
+        with exit_on_signal():
             prepare(sources, options, folder=dataset_dir(config.dataset))
     dataset = open_dataset(dataset_dir(config.dataset))
     actual = describe_dataset(dataset, {})
@@ -220,8 +222,8 @@ def log_differences(config: Config, manifest: dict[str, Any]) -> None:
     first_session = {key: value for key, value in valid_sessions(manifest)[0].items() if key != "way"}
     device = choose_device(config.device)
     if config.deterministic is True:
-        make_deterministic(compiled=False)  # sets an environment variable that is part of the comparison
-    now = {**provenance(device), "device_type": device.type}
+        enable_determinism(compiled=False)  # sets an environment variable that is part of the comparison
+    now = {**collect_provenance(device), "device_type": device.type}
     bit_relevant = session_differences(first_session, now, bits_only=True)
     for line in session_differences(first_session, now):
-        say(f"note: {line}" + (": the bits may differ" if line in bit_relevant else ""))
+        log_line(f"note: {line}" + (": the bits may differ" if line in bit_relevant else ""))

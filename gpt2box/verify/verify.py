@@ -40,15 +40,15 @@ from gpt2box.preflight.preflight import check_gpu
 from gpt2box.runs.manifest import describe_dataset, describe_weights, is_same_dataset, read_manifest
 from gpt2box.runs.sessions import make_session, session_differences
 from gpt2box.system.device import choose_compile, choose_device
-from gpt2box.system.provenance import provenance
+from gpt2box.system.provenance import collect_provenance
 from gpt2box.training.execution import place_of
 from gpt2box.training.model_setup import empty_model, through_compiler
 from gpt2box.training.oom_fallback import take_way
 from gpt2box.training.run import initialise, model_shape, set_arithmetic
 from gpt2box.training.trainer import Job, open_batches, take_step
 from gpt2box.utils.paths import dataset_dir
-from gpt2box.utils.progress import say
-from gpt2box.utils.ranks import ALONE
+from gpt2box.utils.progress import log_line
+from gpt2box.utils.ranks import SINGLE_PROCESS
 from gpt2box.utils.signals import StopRequest
 from gpt2box.verify.verify_range import Stretch, command, stretch_of
 
@@ -114,7 +114,7 @@ def verify(run: Path, start_at: str | None, steps: int | None) -> Verdict:
             verdict.first_different_step = step
         elif verdict.same:
             verdict.same_up_to = step
-        say(f"  step {step:,}: {'the same' if verdict.same else 'different'}")
+        log_line(f"  step {step:,}: {'the same' if verdict.same else 'different'}")
         if not verdict.same and (verdict.tensor or not any(later > step for later in stretch.checkpoints)):
             break
     if not verdict.same:
@@ -168,9 +168,9 @@ def job_of(stretch: Stretch) -> tuple[Job, dict[int, ExecutionPlan], dict[str, A
         initialise(model, config, weights)
     if start:
         restore_checkpoint(folder, model, optimizer, state)
-    alone, quiet = RankGroup(ALONE), NoOp()
+    alone, quiet = RankGroup(SINGLE_PROCESS), NoOp()
     job = Job(run, plan, model, optimizer, dataset, dataset.tokenizer, state, StopRequest(), quiet, False, alone, [])
-    return job, ways, make_session(provenance(device), plan, start, {})
+    return job, ways, make_session(collect_provenance(device), plan, start, {})
 
 
 def with_way(stretch: Stretch, way: dict[str, Any]) -> Config:
@@ -198,7 +198,7 @@ def plan_of(config: Config, shape: ModelShape, dataset: Dataset) -> tuple[RunPla
     device = choose_device(config.device)
     compiled, note = choose_compile(config.compile if config.may_compile else False, device)
     if note:
-        say(f"note: {note}")
+        log_line(f"note: {note}")
     way = list_execution_plans(config, shape, place_of(device, config.dtype, compiled))[0]
     return make_run_plan(config, shape, dataset.tokens("train"), str(device), config.dtype, way), device
 
@@ -220,7 +220,7 @@ def again(job: Job, ways: dict[int, ExecutionPlan], last: int) -> Iterator[int]:
                     job.state.step += 1
                     yield job.state.step
             if end in ways and end < last:
-                say(f"  after step {end:,} with {ways[end].describe()}, as then")
+                log_line(f"  after step {end:,} with {ways[end].describe()}, as then")
                 take_way(job, ways[end])
                 update.close()
                 update = make_optimizer_step(job.optimizer, job.plan, update.bad_steps)

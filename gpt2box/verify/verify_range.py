@@ -24,7 +24,7 @@ from gpt2box.runs.sessions import (
     session_start_steps,
     valid_sessions,
 )
-from gpt2box.utils.paths import checkpoints, step_of
+from gpt2box.utils.paths import checkpoint_step, list_checkpoints
 
 DEFAULT_STEPS = 20  # if neither --from nor --steps is given
 
@@ -54,7 +54,7 @@ def stretch_of(run: Path, start_at: str | None, steps: int | None) -> Stretch:
     Raises:
         BadInput: There is no such checkpoint, or no record to compare with.
     """
-    folders = {step_of(path): path for path in checkpoints(run / "checkpoints")}
+    folders = {checkpoint_step(path): path for path in list_checkpoints(run / "checkpoints")}
     start = 0
     if start_at is not None:
         matched = re.fullmatch(r"(?:step-)?(\d{1,8})", start_at)

@@ -18,7 +18,7 @@ from gpt2box.checkpoint.retention import (
 )
 from gpt2box.data.downloads import sha256_of
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.utils.paths import checkpoints, step_of
+from gpt2box.utils.paths import checkpoint_step, list_checkpoints
 
 
 def save(folder: Path, step: int, **values: int) -> TrainState:
@@ -33,7 +33,7 @@ def save(folder: Path, step: int, **values: int) -> TrainState:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    return [step_of(path) for path in checkpoints(folder)]
+    return [checkpoint_step(path) for path in list_checkpoints(folder)]
 
 
 def test_the_newest_the_best_and_two_rollback_candidates_with_their_best_are_kept(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_rollback_candidates_are_regular_saves_and_bests_without_bad_steps(tmp_p
     save(tmp_path, 20, bad_steps=2)
     save(tmp_path, 30)
     (tmp_path / checkpoint_name(30) / "state.json").write_text("{")
-    assert [step_of(path) for path, _ in rollback_candidates(checkpoints(tmp_path), 10)] == [15, 10]
+    assert [checkpoint_step(path) for path, _ in rollback_candidates(list_checkpoints(tmp_path), 10)] == [15, 10]
 
 
 def test_the_newest_intact_checkpoint_is_found_and_damaged_ones_are_reported(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import uvicorn
 
 from gpt2box.dashboard.server import create_app, make_access_policy
 from gpt2box.report.page import write_report
-from gpt2box.utils.files import locked
+from gpt2box.utils.files import file_lock
 from tests.helpers.browser import Browser, chromium
 from tests.helpers.commands import Command
 from tests.helpers.run_folders import eval_line, make_run_folder, train_line
@@ -127,7 +127,7 @@ def test_a_browser_shows_live_updates_readably_on_a_phone_and_in_dark_mode(
     try:
         browser.requests()
         browser.look(390, 800, dark=True)
-        with locked(folder / ".lock", "it"):
+        with file_lock(folder / ".lock", "it"):
             browser.open(f"http://127.0.0.1:{port}/")
             assert browser.until("return document.querySelectorAll('#plots canvas').length") == 5
             assert "<b>To be</b>" in browser.run("return document.getElementById('text').textContent")

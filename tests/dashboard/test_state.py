@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2box.dashboard.state import ClientState, DashboardState
-from gpt2box.utils.files import locked, write_atomically
+from gpt2box.utils.files import file_lock, write_atomically
 from tests.helpers.run_folders import make_run_folder, train_line
 
 
@@ -50,7 +50,7 @@ def test_the_run_in_training_comes_first_and_a_damaged_run_is_shown(runs: Path) 
     )
     (runs / "torn/samples/step-00000007.txt").write_bytes(b"\xff</script>")
     watch = DashboardState()
-    with locked(runs / "going/.lock", "it"):
+    with file_lock(runs / "going/.lock", "it"):
         answer = watch.updates(ClientState())
         assert (
             answer["run"]["name"] == answer["runs"][0]["name"] == "going" and answer["runs"][0]["state"] == "training"

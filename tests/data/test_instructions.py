@@ -22,7 +22,7 @@ from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.distributed.group import RankGroup
 from gpt2box.errors import BadInput, Damaged
 from gpt2box.training.trainer import target_shares
-from gpt2box.utils.ranks import ALONE
+from gpt2box.utils.ranks import SINGLE_PROCESS
 from tests.helpers.commands import Command
 from tests.helpers.models import tiny_model
 from tests.helpers.settings import options
@@ -198,7 +198,7 @@ def test_a_step_is_the_mean_over_counted_tokens_however_it_is_dealt(volumes: Pat
     reference = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-1)
     for micro in (1, 3, 4, 12):
         parts = list(windows.split(micro))
-        shares = target_shares(parts, RankGroup(ALONE))
+        shares = target_shares(parts, RankGroup(SINGLE_PROCESS))
         losses = [
             model(*inputs_and_targets(part), 1 / len(parts)) * share for part, share in zip(parts, shares, strict=True)
         ]

@@ -287,11 +287,11 @@ def test_the_same_text_under_another_path_is_there_already(tmp_path: Path, volum
 
 
 def test_two_at_once_are_refused(tmp_path: Path, volumes: Path) -> None:
-    from gpt2box.utils.files import locked
+    from gpt2box.utils.files import file_lock
 
     path = tmp_path / "a.txt"
     path.write_text(TINYSHAKESPEARE.read_text())
-    with locked(volumes / "data/.long.lock", "x"), pytest.raises(BadInput, match="by another process"):
+    with file_lock(volumes / "data/.long.lock", "x"), pytest.raises(BadInput, match="by another process"):
         prepare_corpus(
             open_own_files(find_files([str(path)])), PrepareConfig(val_fraction=0.1, workers=1), volumes / "data/long"
         )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpt2box.errors import TryAgain
-from gpt2box.system.device import card_memory_named, choose_device
+from gpt2box.system.device import choose_device, translate_cuda_oom
 from gpt2box.training.rollback import machine_fault
 
 ASYNC = """
@@ -77,9 +77,9 @@ def test_what_is_no_failure_of_the_card_is_not_called_one(tmp_path: Path, said: 
 )
 def test_memory_that_a_library_misses_is_memory_that_ran_out(said: str) -> None:
     said_so = r"ALLOC_FAILED|cublasCreate|out of memory"
-    with pytest.raises(torch.cuda.OutOfMemoryError, match=said_so), card_memory_named():
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=said_so), translate_cuda_oom():
         raise RuntimeError(said)
     for other in (RuntimeError("CUDA error: invalid argument"), torch.cuda.OutOfMemoryError("CUDA out of memory.")):
-        with pytest.raises(type(other)) as raised, card_memory_named():
+        with pytest.raises(type(other)) as raised, translate_cuda_oom():
             raise other
         assert raised.value is other

@@ -24,9 +24,9 @@ CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 
 
 def asked() -> Any:
-    """What gpu.ask_driver says in a process of its own, which loads the library anew."""
+    """What gpu.query_nvml says in a process of its own, which loads the library anew."""
     code = (
-        "import json, dataclasses as d; from gpt2box.system import gpu; print(json.dumps(d.asdict(gpu.ask_driver())))"
+        "import json, dataclasses as d; from gpt2box.system import gpu; print(json.dumps(d.asdict(gpu.query_nvml())))"
     )
     return json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
@@ -99,7 +99,7 @@ def test_driver_against_cuda() -> None:
     usual = Nvml("550.54.14", (12, 4), [])
     assert checks.driver(usual, "12.1", True, False).status == "ok"
     assert "STACK=cu121" in checks.driver(usual, "13.0", True, False).fix
-    blackwell = [gpu.Card(0, "RTX 5070", "", (12, 0), None, None, (), None, None, None, None, None, None, None, None)]
+    blackwell = [gpu.Gpu(0, "RTX 5070", "", (12, 0), None, None, (), None, None, None, None, None, None, None, None)]
     assert "cu121" not in checks.driver(Nvml("570.1", (12, 8), blackwell), "13.0", True, False).fix
     missing = Nvml(fault="no NVIDIA driver: libnvidia-ml.so.1 is not here")
     assert "--gpus all" in checks.driver(missing, "12.1", True, False).fix

@@ -17,7 +17,7 @@ from gpt2box.checkpoint.metadata import load_verified_state
 from gpt2box.errors import BadInput
 from gpt2box.runs.manifest import describe_weights
 from gpt2box.runs.sessions import session_differences
-from gpt2box.system.provenance import provenance
+from gpt2box.system.provenance import collect_provenance
 from tests.helpers.commands import Command
 from tests.helpers.models import tiny_model
 from tests.helpers.repeatable_runs import REPEATABLE_RUN, train
@@ -99,7 +99,7 @@ def test_the_manifest_records_everything_that_determines_a_run(volumes: Path) ->
 
 
 def test_session_differences_are_named() -> None:
-    now = provenance(torch.device("cpu"))
+    now = collect_provenance(torch.device("cpu"))
     assert session_differences(now, now) == []
     before = {**now, "python": "3.9", "environment": {"MKL_CBWR": "COMPATIBLE"}, "gpu": {"name": "x"}}
     now = {**now, "environment": {}}

@@ -15,7 +15,7 @@ from gpt2box.data.dataset import open_dataset
 from gpt2box.data.downloads import sha256_of
 from gpt2box.errors import Damaged
 from gpt2box.training.resume import unchanged
-from gpt2box.utils.files import locked
+from gpt2box.utils.files import file_lock
 from tests.helpers.training import process, train, wait_for
 
 LONG = {"name": "run", "max_steps": 1_000_000, "save_interval": 20, "eval_interval": 20, "log_interval": 20}
@@ -97,10 +97,10 @@ def test_a_lock_that_is_waited_for_is_had_when_the_other_ends(tmp_path: Path) ->
     order: list[str] = []
 
     def second() -> None:
-        with locked(tmp_path / "lock", "it is held", wait=True):
+        with file_lock(tmp_path / "lock", "it is held", wait=True):
             order.append("second")
 
-    with locked(tmp_path / "lock", "it is held"):
+    with file_lock(tmp_path / "lock", "it is held"):
         thread = threading.Thread(target=second)
         thread.start()
         thread.join(0.2)

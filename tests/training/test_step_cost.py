@@ -28,7 +28,7 @@ from gpt2box.planner.memory import max_evaluation_batch
 from gpt2box.training.evaluate import autocast
 from gpt2box.training.model_setup import configure
 from gpt2box.training.trainer import Job, take_step
-from gpt2box.utils.ranks import ALONE
+from gpt2box.utils.ranks import SINGLE_PROCESS
 from gpt2box.utils.signals import StopRequest
 from tests.helpers.memory_simulator import Recorder, cuda_rules
 from tests.helpers.plans import planned, shape_of
@@ -127,7 +127,7 @@ def step_cost(
         optimizer = make_optimizer(model, plan)
         dataset: Any = SimpleNamespace(masked=False)
         nothing: Any = None
-        alone, quiet = RankGroup(ALONE), lambda *_: None
+        alone, quiet = RankGroup(SINGLE_PROCESS), lambda *_: None
         job = Job(
             Path(), plan, model, optimizer, dataset, nothing, TrainState(), StopRequest(), quiet, False, alone, []
         )

@@ -19,7 +19,7 @@ LIMITS = {
 }
 
 
-def fault_of(error: OSError) -> Gpt2boxError | None:
+def explain_os_error(error: OSError) -> Gpt2boxError | None:
     """What a refusal of the system that nobody expected there means; nothing for what only a bug can be."""
     what = f"{error.filename or 'a file'}: {error.strerror}"
     names = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
@@ -38,14 +38,14 @@ def fault_of(error: OSError) -> Gpt2boxError | None:
     return None
 
 
-def card_is_full(error: Exception) -> Gpt2boxError | None:
+def explain_cuda_oom(error: Exception) -> Gpt2boxError | None:
     """Where a card's memory ran out; nothing for any other error."""
     if "gpt2box.system.device" in sys.modules:  # else no card was used
         import torch
 
-        from gpt2box.system.device import NO_CARD_MEMORY
+        from gpt2box.system.device import CUDA_OOM_PATTERN
 
-        if isinstance(error, torch.cuda.OutOfMemoryError) or NO_CARD_MEMORY.search(str(error)):
+        if isinstance(error, torch.cuda.OutOfMemoryError) or CUDA_OOM_PATTERN.search(str(error)):
             return MachineCannot(
                 "out of memory on the card",
                 "free memory of the card",
