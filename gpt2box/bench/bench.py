@@ -26,7 +26,7 @@ from gpt2box.preflight.preflight import check_gpu
 from gpt2box.preflight.requirements import has_dataset
 from gpt2box.system import host
 from gpt2box.system.device import choose_compile, choose_device, choose_dtype, peak_memory_bytes
-from gpt2box.training.execution import place_of
+from gpt2box.training.resolve import detect_target_device
 from gpt2box.training.run import set_arithmetic
 from gpt2box.utils.paths import bench_file, dataset_dir, display_path, ensure_writable, runs_dir
 from gpt2box.utils.progress import format_bytes, log_line
@@ -117,7 +117,7 @@ def look(config: Config) -> Task:
         log_line(f"note: {note}")
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
     can_compile = config.may_compile and choose_compile(True, device)[0]
-    return Task(config, resolve_model_shape(config), place_of(device, dtype, compiled), device, can_compile)
+    return Task(config, resolve_model_shape(config), detect_target_device(device, dtype, compiled), device, can_compile)
 
 
 def as_trained(task: Task) -> Way:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,6 @@ from gpt2box.data.dataset import Dataset
 from gpt2box.data.tokenizer import CharTokenizer
 from gpt2box.distributed.group import RankGroup
 from gpt2box.model.shape import ModelShape
-from gpt2box.optim.clipped_step import make_optimizer_step
 from gpt2box.optim.factory import make_optimizer
 from gpt2box.planner import bench_records
 from gpt2box.planner.bench_records import LONG_STEP_MICRO_STEPS, BenchRecord
@@ -38,11 +36,10 @@ from gpt2box.planner.run_plan import RunPlan
 from gpt2box.planner.search import MAX_MICRO_BATCH_TOKENS
 from gpt2box.system.device import peak_memory_bytes
 from gpt2box.training.evaluate import evaluate
-from gpt2box.training.model_setup import configure, empty_model, through_compiler
-from gpt2box.training.trainer import Job, open_batches, take_step
+from gpt2box.training.model_setup import empty_model
+from gpt2box.training.step import StepExecutor
 from gpt2box.utils.progress import log_line
 from gpt2box.utils.ranks import SINGLE_PROCESS
-from gpt2box.utils.signals import StopRequest
 
 LENGTHS = (1, LONG_STEP_MICRO_STEPS)  # micro-steps of the steps that are timed
 BATCHES = 20  # of the loader's that are timed
@@ -103,28 +100,8 @@ class Stopwatch:
         self.model.init_weights(plan.config.seed)
         self.model.train()
         self.optimizer = make_optimizer(self.model, plan)
-        tokenizer = CharTokenizer("a", False)  # a checkpoint has one; its size is not what takes time
         state = TrainState(optimizer_steps=1)
-        self.job = Job(
-            run=Path(),
-            plan=plan,
-            model=self.model,
-            optimizer=self.optimizer,
-            dataset=dataset,
-            group=RankGroup(SINGLE_PROCESS),
-            tokenizer=tokenizer,
-            state=state,
-            stop=StopRequest(),
-            sample=lambda *_: None,
-            pretrained=False,
-            ways=[],
-        )
-
-    @cached_property
-    def compiled(self) -> Callable[..., torch.Tensor]:
-        """The network; importing the compiler takes seconds."""
-        found: Callable[..., torch.Tensor] = through_compiler(self.model)
-        return found
+        self.steps = StepExecutor(plan, self.model, self.optimizer, dataset, state)
 
     def turn(self, way: Way, steps: int) -> None:
         """Time `steps` more steps of each length; running out of memory is a result."""
@@ -142,24 +119,21 @@ class Stopwatch:
 
     def _turn(self, way: Way, steps: int) -> None:
         self.use(way)
-        forward = self.compiled if way.execution.compile else self.model
-        with closing(open_batches(self.job)) as batches:
+        with closing(self.steps):
             for number in range(-1 if any(way.seconds.values()) else -2, steps):  # the first are to warm up
                 for length in LENGTHS:
-                    self.job.plan = self.job.plan.with_execution(grad_accum_steps=length)
-                    with closing(make_optimizer_step(self.optimizer, self.job.plan)) as update, self.timed() as seconds:
-                        take_step(self.job, forward, batches, update)
-                    self.job.state.step += 1
+                    self.steps.use_plan(self.steps.plan.with_execution(grad_accum_steps=length), keep_batches=True)
+                    with self.timed() as seconds:
+                        self.steps.take()
                     if number >= 0:
                         way.seconds[length] += seconds
         if self.device.type == "cuda":
             way.peak_bytes = max(way.peak_bytes, torch.cuda.max_memory_reserved(self.device) + CUDA_CONTEXT_BYTES)
 
     def use(self, way: Way) -> None:
-        """Do from now on as this way does, with all its micro-steps."""
+        """Take the next steps with another execution plan."""
         self.give_back()
-        self.job.plan = replace(self.job.plan, execution=way.execution)
-        configure(self.model, self.job.plan)
+        self.steps.use_plan(replace(self.steps.plan, execution=way.execution))
 
     @contextmanager
     def timed(self) -> Iterator[list[float]]:
@@ -186,7 +160,7 @@ class Stopwatch:
 
     def loader_s(self) -> float:
         """Seconds in which a micro-batch is read, with nothing else to do."""
-        with closing(open_batches(self.job)) as batches:
+        with closing(self.steps.open_batches()) as batches:
             for _ in range(PREFETCH + 1):
                 next(batches)
             begun = time.perf_counter()
@@ -196,7 +170,7 @@ class Stopwatch:
 
     def evaluation_s(self) -> tuple[float, int]:
         """Seconds of an evaluation as it is set, from a few of its windows, and how many it has."""
-        plan, dataset = self.job.plan, self.job.dataset
+        plan, dataset = self.steps.plan, self.steps.dataset
         windows = plan.config.eval_windows
         if dataset.manifest or not windows:
             windows = len(val_window_starts(dataset.tokens("val"), plan.shape.block_size, plan.config.eval_windows))
@@ -217,23 +191,22 @@ class Stopwatch:
         Raises:
             VolumeUnwritable: no space.
         """
-        job, durable_s, sizes = self.job, [], []
+        state, plan, durable_s, sizes = self.steps.state, self.steps.plan, [], []
+        tokenizer = CharTokenizer("a", False)  # a checkpoint has one; its size is not what takes time
         with tempfile.TemporaryDirectory(prefix=".bench-", dir=folder) as temporary:
-            saver = AsyncCheckpointWriter(
-                Path(temporary), self.model, self.optimizer, job.tokenizer, job.plan, log_line
-            )
+            saver = AsyncCheckpointWriter(Path(temporary), self.model, self.optimizer, tokenizer, plan, log_line)
             with closing(saver):
-                saver.save(job.state)  # which also makes room for the copy, once in a run
+                saver.save(state)  # which also makes room for the copy, once in a run
                 saver.wait()
 
                 def once() -> float:
-                    job.state.step += 1
+                    state.step += 1
                     begun = time.perf_counter()
                     with self.timed() as seconds:
-                        saver.save(job.state)
+                        saver.save(state)
                     saver.wait()
                     durable_s.append(time.perf_counter() - begun)
-                    where = Path(temporary) / checkpoint_name(job.state.step)
+                    where = Path(temporary) / checkpoint_name(state.step)
                     sizes.append(sum(path.stat().st_size for path in where.iterdir()))
                     return seconds[0]
 

@@ -56,10 +56,10 @@ class CompiledGPT2(nn.Module):
         return self.model.loss(self.hidden_states(ids), targets, scale)
 
 
-def through_compiler(model: GPT2) -> CompiledGPT2:
-    """Compile the model, anew for each way of doing the steps (ladder.py) and never for sizes that vary.
+def compile_model(model: GPT2) -> CompiledGPT2:
+    """Compile the model: once for each execution plan, never for sizes that vary.
 
-    So kernels, and with them bits, are those of a run that began in that way.
+    So the kernels, and with them the bits, are those of a run that began with that plan.
     """
     from torch._dynamo import config
 
@@ -69,7 +69,7 @@ def through_compiler(model: GPT2) -> CompiledGPT2:
     return CompiledGPT2(model)
 
 
-def fill(
+def init_on_all_ranks(
     model: GPT2, optimizer: Optimizer, plan: RunPlan, group: RankGroup, values: Callable[[GPT2, Optimizer], None]
 ) -> None:
     """Have the first rank put values into them, and all others the same.

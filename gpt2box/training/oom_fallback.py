@@ -1,77 +1,126 @@
-"""Where memory runs out in the middle of a run: the same steps in a way that takes less, and back again."""
+"""Out-of-memory errors: repeat the step with the next smaller execution plan, and return to the larger one later."""
 
 from __future__ import annotations
 
 import gc
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gpt2box.optim.low_memory_adamw import LowMemoryAdamW
 from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.search import next_smaller_plan
 from gpt2box.runs.sessions import record_execution
 from gpt2box.system.device import translate_cuda_oom
 from gpt2box.system.host import memory_bytes
+from gpt2box.training.checkpoint_schedule import CheckpointSchedule
 from gpt2box.training.console import Display
 from gpt2box.training.evaluate import autocast
+from gpt2box.training.job import Job
+from gpt2box.training.model_setup import configure
+from gpt2box.training.rollback import UnfinishedStep
+from gpt2box.training.step import StepExecutor, StepResult
 
-if TYPE_CHECKING:
-    from gpt2box.training.trainer import Job
-
-RETRY_STEPS = 100  # after memory ran out, until the way before is tried again; twice as many each time it ran out
+RETRY_STEPS = 100  # steps until the larger plan is tried again; doubled after each out-of-memory error
 
 
-def step_down(job: Job, display: Display) -> None:
-    """Give memory back and take the fastest way that needs less.
+def take_step(job: Job, steps: StepExecutor, checkpoints: CheckpointSchedule, display: Display) -> StepResult:
+    """Take a step. After an out-of-memory error, repeat it with the next smaller plan; its tokens stay the same.
 
     Raises:
-        torch.cuda.OutOfMemoryError: there is none, or other ranks are already waiting for this one's gradients.
+        UnfinishedStep: some weights had taken the step already; the plan is the smaller one.
+        torch.cuda.OutOfMemoryError: no smaller plan is left, or other ranks already wait for this one's gradients.
+    """
+    while True:
+        result = None
+        with suppress(torch.cuda.OutOfMemoryError):  # until it is handled, it keeps the step's tensors alive
+            result = steps.take()
+        if result is not None:
+            break
+        is_unfinished = getattr(job.optimizer, "is_step_unfinished", False)
+        if not is_unfinished:
+            checkpoints.save_before_fallback()
+        switch_to_smaller_plan(job, display)
+        if is_unfinished:
+            raise UnfinishedStep
+        use_new_plan(job, steps, display)
+    if job.larger_plans and job.state.step >= job.retry_at:
+        if isinstance(job.optimizer, LowMemoryAdamW) and checkpoints.is_unsaved:
+            checkpoints.save()  # a step of the larger plan may stop half-way: the run then returns to here
+        if switch_to_larger_plan(job, display):
+            use_new_plan(job, steps, display)
+    return result
+
+
+def use_new_plan(job: Job, steps: StepExecutor, display: Display) -> None:
+    """Record the job's plan and take the next steps with it."""
+    record_plan(job, display)
+    steps.use_plan(job.plan)
+
+
+def switch_to_smaller_plan(job: Job, display: Display) -> None:
+    """Free memory and choose the fastest plan that needs less.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: none is left, or there are several ranks.
     """
     if not job.group.is_single_process:
         raise torch.cuda.OutOfMemoryError(f"at step {job.state.step}")
-    way = next_way(job)
-    job.left.append(job.plan.execution)
+    smaller = find_smaller_plan(job)
+    job.larger_plans.append(job.plan.execution)
     job.retry_steps = max(2 * job.retry_steps, RETRY_STEPS)
     job.retry_at = job.state.step + job.retry_steps
-    take_way(job, way)
+    set_execution_plan(job, smaller)
     display.print_line(
-        f"out of memory in step {job.state.step + 1:,}: doing it again with {way.describe()}; "
+        f"out of memory in step {job.state.step + 1:,}: doing it again with {smaller.describe()}; "
         f"a step stays {job.plan.config.tokens_per_step:,} tokens"
     )
 
 
-def next_way(job: Job) -> ExecutionPlan:
-    """The fastest way that needs less, with the memory of the one before given back.
+def find_smaller_plan(job: Job) -> ExecutionPlan:
+    """Free the memory of the failed step and return the fastest plan that needs less.
 
     Raises:
-        torch.cuda.OutOfMemoryError: there is none.
+        torch.cuda.OutOfMemoryError: none is left.
     """
     job.optimizer.zero_grad(set_to_none=job.group.is_single_process)
     gc.collect()
     torch.cuda.empty_cache()
-    way = next_smaller_plan(job.ways, job.plan.execution.memory.components())
-    if way is None:
+    smaller = next_smaller_plan(job.fallback_plans, job.plan.execution.memory.components())
+    if smaller is None:
         raise torch.cuda.OutOfMemoryError(f"at step {job.state.step}")
-    return way
+    return smaller
 
 
-def rehearse(job: Job, forward: Any, display: Display) -> None:
-    """Of several ranks, before the first step: find a way that has memory enough on all.
+def switch_to_larger_plan(job: Job, display: Display) -> bool:
+    """Return to the plan before the last out-of-memory error if enough memory is free; return whether it did."""
+    larger = job.larger_plans[-1]
+    needed_bytes = larger.total_bytes - job.plan.execution.total_bytes
+    device = torch.device(job.plan.derived.device)
+    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_bytes()[1]
+    job.retry_at = job.state.step + RETRY_STEPS
+    if free_bytes < needed_bytes:
+        return False
+    job.larger_plans.pop()
+    set_execution_plan(job, larger)
+    display.print_line(f"memory is free again: from step {job.state.step + 1:,} with {larger.describe()}")
+    return True
 
-    In a step there is no way back: where one rank breaks off, the others wait for its gradients. So each does a
-    micro-step by itself, on nothing but zeros, and says how it went. Where memory runs out later, since another program
-    took it, the run ends. Weights that are split over the ranks leave none a micro-step by itself: no rehearsal then.
+
+def agree_on_plan(job: Job, steps: StepExecutor, display: Display) -> None:
+    """Find a plan that fits on all ranks, before the first step of several.
+
+    Inside a step no rank can fall back, since the others wait for its gradients. So each tries one micro-step on zeros
+    by itself and reports the outcome. With `shard` no rank can take a micro-step by itself, so nothing is tried.
 
     Raises:
-        torch.cuda.OutOfMemoryError: even the least was too much for one of them.
+        torch.cuda.OutOfMemoryError: even the smallest plan does not fit on one of the ranks.
     """
     while not job.group.is_single_process and not job.plan.derived.shard:
-        plan, done = job.plan, False
-        nothing = torch.zeros(
-            plan.execution.micro_batch_size, plan.shape.block_size, dtype=torch.int32, device=plan.derived.device
-        )
+        plan, forward, fits = job.plan, steps.forward, False
+        shape = (plan.execution.micro_batch_size, plan.shape.block_size)
+        zeros = torch.zeros(shape, dtype=torch.int32, device=plan.derived.device)
         loss = None
         with (
             suppress(torch.cuda.OutOfMemoryError),
@@ -79,41 +128,28 @@ def rehearse(job: Job, forward: Any, display: Display) -> None:
             job.group.gradient_sync(forward, is_last=False),
         ):
             with autocast(plan):
-                loss = forward(nothing, nothing, 1.0)
+                loss = forward(zeros, zeros, 1.0)
             loss.backward()
-            done = True
-        del loss  # with the tensors of a pass that broke off
-        if all(job.group.all_gather(done)):
+            fits = True
+        del loss  # and with it the tensors of a pass that was broken off
+        if all(job.group.all_gather(fits)):
             job.optimizer.zero_grad(set_to_none=False)
             return
-        take_way(job, next_way(job))
+        set_execution_plan(job, find_smaller_plan(job))
+        steps.use_plan(job.plan)
         display.print_line(f"out of memory: going on with {job.plan.execution.describe()} on all ranks")
 
 
-def step_up(job: Job, display: Display) -> None:
-    """Return to the way before memory ran out, where there seems to be memory for it again."""
-    way = job.left[-1]
-    further = way.total_bytes - job.plan.execution.total_bytes
-    device = torch.device(job.plan.derived.device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_bytes()[1]
-    job.retry_at = job.state.step + RETRY_STEPS
-    if free < further:
-        return
-    job.left.pop()
-    take_way(job, way)
-    display.print_line(f"memory is free again: from step {job.state.step + 1:,} with {way.describe()}")
+def set_execution_plan(job: Job, execution: ExecutionPlan) -> None:
+    """Replace the execution plan of the job."""
+    job.plan = replace(job.plan, execution=execution)
+    configure(job.model, job.plan)
 
 
-def take_way(job: Job, way: ExecutionPlan) -> None:
-    """The same steps, done otherwise from now on."""
-    job.plan = replace(job.plan, execution=way)
-    job.model.activation_checkpointing = way.activation_checkpointing
+def record_plan(job: Job, display: Display) -> None:
+    """Write the execution plan of the next steps into manifest.json, so that verify repeats them in the same way.
 
-
-def note_way(job: Job, display: Display) -> None:
-    """Have manifest.json say in which way the steps are done from here on, so that they can be done again (verify.py).
-
-    A disk that refuses it is not worth the run: it is said, and the next save finds out whether the disk works.
+    A disk that refuses it does not end the run: the line says so, and the next save finds out whether the disk works.
     """
     if not job.group.is_rank_0:
         return

@@ -42,7 +42,7 @@ from gpt2box.utils.progress import format_bytes, log_line, run_log_file
 from gpt2box.utils.signals import exit_on_signal
 
 
-def bring_dataset(config: Config, text: Path | None, group: RankGroup) -> Dataset:
+def load_or_prepare_dataset(config: Config, text: Path | None, group: RankGroup) -> Dataset:
     """The dataset, made where it is not there yet; the same on all ranks.
 
     Raises:
@@ -70,7 +70,7 @@ ENDED = re.compile(r".{21}([^ ]+: (finished|stopped early.*) at step [1-9]|stopp
 Found = tuple[Path, TrainState, list[Damaged]]
 
 
-def take(config: Config, run: Path, held: ExitStack) -> str:
+def acquire_run_lock(config: Config, run: Path, held: ExitStack) -> str:
     """Take the run's lock and keep its log, as long as `held` is; returns the lock's mark."""
     ensure_writable(run)
     held.enter_context(file_lock(run / ".lock", f"the run {config.name} is being trained"))
@@ -78,18 +78,20 @@ def take(config: Config, run: Path, held: ExitStack) -> str:
     return write_lock_token(run / ".lock")
 
 
-def begin(config: Config, dataset: Dataset, run: Path, allow: Sequence[str]) -> tuple[Found | None, dict[str, Any]]:
+def find_resume_point(
+    config: Config, dataset: Dataset, run: Path, allow: Sequence[str]
+) -> tuple[Found | None, dict[str, Any]]:
     """The checkpoint to go on from, if there is one, and the settings that were changed."""
     if file_stamps(dataset) != read_manifest(run).get("checked"):
         check_dataset(dataset)
     found, changed = retention.find_newest_checkpoint(run / "checkpoints"), {}
     if not found:
-        check_none_lost(run)
+        check_no_checkpoint_lost(run)
     else:
         changed = check_settings_unchanged(config, dataset, run, allow, found[1].step)
         check_network(run, found[0], dataset)
         if changed.keys() & set(CHANGEABLE):
-            forget_losses(found[0])
+            clear_recent_losses(found[0])
             found[1].recent_losses = []
         retention.update_links(run / "checkpoints", found[1])
         announce_resume(config, *found)
@@ -108,7 +110,7 @@ def check_dataset(dataset: Dataset) -> None:
     check_content(dataset.folder, dataset.manifest)
 
 
-def unchanged(dataset: Dataset, run: Path) -> Callable[[], None]:
+def make_dataset_check(dataset: Dataset, run: Path) -> Callable[[], None]:
     """What looks, while a run goes on, whether the dataset is still the one that it began with.
 
     Raises:
@@ -139,20 +141,20 @@ def unchanged(dataset: Dataset, run: Path) -> Callable[[], None]:
     return check
 
 
-def check_none_lost(run: Path) -> None:
+def check_no_checkpoint_lost(run: Path) -> None:
     """Before a run begins that has no checkpoint: whether it had one. One that was killed before may begin anew.
 
     Raises:
         Damaged: it went so far that the first had been written.
     """
-    interval, step, best = save_interval_of(run), 0, set()
+    interval, step, best = recorded_save_interval(run), 0, set()
     for row in metrics.iter_rows(run / "metrics.jsonl"):
         step = max(step, row["step"] if row["kind"] == "train" else 0)
         if row.get("best") and row["step"] % interval:
             best.add(row["step"])
     saves = (step - 1) // interval + sum(0 < each < step for each in best)
     began = max((session["step"] for session in valid_sessions(read_json_object(run / "manifest.json"))), default=0)
-    if saves < 2 and not began and not ended_with_one(run):  # the second save waits for the first
+    if saves < 2 and not began and not session_ended_cleanly(run):  # the second save waits for the first
         return
     reached = f"to step {max(step, began):,}" if step or began else "before"
     raise Damaged(
@@ -162,7 +164,7 @@ def check_none_lost(run: Path) -> None:
     )
 
 
-def save_interval_of(run: Path) -> int:
+def recorded_save_interval(run: Path) -> int:
     """As its last session had it, wherever that is kept; where it is not known, more than any run's steps."""
     plan, manifest, settings = read_plan(run), read_json_object(run / "manifest.json"), {}
     with suppress(BadInput):
@@ -172,7 +174,7 @@ def save_interval_of(run: Path) -> int:
     return next((interval for interval in found if interval > 0), 2**63)
 
 
-def ended_with_one(run: Path) -> bool:
+def session_ended_cleanly(run: Path) -> bool:
     """Whether the log has that a session ended after a step: it had saved."""
     with suppress(OSError), open(run / "log.txt", encoding="utf-8", errors="replace", opener=open_regular) as log:
         return any(ENDED.match(line) for line in log)
@@ -191,12 +193,12 @@ def check_network(run: Path, folder: Path, dataset: Dataset) -> None:
     if differing := [key for key in found if key in known and known[key] != found[key]]:
         lines = ", ".join(f"{key} {found[key]}" for key in differing)
         wanted = ", ".join(f"{key} {known[key]}" for key in differing)
-        raise not_this_runs(folder, f"config.json has {lines}", f"the run's network: {wanted}")
+        raise foreign_checkpoint_error(folder, f"config.json has {lines}", f"the run's network: {wanted}")
     if load_tokenizer(folder).vocabulary() != dataset.tokenizer.vocabulary():
-        raise not_this_runs(folder, "another vocabulary than the dataset's", f"that of {dataset.folder}")
+        raise foreign_checkpoint_error(folder, "another vocabulary than the dataset's", f"that of {dataset.folder}")
 
 
-def check_is_this_runs(run: Path, folder: Path, step: int, model: GPT2, optimizer: Optimizer) -> None:
+def verify_restored_state(run: Path, folder: Path, step: int, model: GPT2, optimizer: Optimizer) -> None:
     """Whether weights and averages, as they were read of a checkpoint, are those that the run noted after that step.
 
     Raises:
@@ -208,12 +210,12 @@ def check_is_this_runs(run: Path, folder: Path, step: int, model: GPT2, optimize
     rows = metrics.iter_rows(run / "metrics.jsonl")
     noted = {row.get("digest") for row in rows if row["kind"] == "train" and row["step"] == step} - {None}
     if noted and fingerprint_run_state(model, optimizer) not in noted:
-        raise not_this_runs(
+        raise foreign_checkpoint_error(
             folder, f"other weights than metrics.jsonl has noted for step {step:,}", "the run's own; is it another's?"
         )
 
 
-def not_this_runs(folder: Path, found: str, expected: str) -> Damaged:
+def foreign_checkpoint_error(folder: Path, found: str, expected: str) -> Damaged:
     """What to say of a checkpoint that is whole and does not belong there."""
     return Damaged(
         f"{folder}: {found}",
@@ -222,7 +224,7 @@ def not_this_runs(folder: Path, found: str, expected: str) -> Damaged:
     )
 
 
-def forget_losses(folder: Path) -> None:
+def clear_recent_losses(folder: Path) -> None:
     """With another dropout, say, a loss far above those before is none that must not be.
 
     On the disk, and before config.yaml has the change: a run that is killed now goes on as one that is not. Earlier

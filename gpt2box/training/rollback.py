@@ -16,14 +16,14 @@ from gpt2box.optim.loss_spikes import MAX_CONSECUTIVE_BAD_STEPS
 from gpt2box.planner.run_plan import RunPlan
 from gpt2box.runs.formatting import skip_reason
 from gpt2box.system.host import is_host_oom
-from gpt2box.training.model_setup import fill
+from gpt2box.training.model_setup import init_on_all_ranks
 from gpt2box.utils.files import check_lock_token
 from gpt2box.utils.paths import checkpoint_step, display_path, list_checkpoints
 from gpt2box.utils.progress import log_line
 from gpt2box.utils.ranks import rank_info
 
 if TYPE_CHECKING:
-    from gpt2box.training.trainer import Job
+    from gpt2box.training.job import Job
 
 MOST_ROLLBACKS = 3  # to one checkpoint; a run that gets to the next has made progress
 
@@ -39,11 +39,11 @@ GPU_FAULTS = re.compile(
 ADVICE = re.compile(r"compile with `TORCH_USE_CUDA_DSA`.*", re.IGNORECASE)  # at the end of all that CUDA says, in 2.4
 
 
-class HalfDoneStep(Exception):
+class UnfinishedStep(Exception):
     """Memory ran out when some weights had taken the step and others had not: back to the last checkpoint."""
 
 
-class TooManyBad(Exception):
+class TooManyBadSteps(Exception):
     """MOST_BAD_STEPS in a row were bad, up to `step`: back to a good checkpoint."""
 
     def __init__(self, step: int, left_out: str, spikes: int) -> None:
@@ -56,7 +56,7 @@ class TooManyBad(Exception):
         )
 
 
-def back_to_last(job: Job) -> None:
+def restore_last_checkpoint(job: Job) -> None:
     """Go on from the newest checkpoint."""
     found = retention.find_newest_checkpoint(job.run / "checkpoints")
     assert found, "with optimizer_in_backward, the first evaluation saves"
@@ -65,7 +65,7 @@ def back_to_last(job: Job) -> None:
     log_line(f"  some weights had taken that step already: going on from {display_path(found[0])}")
 
 
-def back_to_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState]:
+def choose_rollback(job: Job, trouble: TooManyBadSteps) -> tuple[Path, TrainState]:
     """The newest good checkpoint, from which to go on with the data that come after those that led to the bad steps.
 
     The same weights with the same data would end in the same; and where the data are not at fault, others shake a run
@@ -76,8 +76,8 @@ def back_to_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState]:
         BadInput: there is none, or it and the one before were gone back to MOST_ROLLBACKS times.
         VolumeUnwritable: its state cannot be written.
     """
-    check_lock_token(job.run / ".lock", job.mark)
-    folder, state, past = newest_good(job, trouble)
+    check_lock_token(job.run / ".lock", job.lock_mark)
+    folder, state, past = find_rollback_checkpoint(job, trouble)
     left_out = trouble.step + job.state.data_step - job.state.step - state.data_step
     state.rollbacks.append(Rollback(state.step, left_out, past))
     state.seconds = max(state.seconds, job.state.seconds)  # of training that is not undone
@@ -94,19 +94,19 @@ def back_to_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState]:
     return folder, state
 
 
-def go_back(job: Job, trouble: TooManyBad) -> None:
+def roll_back(job: Job, trouble: TooManyBadSteps) -> None:
     """To a good checkpoint, which the first rank reads and sends."""
 
-    folder, state = job.group.run_on_rank0(lambda: back_to_good(job, trouble))
+    folder, state = job.group.run_on_rank0(lambda: choose_rollback(job, trouble))
     job.state = state
 
     def read(model: GPT2, optimizer: Optimizer) -> None:
         restore_checkpoint(folder, model, optimizer, state)
 
-    fill(job.model, job.optimizer, job.plan, job.group, read)
+    init_on_all_ranks(job.model, job.optimizer, job.plan, job.group, read)
 
 
-def newest_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState, int]:
+def find_rollback_checkpoint(job: Job, trouble: TooManyBadSteps) -> tuple[Path, TrainState, int]:
     """The newest whole checkpoint to go back to, and the step of one that is given up for it, or 0.
 
     One is given up after MOST_ROLLBACKS returns: what is wrong may have begun before it. Only for the one before, as
@@ -124,12 +124,14 @@ def newest_good(job: Job, trouble: TooManyBad) -> tuple[Path, TrainState, int]:
         if len(returns) < MOST_ROLLBACKS:
             return path, state, past
         if past or any(rollback.past for rollback in returns):
-            raise no_way_on(job, trouble, path)
+            raise rollback_exhausted_error(job, trouble, path)
         past = state.step
-    raise no_way_on(job, trouble, job.run / "checkpoints" / retention.checkpoint_name(past) if past else None)
+    raise rollback_exhausted_error(
+        job, trouble, job.run / "checkpoints" / retention.checkpoint_name(past) if past else None
+    )
 
 
-def no_way_on(job: Job, trouble: TooManyBad, tried: Path | None) -> BadInput:
+def rollback_exhausted_error(job: Job, trouble: TooManyBadSteps, tried: Path | None) -> BadInput:
     """What to say where going back does not help."""
     again = f", also after {MOST_ROLLBACKS} returns to {tried} with other data" if tried else ""
     last = job.run / "checkpoints" / "last"
@@ -145,7 +147,7 @@ def no_way_on(job: Job, trouble: TooManyBad, tried: Path | None) -> BadInput:
     )
 
 
-def out_of_memory(plan: RunPlan) -> MachineCannot:
+def out_of_memory_error(plan: RunPlan) -> MachineCannot:
     """What to do where even the way that takes least does not fit, or another rank is in the midst of the step."""
     execution = plan.execution
     if plan.derived.shard:
@@ -177,7 +179,7 @@ def out_of_memory(plan: RunPlan) -> MachineCannot:
     )
 
 
-def machine_fault(error: BaseException, job: Job) -> Gpt2boxError | None:
+def machine_error(error: BaseException, job: Job) -> Gpt2boxError | None:
     """An error of the machine's own in our words; None where it is another one, which is a bug.
 
     Nothing is saved from a device that has failed: what it would give is not to be trusted.
@@ -185,7 +187,7 @@ def machine_fault(error: BaseException, job: Job) -> Gpt2boxError | None:
     text = str(error)
     if isinstance(error, OSError):
         try:
-            check_lock_token(job.run / ".lock", job.mark)
+            check_lock_token(job.run / ".lock", job.lock_mark)
         except VolumeUnwritable as fault:
             return fault
         return None  # cli.py knows what disks say

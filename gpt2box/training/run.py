@@ -40,11 +40,32 @@ from gpt2box.system.host import explain_host_oom
 from gpt2box.system.provenance import collect_provenance
 from gpt2box.training.console import Display
 from gpt2box.training.evaluate import evaluate
-from gpt2box.training.execution import check_split, choose_way, device_of, place_for, shared, ways_down
-from gpt2box.training.model_setup import empty_model, fill
-from gpt2box.training.resume import begin, bring_dataset, check_is_this_runs, take, unchanged
-from gpt2box.training.rollback import HalfDoneStep, TooManyBad, back_to_last, go_back, machine_fault, out_of_memory
-from gpt2box.training.trainer import Job, train
+from gpt2box.training.job import Job
+from gpt2box.training.model_setup import empty_model, init_on_all_ranks
+from gpt2box.training.resolve import (
+    check_sharding_support,
+    choose_execution,
+    list_fallback_plans,
+    rank_device,
+    target_device_for_run,
+    weakest_device,
+)
+from gpt2box.training.resume import (
+    acquire_run_lock,
+    find_resume_point,
+    load_or_prepare_dataset,
+    make_dataset_check,
+    verify_restored_state,
+)
+from gpt2box.training.rollback import (
+    TooManyBadSteps,
+    UnfinishedStep,
+    machine_error,
+    out_of_memory_error,
+    restore_last_checkpoint,
+    roll_back,
+)
+from gpt2box.training.trainer import train
 from gpt2box.utils.files import write_atomically
 from gpt2box.utils.paths import display_path, ensure_writable, in_image, run_dir, text_path
 from gpt2box.utils.progress import format_bytes, format_duration, gpt2box_command, log_line, pluralize, run_log_file
@@ -81,21 +102,21 @@ def run_in(
 ) -> None:
     """The same, on each rank of a group; `text`: what the dataset is made from."""
     group.run_on_rank0(lambda: check_ranks(config, group.ranks.world_size))
-    wanted = device_of(config.device, group.ranks)
+    wanted = rank_device(config.device, group.ranks)
     check_gpu(wanted)
     group.run_on_rank0(lambda: wandb.check_available(config.wandb))
-    dataset = bring_dataset(config, text, group)
+    dataset = load_or_prepare_dataset(config, text, group)
     device = choose_device(wanted)
     compile_model, note = choose_compile(config.compile if config.may_compile else False, device)
     for line in [*notes, *([note] if note else [])]:
         log_line(f"note: {line}")
     weights, shape = group.run_on_rank0(lambda: model_shape(config, dataset))
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
-    group.run_on_rank0(lambda: check_split(config, shape, group.ranks.world_size))
-    place = shared(group.all_gather(place_for(config, shape, device, dtype, compile_model)))
+    group.run_on_rank0(lambda: check_sharding_support(config, shape, group.ranks.world_size))
+    place = weakest_device(group.all_gather(target_device_for_run(config, shape, device, dtype, compile_model)))
     if device.index:
         torch.cuda.set_device(device)  # else some of the first card's memory would be held, too
-    option = group.run_on_rank0(lambda: choose_way(config, shape, place))
+    option = group.run_on_rank0(lambda: choose_execution(config, shape, place))
     peak = place.spec.bf16_tflops if place.spec and place.on_gpu and place.dtype == "bfloat16" else 0.0
     plan = make_run_plan(config, shape, dataset.tokens("train"), str(device), place.dtype, option, peak)
     set_arithmetic(plan)
@@ -105,9 +126,9 @@ def run_in(
         return evaluate_only(config, plan, dataset, weights) if group.is_rank_0 else None
     run = run_dir(config.name)
     with ExitStack() as held:
-        mark = group.run_on_rank0(lambda: take(config, run, held))
+        mark = group.run_on_rank0(lambda: acquire_run_lock(config, run, held))
         describe_plan(config, plan, place.name)
-        found, changed = group.run_on_rank0(lambda: begin(config, dataset, run, allow))
+        found, changed = group.run_on_rank0(lambda: find_resume_point(config, dataset, run, allow))
         state = found[1] if found else TrainState()
         if state.stopped_early and (config.patience == 0 or state.evaluations_without_best < config.patience):
             state.stopped_early = False  # the patience was raised
@@ -125,9 +146,9 @@ def run_in(
                         initialise(model, config, weights)
                     if found:
                         restore_checkpoint(found[0], model, optimizer, state)
-                        check_is_this_runs(run, found[0], state.step, model, optimizer)
+                        verify_restored_state(run, found[0], state.step, model, optimizer)
 
-                fill(model, optimizer, plan, group, values)
+                init_on_all_ranks(model, optimizer, plan, group, values)
             if group.is_rank_0:
                 session = make_session(collect_provenance(device), plan, state.step, changed)
                 if found:
@@ -137,18 +158,18 @@ def run_in(
                 Sampler(config, model, dataset, run) if group.is_rank_0 and not plan.derived.shard else NoOp()
             )
             pretrained = config.init_from != "scratch"
-            ways = ways_down(config, shape, place)
+            ways = list_fallback_plans(config, shape, place)
             job = Job(
                 run, plan, model, optimizer, dataset, dataset.tokenizer, state, stop, sampler, pretrained, group, ways
             )
-            job.mark, job.check_dataset = mark, unchanged(dataset, run)
+            job.lock_mark, job.check_dataset = mark, make_dataset_check(dataset, run)
             try:
                 with stop.awaited(), translate_cuda_oom():
                     train_and_go_back(job)
             except torch.cuda.OutOfMemoryError as error:
-                raise out_of_memory(job.plan) from error
+                raise out_of_memory_error(job.plan) from error
             except (RuntimeError, MemoryError, OSError) as error:
-                if fault := machine_fault(error, job):
+                if fault := machine_error(error, job):
                     raise fault from error
                 raise
             state = job.state
@@ -173,12 +194,12 @@ def train_and_go_back(job: Job) -> None:
     while True:
         try:
             return train(job)
-        except HalfDoneStep:
-            back_to_last(job)
+        except UnfinishedStep:
+            restore_last_checkpoint(job)
             continue
-        except TooManyBad as trouble:
+        except TooManyBadSteps as trouble:
             found = trouble.with_traceback(None)  # which would hold on to the frame, and with it to what a step needs
-        go_back(job, found)
+        roll_back(job, found)
 
 
 def model_shape(config: Config, dataset: Dataset) -> tuple[Path | None, ModelShape]:
@@ -254,7 +275,7 @@ def saying_out_of_memory(plan: RunPlan) -> Iterator[None]:
         with translate_cuda_oom(), explain_host_oom("the network is made"):
             yield
     except torch.cuda.OutOfMemoryError as error:
-        raise out_of_memory(plan) from error
+        raise out_of_memory_error(plan) from error
 
 
 def evaluate_only(config: Config, plan: RunPlan, dataset: Dataset, weights: Path | None) -> None:
@@ -300,7 +321,7 @@ def look_back(config: Config, job: Job) -> None:
     """What the weights that `sample` takes write, before and after, and whether it is the training text by heart."""
     step = kept_step(job.run, job.state)
     load_weights(job.run / "checkpoints" / retention.checkpoint_name(step), job.model)
-    if job.pretrained and (columns := show_before_and_after(job.run, step)):
+    if job.started_from_weights and (columns := show_before_and_after(job.run, step)):
         log_line(columns)
     prompt, length = config.sample_prompt, config.sample_tokens
     try:

@@ -7,8 +7,8 @@ they come to is compared in memory with the digests in metrics.jsonl and with th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,11 @@ from gpt2box.config.schema import Config
 from gpt2box.config.validation import validate
 from gpt2box.data.dataset import Dataset, open_dataset
 from gpt2box.data.pretrained import load_initial_shape, pretrained_folder
-from gpt2box.distributed.group import NoOp, RankGroup
 from gpt2box.errors import Damaged
 from gpt2box.model.hf_weights import hf_state_dict
 from gpt2box.model.lora import lora_parameters
 from gpt2box.model.shape import ModelShape
-from gpt2box.optim.clipped_step import make_optimizer_step
 from gpt2box.optim.factory import make_optimizer
-from gpt2box.optim.loss_spikes import BadStepCounter
 from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.run_plan import RunPlan, make_run_plan
 from gpt2box.planner.search import list_execution_plans
@@ -41,15 +38,12 @@ from gpt2box.runs.manifest import describe_dataset, describe_weights, is_same_da
 from gpt2box.runs.sessions import make_session, session_differences
 from gpt2box.system.device import choose_compile, choose_device
 from gpt2box.system.provenance import collect_provenance
-from gpt2box.training.execution import place_of
-from gpt2box.training.model_setup import empty_model, through_compiler
-from gpt2box.training.oom_fallback import take_way
+from gpt2box.training.model_setup import empty_model
+from gpt2box.training.resolve import detect_target_device
 from gpt2box.training.run import initialise, model_shape, set_arithmetic
-from gpt2box.training.trainer import Job, open_batches, take_step
+from gpt2box.training.step import StepExecutor
 from gpt2box.utils.paths import dataset_dir
 from gpt2box.utils.progress import log_line
-from gpt2box.utils.ranks import SINGLE_PROCESS
-from gpt2box.utils.signals import StopRequest
 from gpt2box.verify.verify_range import Stretch, command, stretch_of
 
 
@@ -99,15 +93,15 @@ def verify(run: Path, start_at: str | None, steps: int | None) -> Verdict:
         Damaged: the dataset, the first weights or the checkpoint are not what they were.
     """
     stretch = stretch_of(run, start_at, steps)
-    job, ways, now = job_of(stretch)
+    executor, executions, now = load_steps(stretch)
     verdict = Verdict(run.name, stretch.start, stretch.start, same_up_to=stretch.start)
     verdict.environment = session_differences(stretch.session, now)
-    for step in again(job, ways, stretch.end):
+    for step in again(executor, executions, stretch.end):
         if step not in stretch.steps:
             continue
-        differing = stretch.digests.get(step) not in (None, fingerprint_run_state(job.model, job.optimizer))
+        differing = stretch.digests.get(step) not in (None, fingerprint_run_state(executor.model, executor.optimizer))
         if step in stretch.checkpoints:
-            verdict.tensor, verdict.amount = first_difference(job, stretch.checkpoints[step])
+            verdict.tensor, verdict.amount = first_difference(executor, stretch.checkpoints[step])
         verdict.compared.append(step)
         verdict.end = step
         if verdict.same and (differing or verdict.tensor):
@@ -132,7 +126,7 @@ def with_as_many_threads(stretch: Stretch, now: dict[str, Any]) -> str:
     return f"OMP_NUM_THREADS={threads} {command(stretch.run, stretch.start, stretch.end)}"
 
 
-def job_of(stretch: Stretch) -> tuple[Job, dict[int, ExecutionPlan], dict[str, Any]]:
+def load_steps(stretch: Stretch) -> tuple[StepExecutor, dict[int, ExecutionPlan], dict[str, Any]]:
     """What the loop works on, as it was at the beginning of the stretch; the ways in which it goes on, by the step from
     which on; and the session that this is now.
 
@@ -155,7 +149,7 @@ def job_of(stretch: Stretch) -> tuple[Job, dict[int, ExecutionPlan], dict[str, A
     if weights:
         shape = load_initial_shape(config, weights, dataset.tokenizer)
     plan, device = plan_of(config, shape, dataset)
-    place = place_of(device, config.dtype, plan.execution.compile)
+    place = detect_target_device(device, config.dtype, plan.execution.compile)
     ways = {step: list_execution_plans(with_way(stretch, way), shape, place)[0] for step, way in stretch.ways.items()}
     folder = run / "checkpoints" / checkpoint_name(start)
     state = load_verified_state(folder) if start else TrainState()
@@ -168,9 +162,11 @@ def job_of(stretch: Stretch) -> tuple[Job, dict[int, ExecutionPlan], dict[str, A
         initialise(model, config, weights)
     if start:
         restore_checkpoint(folder, model, optimizer, state)
-    alone, quiet = RankGroup(SINGLE_PROCESS), NoOp()
-    job = Job(run, plan, model, optimizer, dataset, dataset.tokenizer, state, StopRequest(), quiet, False, alone, [])
-    return job, ways, make_session(collect_provenance(device), plan, start, {})
+    return (
+        StepExecutor(plan, model, optimizer, dataset, state),
+        ways,
+        make_session(collect_provenance(device), plan, start, {}),
+    )
 
 
 def with_way(stretch: Stretch, way: dict[str, Any]) -> Config:
@@ -199,45 +195,37 @@ def plan_of(config: Config, shape: ModelShape, dataset: Dataset) -> tuple[RunPla
     compiled, note = choose_compile(config.compile if config.may_compile else False, device)
     if note:
         log_line(f"note: {note}")
-    way = list_execution_plans(config, shape, place_of(device, config.dtype, compiled))[0]
+    way = list_execution_plans(config, shape, detect_target_device(device, config.dtype, compiled))[0]
     return make_run_plan(config, shape, dataset.tokens("train"), str(device), config.dtype, way), device
 
 
-def again(job: Job, ways: dict[int, ExecutionPlan], last: int) -> Iterator[int]:
-    """Do the steps up to `last`, each in the way that it was done in; yields the number of each when it is done."""
-    forward = through_compiler(job.model) if job.plan.execution.compile else job.model
-    update = make_optimizer_step(
-        job.optimizer, job.plan, BadStepCounter.from_plan(job.plan, job.state.bad_steps, job.state.recent_losses)
-    )
-    job.model.train()
-    turns = {rollback.step for rollback in job.state.rollbacks} | ways.keys()  # data were passed over, or another way
-    with ExitStack() as stack:
-        stack.callback(lambda: update.close())
-        for end in [*sorted(step for step in turns if job.state.step < step < last), last]:
-            with closing(open_batches(job)) as batches:
-                while job.state.step < end:
-                    take_step(job, forward, batches, update)
-                    job.state.step += 1
-                    yield job.state.step
-            if end in ways and end < last:
-                log_line(f"  after step {end:,} with {ways[end].describe()}, as then")
-                take_way(job, ways[end])
-                update.close()
-                update = make_optimizer_step(job.optimizer, job.plan, update.bad_steps)
+def again(executor: StepExecutor, executions: dict[int, ExecutionPlan], last: int) -> Iterator[int]:
+    """Repeat the steps up to `last`, each with the execution plan it was taken with; yield the number of each."""
+    executor.model.train()
+    # At these steps the run skipped data, or changed its execution plan.
+    breaks = {rollback.step for rollback in executor.state.rollbacks} | executions.keys()
+    with closing(executor):
+        for end in [*sorted(step for step in breaks if executor.state.step < step < last), last]:
+            while executor.state.step < end:
+                executor.take()
+                yield executor.state.step
+            if end in executions and end < last:
+                log_line(f"  after step {end:,} with {executions[end].describe()}, as then")
+            executor.use_plan(replace(executor.plan, execution=executions.get(end, executor.plan.execution)))
 
 
-def first_difference(job: Job, folder: Path) -> tuple[str, str]:
+def first_difference(executor: StepExecutor, folder: Path) -> tuple[str, str]:
     """The first tensor of a checkpoint that is not in the same bits now, in the model's order, and by how much.
 
     Raises:
         Damaged: the checkpoint is not what was written.
     """
     state = load_verified_state(folder)
-    files: list[tuple[str, dict[str, Tensor]]] = [("model.safetensors", hf_state_dict(job.model))]
-    if trained := lora_parameters(job.model):
+    files: list[tuple[str, dict[str, Tensor]]] = [("model.safetensors", hf_state_dict(executor.model))]
+    if trained := lora_parameters(executor.model):
         files.append((ADAPTERS_FILE, {name: parameter.detach() for name, parameter in trained.items()}))
     if state.optimizer_steps:
-        files.append(("optimizer.safetensors", dict(optimizer_tensors(job.model, job.optimizer))))
+        files.append(("optimizer.safetensors", dict(optimizer_tensors(executor.model, executor.optimizer))))
     for name, tensors in files:
         try:
             with safe_open(folder / name, framework="pt") as stored:

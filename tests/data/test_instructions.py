@@ -21,7 +21,7 @@ from gpt2box.data.prepare_config import PrepareConfig
 from gpt2box.data.tokenizer import Gpt2Tokenizer
 from gpt2box.distributed.group import RankGroup
 from gpt2box.errors import BadInput, Damaged
-from gpt2box.training.trainer import target_shares
+from gpt2box.training.step import target_shares
 from gpt2box.utils.ranks import SINGLE_PROCESS
 from tests.helpers.commands import Command
 from tests.helpers.models import tiny_model

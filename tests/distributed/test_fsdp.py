@@ -19,7 +19,7 @@ from gpt2box.model.shape import ModelShape
 from gpt2box.planner.search import choose_execution_plan
 from gpt2box.planner.search import list_execution_plans as ways
 from gpt2box.planner.target_device import TargetDevice
-from gpt2box.training.execution import check_split
+from gpt2box.training.resolve import check_sharding_support
 from tests.helpers.settings import ROOT, TINY, options
 from tests.helpers.torchrun import LONG, SAME, assert_same, rank_of, rows, train_on_two, two_ranks
 from tests.helpers.training import train, wait_for
@@ -134,11 +134,11 @@ def test_settings_that_cannot_be_sharded_are_refused(monkeypatch: pytest.MonkeyP
     shape = ModelShape(2, 2, 64, 32, 65)
     with pytest.raises(MachineCannot, match=r"shard true with PyTorch 2\.4\.1"), monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.4.1")
-        check_split(config, shape, 2)
+        check_sharding_support(config, shape, 2)
     if torch.__version__ >= "2.6":
-        check_split(config, shape, 2)
+        check_sharding_support(config, shape, 2)
         with pytest.raises(BadInput, match="optimizer_states int8 with 3 ranks"):
-            check_split(config, shape, 3)
+            check_sharding_support(config, shape, 3)
 
 
 def test_gpt2_xl_fits_four_small_gpus_when_sharded() -> None:

@@ -19,7 +19,7 @@ from gpt2box.optim.factory import make_optimizer
 from gpt2box.planner.memory import GIB
 from gpt2box.runs import metrics
 from gpt2box.training.evaluate import autocast
-from gpt2box.training.model_setup import empty_model, through_compiler
+from gpt2box.training.model_setup import compile_model, empty_model
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
 from tests.helpers.commands import Command
@@ -78,7 +78,7 @@ def test_planned_memory_is_what_the_card_gives(
     model = empty_model(plan)
     model.init_weights(0)
     model.train()
-    forward = through_compiler(model) if compiled else model
+    forward = compile_model(model) if compiled else model
     update = make_optimizer_step(make_optimizer(model, plan), plan)
     for step in range(2):
         loss = torch.zeros((), device="cuda")

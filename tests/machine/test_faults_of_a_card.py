@@ -11,7 +11,7 @@ import torch
 
 from gpt2box.errors import TryAgain
 from gpt2box.system.device import choose_device, translate_cuda_oom
-from gpt2box.training.rollback import machine_fault
+from gpt2box.training.rollback import machine_error
 
 ASYNC = """
 CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
@@ -22,7 +22,7 @@ ADVICE = ASYNC + "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assert
 
 def fault_of(text: str, folder: Path) -> object:
     job: Any = SimpleNamespace(run=folder, state=SimpleNamespace(step=4))
-    return machine_fault(RuntimeError(text), job)
+    return machine_error(RuntimeError(text), job)
 
 
 @pytest.mark.parametrize("tail", [ASYNC, ADVICE])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.shape import ModelShape
-from gpt2box.training.model_setup import through_compiler
+from gpt2box.training.model_setup import compile_model
 
 # More rows than the loss takes at a time (VOCAB_CHUNK), so that it forms the embedding's gradient in two parts.
 SHAPE = ModelShape(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=17_000)
@@ -41,7 +41,7 @@ def test_compiled_step_equals_eager_step_over_several_loss_chunks(mode: str, dty
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, SHAPE.vocab_size, (micro_batch_size, SHAPE.block_size + 1), generator=generator)
     loss, expected = loss_and_gradients(model, model, ids, dtype)
-    compiled_loss, gradients = loss_and_gradients(through_compiler(model), model, ids, dtype)
+    compiled_loss, gradients = loss_and_gradients(compile_model(model), model, ids, dtype)
     rounding = 2**-7 if dtype == torch.bfloat16 else 1e-5  # two units of bfloat16's last place
     assert abs(compiled_loss - loss) <= rounding
     assert gradients.keys() == expected.keys() == dict(model.named_parameters()).keys()

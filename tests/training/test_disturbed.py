@@ -14,7 +14,7 @@ from gpt2box.data.dataloader import TrainWindows, micro_batches
 from gpt2box.data.dataset import open_dataset
 from gpt2box.data.downloads import sha256_of
 from gpt2box.errors import Damaged
-from gpt2box.training.resume import unchanged
+from gpt2box.training.resume import make_dataset_check
 from gpt2box.utils.files import file_lock
 from tests.helpers.training import process, train, wait_for
 
@@ -57,7 +57,7 @@ def test_a_dataset_that_is_another_by_now_ends_the_run(volumes: Path, what: str)
 
 def test_a_dataset_that_was_only_touched_is_the_same(volumes: Path) -> None:
     dataset = open_dataset(volumes / "data/text")
-    check = unchanged(dataset, volumes / "runs/run")
+    check = make_dataset_check(dataset, volumes / "runs/run")
     os.utime(volumes / "data/text/train.bin")
     check()
     (volumes / "data/text/train.bin").write_bytes(b"\0" * (volumes / "data/text/train.bin").stat().st_size)
@@ -71,7 +71,7 @@ def test_nanogpts_dataset_that_was_only_touched_is_the_same(volumes: Path) -> No
     for name in ("train.bin", "val.bin"):
         shutil.copy(volumes / "data/text" / name, folder)
     train("run", dataset="nano", max_steps=5)
-    check = unchanged(open_dataset(folder), volumes / "runs/run")
+    check = make_dataset_check(open_dataset(folder), volumes / "runs/run")
     os.utime(folder / "train.bin", (1, 1))
     check()
     (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[::-1])

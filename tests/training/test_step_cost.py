@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,18 +17,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2box.checkpoint.metadata import TrainState
-from gpt2box.distributed.group import RankGroup
 from gpt2box.model.gpt2 import GPT2
 from gpt2box.model.lora import add_adapters
 from gpt2box.model.shape import ModelShape
-from gpt2box.optim.clipped_step import make_optimizer_step
 from gpt2box.optim.factory import make_optimizer
 from gpt2box.planner.memory import max_evaluation_batch
 from gpt2box.training.evaluate import autocast
 from gpt2box.training.model_setup import configure
-from gpt2box.training.trainer import Job, take_step
-from gpt2box.utils.ranks import SINGLE_PROCESS
-from gpt2box.utils.signals import StopRequest
+from gpt2box.training.step import StepExecutor
 from tests.helpers.memory_simulator import Recorder, cuda_rules
 from tests.helpers.plans import planned, shape_of
 
@@ -126,25 +121,21 @@ def step_cost(
         configure(model, plan)
         optimizer = make_optimizer(model, plan)
         dataset: Any = SimpleNamespace(masked=False)
-        nothing: Any = None
-        alone, quiet = RankGroup(SINGLE_PROCESS), lambda *_: None
-        job = Job(
-            Path(), plan, model, optimizer, dataset, nothing, TrainState(), StopRequest(), quiet, False, alone, []
-        )
-        update = make_optimizer_step(optimizer, plan)
+        steps = StepExecutor(plan, model, optimizer, dataset, TrainState())
 
         def batches() -> Any:
             while True:
                 yield torch.zeros((4, SHAPE.block_size + 1), dtype=torch.int32)
 
-        source = batches()
-        take_step(job, model, source, update)
-        job.state.step += 1
+        steps.batches = batches()
+        steps.take()
         with Launches() as launches, Reads() as reads:
-            loss, _, norm = take_step(job, model, source, update)
+            result = steps.take()
         launches.waits += reads.found
         assert reads.moves == micro_steps  # each batch, to the device
-        assert isinstance(loss, Tensor) and isinstance(norm, Tensor)  # the loop reads them when it logs, not before
+        assert isinstance(result.loss, Tensor) and isinstance(
+            result.grad_norm, Tensor
+        )  # the loop reads them when it logs, not before
     return launches
 
 

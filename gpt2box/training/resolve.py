@@ -23,7 +23,7 @@ from gpt2box.utils.paths import checkpoint_step, list_checkpoints, run_dir
 from gpt2box.utils.ranks import RankInfo, rank_info
 
 
-def place_of(device: torch.device, dtype: str, compiled: bool) -> TargetDevice:
+def detect_target_device(device: torch.device, dtype: str, compiled: bool) -> TargetDevice:
     """The device, with what is free there now."""
     card = find_gpu(str(device))
     if device.type == "cuda":
@@ -37,16 +37,18 @@ def place_of(device: torch.device, dtype: str, compiled: bool) -> TargetDevice:
     return TargetDevice(describe_device(device), free, kind, dtype, device.type == "cuda", compiled, name)
 
 
-def place_for(config: Config, shape: ModelShape, device: torch.device, dtype: str, compiled: bool) -> TargetDevice:
+def target_device_for_run(
+    config: Config, shape: ModelShape, device: torch.device, dtype: str, compiled: bool
+) -> TargetDevice:
     """The same for a run, with what was measured there. A run that began with the default stays compiled, or not."""
-    place = place_of(device, dtype, compiled)
+    place = detect_target_device(device, dtype, compiled)
     known = apply_bench_records(place, config, shape, can_compile=choose_compile(True, device)[0])
     if read_plan(run_dir(config.name)).get("compile") == compiled:
         return replace(known, compiled=compiled)
     return known
 
 
-def shared(places: list[TargetDevice]) -> TargetDevice:
+def weakest_device(places: list[TargetDevice]) -> TargetDevice:
     """Of several ranks' places the least: each rank does the same, and all wait for the slowest."""
     free = min(place.free_bytes for place in places)
     kinds = [place.spec for place in places]
@@ -59,7 +61,7 @@ def shared(places: list[TargetDevice]) -> TargetDevice:
     return TargetDevice(name, free, slowest, dtype, on_gpu, compiled, places[0].bench_name, measured, len(places))
 
 
-def check_split(config: Config, shape: ModelShape, count: int) -> None:
+def check_sharding_support(config: Config, shape: ModelShape, count: int) -> None:
     """Whether so many ranks can share the weights, where they are to.
 
     Raises:
@@ -77,40 +79,40 @@ def check_split(config: Config, shape: ModelShape, count: int) -> None:
     check_sharding(config, shape, count)
 
 
-def device_of(wanted: str, own: RankInfo) -> str:
+def rank_device(wanted: str, own: RankInfo) -> str:
     """Of several ranks, each takes its own card; `wanted` is what the settings say."""
     if own.world_size == 1 or wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return wanted
     return f"cuda:{own.local_rank}"
 
 
-def choose_way(config: Config, shape: ModelShape, place: TargetDevice) -> ExecutionPlan:
+def choose_execution(config: Config, shape: ModelShape, place: TargetDevice) -> ExecutionPlan:
     """Micro-batch and recompute: those the run had before, where they still fit, else the fastest that fits.
 
     Raises:
         MachineCannot: nothing that the settings leave open fits into the memory that is free now.
     """
     found = list_execution_plans(config, shape, place)
-    if config.eval_only or not steps_remain(config):
+    if config.eval_only or not has_steps_left(config):
         return found[0]  # nothing is trained
-    before = recorded_way(run_dir(config.name))
+    before = recorded_execution(run_dir(config.name))
     found.sort(key=lambda option: (option.micro_batch_size, option.activation_checkpointing) != before)
     return choose_execution_plan(found, config, shape, place)
 
 
-def ways_down(config: Config, shape: ModelShape, place: TargetDevice) -> list[ExecutionPlan]:
+def list_fallback_plans(config: Config, shape: ModelShape, place: TargetDevice) -> list[ExecutionPlan]:
     """All ways to do the steps, for when memory runs out, the fixed settings' own as well."""
     open_ = config.model_copy(update={"micro_batch_size": "auto", "activation_checkpointing": "auto"})
     return list_execution_plans(open_, shape, place)
 
 
-def steps_remain(config: Config) -> bool:
+def has_steps_left(config: Config) -> bool:
     """Whether the run has steps left to do, as far as its newest checkpoint's name tells."""
     done = list_checkpoints(run_dir(config.name) / "checkpoints")
     return not done or checkpoint_step(done[-1]) < config.max_steps
 
 
-def recorded_way(run: Path) -> tuple[int, str] | None:
+def recorded_execution(run: Path) -> tuple[int, str] | None:
     """Micro-batch and recompute in a run's plan.json."""
     content = read_plan(run)
     if not {"micro_batch_size", "activation_checkpointing"} <= content.keys():
