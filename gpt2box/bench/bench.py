@@ -25,9 +25,8 @@ from gpt2box.planner.target_device import TargetDevice, apply_bench_records
 from gpt2box.preflight.preflight import check_gpu
 from gpt2box.preflight.requirements import has_dataset
 from gpt2box.system import host
-from gpt2box.system.device import choose_compile, choose_device, choose_dtype, peak_memory_bytes
-from gpt2box.training.resolve import detect_target_device
-from gpt2box.training.run import set_arithmetic
+from gpt2box.system.device import choose_compile, peak_memory_bytes
+from gpt2box.training.resolve import detect_target_device, resolve_device, set_arithmetic
 from gpt2box.utils.paths import bench_file, dataset_dir, display_path, ensure_writable, runs_dir
 from gpt2box.utils.progress import format_bytes, log_line
 
@@ -111,11 +110,7 @@ def say_load() -> None:
 
 def look(config: Config) -> Task:
     """What training would look at first."""
-    device = choose_device(config.device)
-    compiled, note = choose_compile(config.compile if config.may_compile else False, device)
-    if note:
-        log_line(f"note: {note}")
-    dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
+    device, dtype, compiled = resolve_device(config)
     can_compile = config.may_compile and choose_compile(True, device)[0]
     return Task(config, resolve_model_shape(config), detect_target_device(device, dtype, compiled), device, can_compile)
 

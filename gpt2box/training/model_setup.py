@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from gpt2box.checkpoint.metadata import verify_model_files
+from gpt2box.config.schema import Config
+from gpt2box.data.pretrained import load_shape
 from gpt2box.distributed import fsdp
 from gpt2box.distributed.group import RankGroup
 from gpt2box.model.gpt2 import GPT2
+from gpt2box.model.hf_weights import load_hf_weights
 from gpt2box.model.lora import add_adapters
 from gpt2box.optim.factory import Optimizer, make_optimizer
 from gpt2box.planner.run_plan import RunPlan
@@ -96,3 +101,12 @@ def init_on_all_ranks(
 
     group.run_on_rank0(make_whole)
     fsdp.scatter_from_rank0(model, optimizer, whole_ones[0] if whole_ones else None)
+
+
+def init_weights(model: GPT2, config: Config, weights: Path | None) -> None:
+    """Load the weights of a folder, or draw random ones from the seed."""
+    if weights:
+        verify_model_files(weights)
+        load_hf_weights(model, weights, rows=load_shape(weights).vocab_size)
+    else:
+        model.init_weights(config.seed)

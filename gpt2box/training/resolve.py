@@ -1,26 +1,102 @@
-"""A run's micro-batch and recompute on the device that is here, with the memory that is free now."""
+"""From settings to a plan: device, dtype, model shape and execution plan. Used by train, bench and verify."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from gpt2box.checkpoint import retention
 from gpt2box.config.schema import Config
+from gpt2box.config.validation import check_ranks
+from gpt2box.data.dataset import Dataset
+from gpt2box.data.pretrained import load_initial_shape, load_shape, pretrained_folder
+from gpt2box.distributed.group import RankGroup
 from gpt2box.errors import MachineCannot
 from gpt2box.model.shape import ModelShape
 from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.gpu_specs import gpu_spec_of_device
 from gpt2box.planner.memory import CUDA_CONTEXT_BYTES
+from gpt2box.planner.run_plan import RunPlan, make_run_plan
 from gpt2box.planner.search import check_sharding, choose_execution_plan, list_execution_plans
 from gpt2box.planner.target_device import TargetDevice, apply_bench_records
+from gpt2box.preflight.preflight import check_gpu
+from gpt2box.runs import wandb
 from gpt2box.runs.plan_file import read_plan
-from gpt2box.system.device import choose_compile, describe_device
+from gpt2box.system.determinism import enable_determinism
+from gpt2box.system.device import choose_compile, choose_device, choose_dtype, describe_device
 from gpt2box.system.gpu import find_gpu
 from gpt2box.system.host import cpu_name, memory_bytes
+from gpt2box.training.resume import load_or_prepare_dataset
 from gpt2box.utils.paths import checkpoint_step, list_checkpoints, run_dir
+from gpt2box.utils.progress import log_line
 from gpt2box.utils.ranks import RankInfo, rank_info
+
+
+class ResolvedDevice(NamedTuple):
+    """What the settings and the machine agree on."""
+
+    device: torch.device
+    dtype: str  # of matrix products
+    compile: bool
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """Everything about a run that is known before its folder is opened."""
+
+    config: Config
+    dataset: Dataset
+    weights: Path | None  # the folder to start from, if any
+    device: torch.device
+    target: TargetDevice
+    plan: RunPlan
+
+
+def resolve(config: Config, group: RankGroup, text: Path | None = None, notes: Sequence[str] = ()) -> ResolvedRun:
+    """Resolve settings to dataset, device, model shape and plan, the same on all ranks.
+
+    `text`: the file that the dataset is prepared from if it does not exist. `notes`: printed once the dataset is there.
+
+    Raises:
+        BadInput: settings, weights and dataset do not fit.
+        MachineCannot: the device is missing, or nothing fits into its memory.
+    """
+    ranks = group.ranks
+    group.run_on_rank0(lambda: check_ranks(config, ranks.world_size))
+    wanted = rank_device(config.device, ranks)
+    check_gpu(wanted)
+    group.run_on_rank0(lambda: wandb.check_available(config.wandb))
+    dataset = load_or_prepare_dataset(config, text, group)
+    for line in notes:
+        log_line(f"note: {line}")
+    device, dtype, compiled = resolve_device(config, wanted)
+    weights, shape = group.run_on_rank0(lambda: resolve_shape(config, dataset))
+    group.run_on_rank0(lambda: check_sharding_support(config, shape, ranks.world_size))
+    target = weakest_device(group.all_gather(target_device_for_run(config, shape, device, dtype, compiled)))
+    if device.index:
+        torch.cuda.set_device(device)  # otherwise this process also holds some of GPU 0's memory
+    execution = group.run_on_rank0(lambda: choose_execution(config, shape, target))
+    peak = target.spec.bf16_tflops if target.spec and target.on_gpu and target.dtype == "bfloat16" else 0.0
+    plan = make_run_plan(config, shape, dataset.tokens("train"), str(device), target.dtype, execution, peak)
+    set_arithmetic(plan)
+    return ResolvedRun(config, dataset, weights, device, target, plan)
+
+
+def resolve_device(config: Config, wanted: str | None = None) -> ResolvedDevice:
+    """Choose the device, the dtype of products, and whether to compile. `wanted`: in place of config.device.
+
+    Raises:
+        MachineCannot: no such device, or it cannot do what the settings ask for.
+    """
+    device = choose_device(wanted or config.device)
+    compiled, note = choose_compile(config.compile if config.may_compile else False, device)
+    if note:
+        log_line(f"note: {note}")
+    return ResolvedDevice(device, str(choose_dtype(config.dtype, device)).removeprefix("torch."), compiled)
 
 
 def detect_target_device(device: torch.device, dtype: str, compiled: bool) -> TargetDevice:
@@ -118,3 +194,29 @@ def recorded_execution(run: Path) -> tuple[int, str] | None:
     if not {"micro_batch_size", "activation_checkpointing"} <= content.keys():
         return None
     return content["micro_batch_size"], content["activation_checkpointing"]
+
+
+def resolve_shape(config: Config, dataset: Dataset) -> tuple[Path | None, ModelShape]:
+    """Return the folder of the weights to start from, if any, and the model's shape.
+
+    Raises:
+        BadInput: the settings and the weights, or the weights and the dataset, do not fit.
+    """
+    if config.init_from == "scratch":
+        shape = ModelShape(
+            **config.shape(), block_size=config.block_size, vocab_size=dataset.tokenizer.vocab_size, bias=config.bias
+        )
+        return None, shape
+    begun = retention.find_intact_config(run_dir(config.name) / "checkpoints")
+    if begun and not config.eval_only and not config.lora_rank:  # resuming: the first weights may be gone
+        return None, load_shape(begun)
+    folder = pretrained_folder(config.init_from)
+    return folder, load_initial_shape(config, folder, dataset.tokenizer)
+
+
+def set_arithmetic(plan: RunPlan) -> None:
+    """Set determinism and TF32 for this process, before its first product."""
+    if plan.derived.deterministic:
+        enable_determinism(plan.execution.compile)
+    if not plan.derived.device.startswith("cpu"):
+        torch.set_float32_matmul_precision("high")  # TF32 for float32 products

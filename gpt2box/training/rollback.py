@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from gpt2box.checkpoint import retention
 from gpt2box.checkpoint.loader import restore_checkpoint
@@ -15,7 +19,8 @@ from gpt2box.optim.factory import Optimizer
 from gpt2box.optim.loss_spikes import MAX_CONSECUTIVE_BAD_STEPS
 from gpt2box.planner.run_plan import RunPlan
 from gpt2box.runs.formatting import skip_reason
-from gpt2box.system.host import is_host_oom
+from gpt2box.system.device import translate_cuda_oom
+from gpt2box.system.host import explain_host_oom, is_host_oom
 from gpt2box.training.model_setup import init_on_all_ranks
 from gpt2box.utils.files import check_lock_token
 from gpt2box.utils.paths import checkpoint_step, display_path, list_checkpoints
@@ -207,3 +212,13 @@ def machine_error(error: BaseException, job: Job) -> Gpt2boxError | None:
             f"the same command goes on {resumes}; if it comes again: a reboot, then power, heat, memory of the card",
         )
     return None
+
+
+@contextmanager
+def reporting_oom(plan: RunPlan) -> Iterator[None]:
+    """Report an out-of-memory error while the model is built: there is no fallback then."""
+    try:
+        with translate_cuda_oom(), explain_host_oom("the network is made"):
+            yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise out_of_memory_error(plan) from error

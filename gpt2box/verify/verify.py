@@ -36,11 +36,9 @@ from gpt2box.planner.search import list_execution_plans
 from gpt2box.preflight.preflight import check_gpu
 from gpt2box.runs.manifest import describe_dataset, describe_weights, is_same_dataset, read_manifest
 from gpt2box.runs.sessions import make_session, session_differences
-from gpt2box.system.device import choose_compile, choose_device
 from gpt2box.system.provenance import collect_provenance
-from gpt2box.training.model_setup import empty_model
-from gpt2box.training.resolve import detect_target_device
-from gpt2box.training.run import initialise, model_shape, set_arithmetic
+from gpt2box.training.model_setup import empty_model, init_weights
+from gpt2box.training.resolve import detect_target_device, resolve_device, resolve_shape, set_arithmetic
 from gpt2box.training.step import StepExecutor
 from gpt2box.utils.paths import dataset_dir
 from gpt2box.utils.progress import log_line
@@ -145,7 +143,7 @@ def load_steps(stretch: Stretch) -> tuple[StepExecutor, dict[int, ExecutionPlan]
     weights = (
         first_weights(config, manifest) if config.init_from != "scratch" and (start == 0 or config.lora_rank) else None
     )
-    shape = model_shape(config, dataset)[1]
+    shape = resolve_shape(config, dataset)[1]
     if weights:
         shape = load_initial_shape(config, weights, dataset.tokenizer)
     plan, device = plan_of(config, shape, dataset)
@@ -159,7 +157,7 @@ def load_steps(stretch: Stretch) -> tuple[StepExecutor, dict[int, ExecutionPlan]
     model = empty_model(plan)
     optimizer = make_optimizer(model, plan)
     if start == 0 or plan.config.lora_rank:
-        initialise(model, config, weights)
+        init_weights(model, config, weights)
     if start:
         restore_checkpoint(folder, model, optimizer, state)
     return (
@@ -191,10 +189,7 @@ def first_weights(config: Config, manifest: dict[str, Any]) -> Path:
 
 def plan_of(config: Config, shape: ModelShape, dataset: Dataset) -> tuple[RunPlan, torch.device]:
     """The plan in the way that was chosen then, on the device that is here."""
-    device = choose_device(config.device)
-    compiled, note = choose_compile(config.compile if config.may_compile else False, device)
-    if note:
-        log_line(f"note: {note}")
+    device, _, compiled = resolve_device(config)
     way = list_execution_plans(config, shape, detect_target_device(device, config.dtype, compiled))[0]
     return make_run_plan(config, shape, dataset.tokens("train"), str(device), config.dtype, way), device
 
