@@ -61,7 +61,9 @@ _main() {
         if is_other_program "$1"; then
             exec "$@"
         fi
-        asks_for_help "$@" || check_volumes
+        # These write to several volumes: name all that are unwritable at once. Others report what they need themselves,
+        # and preflight's report covers the volumes.
+        case $1 in train | prepare | fetch) asks_for_help "$@" || check_volumes ;; esac
         ;;
     esac
     exec python -m gpt2box "$@"

@@ -95,12 +95,14 @@ def test_entrypoint_refuses_a_volume_of_another_user(run_with_volume: Run) -> No
     ("mount_options", "arguments"),
     [
         ("mode=755,uid=4321", "prepare shakespeare"),
-        ("mode=755,ro", "sample"),
+        ("mode=755,ro", "prepare shakespeare"),
+        ("mode=755", "sample"),  # reads only
+        ("mode=755", "preflight"),  # reports on the volumes itself
         ("mode=755", "prepare --help"),
         ("mode=755", "--version"),
     ],
 )
-def test_entrypoint_accepts_writable_and_read_only_volumes_and_help(
+def test_entrypoint_leaves_other_volumes_and_commands_to_python(
     run_with_volume: Run, mount_options: str, arguments: str
 ) -> None:
     done = run_with_volume(mount_options, *arguments.split())
