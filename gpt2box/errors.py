@@ -4,8 +4,6 @@ Everything a user can run into on a healthy installation is raised as one of the
 without a traceback (cli.py). Any other exception is a bug.
 """
 
-from __future__ import annotations
-
 import re
 
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # also: order of writing

@@ -5,8 +5,6 @@ save is in flight: the next waits for it, so that no checkpoint is dropped and t
 can do. If the host has no memory for the copy, training waits for the whole save, and a line says so.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Fingerprints of weights and optimizer state: they tell if two runs, or two attempts at one, are bit-identical."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Loading of a checkpoint into an existing model and optimizer, one tensor at a time."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

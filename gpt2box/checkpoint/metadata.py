@@ -1,7 +1,5 @@
 """state.json of a checkpoint: the training state besides tensors, and size and sha256 of every other file."""
 
-from __future__ import annotations
-
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The checkpoints of a run: find the newest intact one, delete old ones, set the links `best` and `last`."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator, Sequence

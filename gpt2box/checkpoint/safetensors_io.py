@@ -9,8 +9,6 @@ several times faster than the package's memory mapping, which takes a page fault
     data      row-major, without gaps
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -5,8 +5,6 @@ size and sha256 of every other file, so a folder damaged by a crash or a bad dis
 async_writer.py saves without stopping the training.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

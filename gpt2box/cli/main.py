@@ -4,8 +4,6 @@ Only click and errors are imported at the top, so that --help answers at once; e
 what it needs.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import signal

@@ -3,8 +3,6 @@
 Heavy imports stay inside the commands, so that `gpt2box --help` is fast.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Kinds of options for the command line: ranges, and one option for each setting."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import click

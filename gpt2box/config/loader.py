@@ -1,7 +1,5 @@
 """Load settings: defaults, then a config file, then flags; the later ones win."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import re

@@ -4,8 +4,6 @@ A config file's plain assignments are parsed, never executed. Every setting of n
 or reported as ignored; nothing is dropped silently.
 """
 
-from __future__ import annotations
-
 import ast
 import operator
 from collections.abc import Callable

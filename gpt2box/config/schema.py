@@ -4,8 +4,6 @@ loader.py reads them, validation.py checks them. Values that follow from the set
 are derived once, in planner/run_plan.py; no other code has defaults of its own.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 

@@ -1,7 +1,5 @@
 """Check all settings of a run, each by itself and together."""
 
-from __future__ import annotations
-
 import difflib
 import reprlib
 from typing import Any

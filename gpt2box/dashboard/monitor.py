@@ -1,7 +1,5 @@
 """`gpt2box monitor`: show GPUs and a run in a second terminal or container. It only reads."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterator

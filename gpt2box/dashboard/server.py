@@ -4,8 +4,6 @@ Access: on loopback, anyone on this machine whose Host header names it (against 
 another site could point a name of its own at 127.0.0.1); beyond loopback, whoever has the token.
 """
 
-from __future__ import annotations
-
 import hmac
 import ipaddress
 import re

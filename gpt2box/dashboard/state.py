@@ -3,8 +3,6 @@
 A page polls: it sends the versions that it has (`ClientState`) and receives what is new.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import OrderedDict

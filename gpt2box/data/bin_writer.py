@@ -5,8 +5,6 @@ nanoGPT's shuffled order: it appends each document to a bucket by its position i
 bucket in memory. progress.json records the durable file sizes; a resumed job truncates the files to them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -5,8 +5,6 @@ few thousand code points of recent scripts count as letters in one and not in th
 `UNSETTLED` goes to tiktoken. Where gigatoken is missing or fails its test at the start, everything does.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Open corpora too large for memory: OpenWebText, any dataset of the Hub, the user's files."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -8,8 +8,6 @@ over micro-steps and ranks does not change which they are.
     B  sequences in a micro-batch     T  block_size
 """
 
-from __future__ import annotations
-
 import hashlib
 import queue
 import threading

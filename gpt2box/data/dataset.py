@@ -1,8 +1,6 @@
 """Open a prepared dataset: train.bin and val.bin (raw little-endian uint16 ids, nanoGPT's format),
 dataset.json and the tokenizer's files."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Publish a dataset folder with one rename, and check it against its manifest."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

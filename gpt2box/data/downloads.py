@@ -4,8 +4,6 @@
 tries the public address, then the package index. The bytes of every source are verified before use.
 """
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import os

@@ -4,8 +4,6 @@ By the tokenizers library, which transformers encodes with, too. The files are k
 `AutoTokenizer` gives the same ids. GPT-2's own vocabulary, which many models share, stays with tokenizer.py.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

@@ -4,8 +4,6 @@ HF_ENDPOINT and HF_TOKEN are honoured as in the Hub's own tools. With HF_HUB_OFF
 used.
 """
 
-from __future__ import annotations
-
 import fcntl
 import http.client
 import json
@@ -55,10 +53,7 @@ OPENWEBTEXT = Pinned(
 )
 # Size and hash of the first of the 80 files; the others are queried from the Hub at that revision and cached.
 KNOWN_FILES = {
-    "train-00000-of-00080.parquet": (
-        302_848_326,
-        "caed9f4b7053d7cd4d1a13ce9ec9224d84a3bba1f11579193562a7e31ebe656e",
-    )
+    "train-00000-of-00080.parquet": (302_848_326, "caed9f4b7053d7cd4d1a13ce9ec9224d84a3bba1f11579193562a7e31ebe656e")
 }
 
 

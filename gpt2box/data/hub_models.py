@@ -1,7 +1,5 @@
 """Download models of GPT-2's architecture from the Hugging Face Hub: OWNER/NAME, or OWNER/NAME@REVISION."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ Each pair becomes a document: the prompt in `TEMPLATE`, the response, end of tex
 file, a byte a token: 1 where the token is part of a response (or ends it), and so a target that counts.
 """
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Prepare, summarize and verify datasets (`gpt2box prepare`)."""
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile

@@ -1,7 +1,5 @@
 """Define the choices of a prepare job, from the command line to the writer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Prepare a dataset from a corpus file by file; interrupted work resumes."""
 
-from __future__ import annotations
-
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

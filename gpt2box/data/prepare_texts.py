@@ -1,7 +1,5 @@
 """Prepare a dataset from texts in memory: split, tokenize, write."""
 
-from __future__ import annotations
-
 import os
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Locate pretrained weights: download, checksums, shape. Importable without torch."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Read documents from files: plain text, JSON lines, JSON, CSV, Parquet; also compressed. In the file's order."""
 
-from __future__ import annotations
-
 import bz2
 import codecs
 import csv

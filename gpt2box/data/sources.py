@@ -1,7 +1,5 @@
 """Find and load a dataset's sources: corpora known by name, and the user's texts."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Split a text into chunks, at places that no token of GPT-2's pattern crosses."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 

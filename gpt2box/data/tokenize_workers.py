@@ -3,8 +3,6 @@
 The bytes depend on the files and the choices alone, not on the number of workers or on interruptions.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import threading

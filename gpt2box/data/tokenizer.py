@@ -4,8 +4,6 @@ A tokenizer is kept as a folder of Hugging Face files, so that `AutoTokenizer` r
 folder that `load` reads. GPT-2's files are derived from the pinned ranks; no network is used.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

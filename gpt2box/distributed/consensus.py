@@ -1,7 +1,5 @@
 """Decisions that depend on signals and clocks, made by all ranks at the same step."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

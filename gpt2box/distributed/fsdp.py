@@ -5,8 +5,6 @@ freed after it; gradients are averaged over the ranks as they are made, each ran
 a DTensor; arithmetic that needs only this rank's rows runs on its `local_shard`. Unsharded tensors are accepted, too.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -7,8 +7,6 @@ results compare with published ones.
     LAMBADA     predict the last word of a passage; Paperno et al. 2016, in the form that OpenAI used for GPT-2
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re

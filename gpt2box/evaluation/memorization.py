@@ -1,7 +1,5 @@
 """Show what a run learned: samples before and after training, and how much of the training text it recites verbatim."""
 
-from __future__ import annotations
-
 import io
 import json
 from contextlib import closing

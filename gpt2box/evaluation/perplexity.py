@@ -6,8 +6,6 @@ as the context holds. Training reports the loss with a stride of one full contex
 more context.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 Every export is read back and compared with the model before it gets its final name.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from pathlib import Path

@@ -5,8 +5,6 @@ numbers of a row); biases, norms and position embeddings are always float32. The
 so it is stored once.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Write a model as a Hugging Face folder, without what only training needs."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Write the model card of an exported model: its size, training and use."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Read and write nanoGPT checkpoints (ckpt.pt)."""
 
-from __future__ import annotations
-
 import zipfile
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Write an export under a temporary name, verify it, and rename it to its final name only then."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

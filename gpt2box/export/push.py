@@ -3,8 +3,6 @@
 HF_ENDPOINT and HF_TOKEN work as in the Hub's own tools. The token is never shown.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import tempfile

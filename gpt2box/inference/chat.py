@@ -1,7 +1,5 @@
 """Continue texts interactively, line by line (`gpt2box sample --interactive`)."""
 
-from __future__ import annotations
-
 import sys
 from contextlib import suppress
 from dataclasses import fields, replace

@@ -1,7 +1,5 @@
 """Find a model by the name that the user gave, and load it with its tokenizer."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Write text samples from a model to standard output."""
 
-from __future__ import annotations
-
 import codecs
 import json
 import sys

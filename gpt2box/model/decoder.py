@@ -12,8 +12,6 @@ matrix-vector product reads its matrix. Measured on a CPU with AVX-512, one thre
     C  n_embd     H  heads     D  C / H     V  vocab_size
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ transposed (Hugging Face's Conv1D), the embedding has vocab_size rows and is als
 biases is stored with biases of zero, which is the same function; config.json records it for loading.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any

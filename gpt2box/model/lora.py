@@ -5,8 +5,6 @@ B starts at zero, so training starts from the unchanged weights. An adapter is t
 `linear` in selective_recompute.py adds; model.safetensors stores the weights with the adapters merged.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

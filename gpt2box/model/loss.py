@@ -6,8 +6,6 @@ chunk of tokens at a time, so that only a chunk's logits exist and no product is
 e.g. in Liger Kernel's fused linear cross-entropy.)
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Generation of text token by token, for one prompt or several at once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

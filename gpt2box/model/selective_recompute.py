@@ -6,8 +6,6 @@ anyway, and f(x), a norm or a GELU, is computed again. Under bfloat16 autocast a
 torch 2.4 has no public API for selective checkpointing.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The model's shape and the sizes that follow from it. Importable without torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

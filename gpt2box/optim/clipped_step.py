@@ -1,7 +1,5 @@
 """The optimizer step after the backward pass: gradient clipping, and no step from a non-finite or spiking loss."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The optimizer that the settings ask for: PyTorch's AdamW, LowMemoryAdamW or Muon."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -27,12 +25,7 @@ def make_optimizer(model: GPT2, plan: RunPlan) -> Optimizer:
     if config.optimizer == "muon":
         product_dtype = torch.bfloat16 if plan.derived.dtype == "bfloat16" else torch.float32
         return Muon(
-            muon_groups(model, plan),
-            config.learning_rate,
-            betas,
-            config.optimizer_states,
-            config.seed,
-            product_dtype,
+            muon_groups(model, plan), config.learning_rate, betas, config.optimizer_states, config.seed, product_dtype
         )
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]

@@ -1,7 +1,5 @@
 """The optimizer step inside the backward pass: each gradient is used and freed as soon as it exists."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

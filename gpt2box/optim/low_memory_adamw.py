@@ -4,8 +4,6 @@ Each is a setting of its own. 8-bit state and bfloat16 weights change the result
 (in_backward.py) does so if it accumulates or clips. docs/memory.md lists what each costs in loss.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from typing import Any

@@ -6,8 +6,6 @@ neuron, is then normalized by a running mean of its squares (NorMuon, Li et al. 
 state has one number per weight; AdamW's has two.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

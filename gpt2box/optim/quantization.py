@@ -6,8 +6,6 @@ correctly on average. torchao and bitsandbytes round to nearest, need a compiler
 of our software stacks.
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -1,7 +1,5 @@
 """The learning rate schedules."""
 
-from __future__ import annotations
-
 import math
 
 from gpt2box.planner.run_plan import RunPlan

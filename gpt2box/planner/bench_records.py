@@ -4,8 +4,6 @@ Planning prefers them to its own estimates. A record applies to one GPU (or CPU)
 and set of settings that affect a step's cost.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 from dataclasses import asdict, dataclass

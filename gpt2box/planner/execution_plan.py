@@ -1,7 +1,5 @@
 """How a device performs the optimizer step: the one thing that memory decides. Importable without torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from gpt2box.planner.memory import MemoryEstimate

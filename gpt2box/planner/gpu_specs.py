@@ -1,7 +1,5 @@
 """Data sheet figures of common GPUs, from NVIDIA's data sheets and architecture white papers."""
 
-from __future__ import annotations
-
 import difflib
 import re
 import textwrap

@@ -10,8 +10,6 @@ norms, GELU and low-precision copies of weights are computed twice and keeps the
 keeps was counted in the compiler's graphs (`COMPILED_COSTS`).
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 
 from gpt2box.model.shape import INT8_BLOCK_SIZE, ModelShape

@@ -1,7 +1,5 @@
 """The model shape that a run's settings lead to. Importable without torch."""
 
-from __future__ import annotations
-
 from gpt2box.config.schema import MODEL_SHAPES, Config
 from gpt2box.data.dataset import open_dataset
 from gpt2box.data.pretrained import load_shape, load_weights_tokenizer, pretrained_folder, resolve_shape

@@ -1,7 +1,5 @@
 """`gpt2box plan`: what fits a GPU, how fast, how long, and which other plans there are. Never imports torch."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Any

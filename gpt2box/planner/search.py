@@ -1,7 +1,5 @@
 """Find the fastest execution plan that fits into memory. `tokens_per_step` never changes. Importable without torch."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,11 +13,7 @@ from gpt2box.planner.execution_plan import ExecutionPlan
 from gpt2box.planner.gpu_specs import GPU_SPECS, GpuSpec
 from gpt2box.planner.memory import StepSettings, estimate_training_memory
 from gpt2box.planner.target_device import TargetDevice
-from gpt2box.planner.throughput import (
-    estimate_device_tokens_per_sec,
-    with_gradient_averaging,
-    with_weight_gathers,
-)
+from gpt2box.planner.throughput import estimate_device_tokens_per_sec, with_gradient_averaging, with_weight_gathers
 from gpt2box.utils.progress import format_bytes
 
 CHECKPOINTING_MODES = ("none", "selective", "full")  # of activations

@@ -1,7 +1,5 @@
 """The device that a plan is made for: one of this machine, or one that is only named. Importable without torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 
 from gpt2box.config.schema import Config

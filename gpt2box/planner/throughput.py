@@ -1,7 +1,5 @@
 """Estimate training speed from a GPU's data sheet: a roofline with a stated efficiency."""
 
-from __future__ import annotations
-
 from gpt2box.model.shape import ModelShape
 from gpt2box.planner.gpu_specs import GpuSpec
 from gpt2box.planner.memory import count_padded_parameters

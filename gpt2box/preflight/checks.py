@@ -1,7 +1,5 @@
 """From facts to findings: what is well, what is not, and what to do about it. No fact is gathered here."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """`gpt2box preflight`: gathers the facts, tries things out, and prints what is well and what is not."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import os

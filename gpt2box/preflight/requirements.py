@@ -1,7 +1,5 @@
 """Find and fetch what a training job needs: its dataset and the weights to start from."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 python -m gpt2box.preflight.smoke_test DEVICE COMPILE     one JSON object a line, each as soon as it is known
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`gpt2box runs --compare`: compare settings and results of runs, and draw their curves together."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -4,8 +4,6 @@
 draws the charts through web/page.js, which reads the curves from a block of JSON.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import html

@@ -1,7 +1,5 @@
 """Draw loss.png: the training and validation loss of a run."""
 
-from __future__ import annotations
-
 import io
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`gpt2box report`: write a run's report.html, which opens from disk without a network."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Format a run's figures alike in the console, `gpt2box runs`, the report, the dashboard and the monitor."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`gpt2box runs`: find and list the runs in the volume."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Write and check a run's records: config.yaml, plan.json, and manifest.json with its inputs and sessions."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Read a run's plan.json, whichever version of gpt2box wrote it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Compare the sessions that a run's manifest.json records: machine, software and execution plan of each."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

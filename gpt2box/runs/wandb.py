@@ -4,8 +4,6 @@ wandb is imported only then. Its own variables apply (WANDB_API_KEY, WANDB_PROJE
 in the environment alone sends nothing. wandb.json in the run's folder keeps the id under which a resumed run continues.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import netrc
@@ -85,8 +83,7 @@ class WandbRun:
             )
         except wandb.errors.Error as error:
             raise TryAgain(
-                f"Weights & Biases rejects the run: {error}",
-                next_step="the same command again, or --wandb offline",
+                f"Weights & Biases rejects the run: {error}", next_step="the same command again, or --wandb offline"
             ) from error
 
     def log(self, step: int, values: dict[str, Any]) -> None:

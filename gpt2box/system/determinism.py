@@ -10,8 +10,6 @@ On a CPU this costs nothing: for a given number of threads its kernels add in on
 An operation that has no such form raises an error, which says so; none of the network's should.
 """
 
-from __future__ import annotations
-
 import os
 
 import torch

@@ -1,7 +1,5 @@
 """Which device, number format and compiler this machine has, and how much memory was used."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

@@ -4,8 +4,6 @@ Everything may be missing: the library, the driver, a card, or one figure of it 
 Cards are numbered as NVML does, by PCI bus; device.py makes CUDA number them the same way.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field

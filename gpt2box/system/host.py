@@ -1,7 +1,5 @@
 """What the machine has besides its GPU: memory, cores, disk, and in what kind of box this process runs."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """What an error of the system that nobody expected there means; nothing for what only a bug can be."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

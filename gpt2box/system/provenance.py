@@ -1,7 +1,5 @@
 """What a run was made with: versions, code, machine. Named one by one, so nothing secret is ever among it."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import os

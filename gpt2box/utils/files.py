@@ -1,7 +1,5 @@
 """Files as others may have left them: none that ends in a wait, and none that is ever seen half-written."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

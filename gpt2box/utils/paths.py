@@ -7,8 +7,6 @@
 $GPT2BOX_VOLUMES moves them all; the default is ./volumes.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import unicodedata

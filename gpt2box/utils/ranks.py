@@ -1,7 +1,5 @@
 """Rank and world size of this process, read from torchrun's environment variables. Never imports torch."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Repeat a run from its manifest.json alone (`gpt2box reproduce`)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

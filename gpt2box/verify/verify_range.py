@@ -1,7 +1,5 @@
 """Select the steps that `gpt2box verify` repeats, and the records to compare them with."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path
