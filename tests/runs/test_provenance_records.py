@@ -45,10 +45,10 @@ def test_the_fingerprint_changes_with_any_bit_of_weights_or_optimizer_state() ->
 
 
 SETUPTOOLS = """
-from gpt2box.system.provenance import packages
-before = packages()
+from gpt2box.system.provenance import package_versions
+before = package_versions()
 import setuptools
-assert packages() == before
+assert package_versions() == before
 """
 
 
