@@ -34,7 +34,7 @@ def asked() -> Any:
 def test_a_card_with_its_memory_and_who_holds_it(scene: Scene) -> None:
     scene("one")
     nvml = asked()
-    (card,) = nvml["cards"]
+    (card,) = nvml["gpus"]
     assert (nvml["driver"], nvml["cuda"], nvml["fault"]) == ("550.54.14", [12, 4], "")
     assert (card["name"], card["capability"], card["total_bytes"]) == ("NVIDIA GeForce RTX 4070", [8, 9], 12 << 30)
     assert [(p["name"], p["used_bytes"] >> 30) for p in card["processes"]] == [("process 4242", 2), ("Xorg", 1)]
@@ -43,21 +43,21 @@ def test_a_card_with_its_memory_and_who_holds_it(scene: Scene) -> None:
 
 def test_several_cards_and_the_ones_that_cuda_may_use(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     scene("two")
-    assert [card["capability"] for card in asked()["cards"]] == [[8, 9], [12, 0]]
+    assert [card["capability"] for card in asked()["gpus"]] == [[8, 9], [12, 0]]
     for selection, names in {"1": ["5090"], "GPU-5090": ["5090"], "1,0": ["5090", "4070"], "7,0": [], "": []}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", selection)
-        assert [card["name"].split()[-1] for card in asked()["cards"]] == names
+        assert [card["name"].split()[-1] for card in asked()["gpus"]] == names
 
 
 def test_slices_have_their_own_memory_and_their_parents_capability(scene: Scene) -> None:
     scene("mig")
-    cards = asked()["cards"]
+    cards = asked()["gpus"]
     assert [(c["total_bytes"] >> 30, c["capability"], c["is_mig"]) for c in cards] == [(20, [8, 0], True)] * 2
 
 
 def test_a_card_of_which_nothing_is_told_is_still_a_card(scene: Scene) -> None:
     scene("mute")
-    (card,) = asked()["cards"]
+    (card,) = asked()["gpus"]
     assert card["name"] == "unknown card" and card["total_bytes"] is None and card["temperature_c"] is None
 
 
