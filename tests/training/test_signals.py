@@ -110,16 +110,17 @@ def until_gone(workers: list[str]) -> None:
 
 SLOW = """
 import time
-from gpt2box import cli, job
+from gpt2box.cli import main
+from gpt2box.training import run
 
-write_records = job.write_records
+write_run_records = run.write_run_records
 
 def slowly(*given):
-    write_records(*given)
+    write_run_records(*given)
     time.sleep(100)
 
-job.write_records = slowly
-cli.main()
+run.write_run_records = slowly
+main.main()
 """
 
 
