@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +69,8 @@ def run_with_volume(environment: dict[str, str], tmp_path: Path) -> Run:
     stub.unlink()
     stub.write_text('#!/bin/sh\n[ "$1" != -c ] || exit 1\necho "ran: $*"\n')
     stub.chmod(0o755)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+    root = Path(tempfile.gettempdir())
+    for folder in (tmp_path, *(parent for parent in tmp_path.parents if root in parent.parents)):
         folder.chmod(0o755)
     script = shutil.copy(ENTRYPOINT, tmp_path / "entrypoint.sh")
 

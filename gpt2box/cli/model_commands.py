@@ -186,7 +186,7 @@ def evaluate(
     \b
     gpt2box eval                          the newest run, on its validation split
     gpt2box eval gpt2 --text book.txt     bits per byte compares across tokenizers
-    gpt2box eval --task hellaswag         accuracy, as lm-evaluation-harness counts
+    gpt2box eval --task hellaswag         accuracy, as lm_eval counts it
 
     Computed in float32.
     """

@@ -73,9 +73,9 @@ def test_on_a_terminal_there_is_a_panel(volumes: Path) -> None:
 ASIDE = """
 import os, sys, warnings
 from pathlib import Path
-from gpt2box.utils.progress import kept_log
+from gpt2box.utils.progress import run_log_file
 from tests.training.test_console import ROW, Display, plan
-with kept_log(Path(sys.argv[1])):
+with run_log_file(Path(sys.argv[1])):
     display = Display("a", 0, plan())
     warnings.warn("of Python")
     os.write(2, b"[W of C++]\\n")
@@ -83,7 +83,7 @@ with kept_log(Path(sys.argv[1])):
         display.show_train_row(step, ROW, 9)
     display.close()
 try:
-    with kept_log(Path(sys.argv[1])):
+    with run_log_file(Path(sys.argv[1])):
         Display("a", 0, plan())
         raise ValueError("in between")
 except ValueError:
@@ -161,10 +161,10 @@ def test_the_panel_says_what_is_known_and_nothing_else(capsys: pytest.CaptureFix
 STOPPED = """
 import os, signal, sys, time
 from pathlib import Path
-from gpt2box.utils.progress import kept_log
+from gpt2box.utils.progress import run_log_file
 from gpt2box.utils.signals import StopRequest
 from tests.training.test_console import ROW, Display, plan
-with kept_log(Path(sys.argv[1])):
+with run_log_file(Path(sys.argv[1])):
     stop = StopRequest().install()
     display = Display("a", 0, plan())
     with stop.awaited():
