@@ -23,8 +23,8 @@ from gpt2box.runs.view import RunView
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
 from gpt2box.verify.reproduce import load_settings, read_complete_manifest
-from gpt2box.verify.verify import with_way
-from gpt2box.verify.verify_range import stretch_of
+from gpt2box.verify.verify import with_session_plan
+from gpt2box.verify.verify_range import find_step_range
 from tests.helpers.commands import STEERING, command
 from tests.helpers.settings import TINY
 
@@ -178,8 +178,8 @@ def test_any_value_anywhere_in_what_is_read_is_used_or_refused(
         if name == "manifest.json":
             assert RunView(run).summary
             with contextlib.suppress(Gpt2boxError):
-                stretch = stretch_of(run, None, 1000)
+                stretch = find_step_range(run, None, 1000)
                 for way in (stretch.session["way"], *stretch.ways.values()):
-                    with_way(stretch, way)
+                    with_session_plan(stretch, way)
     finally:
         file.write_bytes(whole)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gpt2box.bench import table
-from gpt2box.bench.timing import Stopwatch, Way, synthetic
+from gpt2box.bench.timing import PlanTiming, StepTimer, synthetic_dataset
 from gpt2box.config.schema import Config
 from gpt2box.data.dataset import Dataset, open_dataset
 from gpt2box.errors import MachineCannot, VolumeUnwritable
@@ -30,13 +30,13 @@ from gpt2box.training.resolve import detect_target_device, resolve_device, set_a
 from gpt2box.utils.paths import bench_file, dataset_dir, display_path, ensure_writable, runs_dir
 from gpt2box.utils.progress import format_bytes, log_line
 
-ROUNDS = 3  # of a sweep: so often has each way its turn
-SIZES = 3  # the largest micro-batches of each kind that a sweep tries
-DARING = 1.2  # of the free memory: on a card, the next that is estimated to take so much is tried, too
+SWEEP_ROUNDS = 3  # of a sweep: so often has each way its turn
+SWEEP_SIZES = 3  # the largest micro-batches of each kind that a sweep tries
+MAX_SWEEP_MEMORY_FACTOR = 1.2  # of the free memory: on a card, the next that is estimated to take so much is tried, too
 
 
 @dataclass(frozen=True)
-class Task:
+class BenchTask:
     """What is measured, and where."""
 
     config: Config
@@ -62,29 +62,29 @@ def bench(config: Config, steps: int, sweep: bool, share: bool, as_json: bool) -
     check_gpu(config.device)
     if sweep:
         ensure_writable(runs_dir())
-    say_load()
-    task = look(config)
-    ways = candidates(task) if sweep else []
-    ways = ways or [as_trained(task)]
+    warn_of_high_load()
+    task = resolve_task(config)
+    ways = sweep_plans(task) if sweep else []
+    ways = ways or [training_plan(task)]
     peak = task.place.spec.bf16_tflops if task.place.spec and task.place.dtype == "bfloat16" else 0.0
     plan = make_run_plan(config, task.shape, 0, str(task.device), task.place.dtype, ways[0].execution, peak)
     set_arithmetic(plan)
     beside: dict[str, Any] = {}
     stopped = None
-    with dataset_of(task) as dataset, saying_too_large(ways[0]):
-        watch = Stopwatch(plan, dataset)
+    with open_or_synthesize_dataset(task) as dataset, translate_oom(ways[0]):
+        watch = StepTimer(plan, dataset)
         on = config.dataset if dataset.manifest else "random tokens"
         each = f" of each of {len(ways)} ways, in turns" if sweep else ""
         log_line(f"{config.name} on {task.place.bench_name or task.place.name}, {on}: {steps} steps{each}")
         try:
-            in_turns(watch, ways, steps, task, sweep)
-            if done := fastest(ways, task):
-                measure_beside(watch, done[0][0], beside, alone=not sweep)
+            time_plans(watch, ways, steps, task, sweep)
+            if done := rank_by_speed(ways, task):
+                measure_other_costs(watch, done[0][0], beside, alone=not sweep)
         except (KeyboardInterrupt, SystemExit) as error:
             stopped = error
     if sweep:  # also of a turn that was broken off
         store_bench_records(bench_file(), [way.record(task.job, task.place.free_bytes) for way in ways if way.known])
-    done = fastest(ways, task)
+    done = rank_by_speed(ways, task)
     figures = table.build_results(config, plan, task.place, done, [way for way in ways if way.fault], beside)
     figures["interrupted"] = stopped is not None
     if as_json:
@@ -98,24 +98,26 @@ def bench(config: Config, steps: int, sweep: bool, share: bool, as_json: bool) -
     if stopped is not None:
         raise stopped
     if not done:
-        raise too_large(ways[0], "; ".join(sorted({way.fault for way in ways})))
+        raise too_large_error(ways[0], "; ".join(sorted({way.fault for way in ways})))
 
 
-def say_load() -> None:
+def warn_of_high_load() -> None:
     """Beside other work the figures are not the machine's."""
     load, cores = os.getloadavg()[0], host.cpu_cores()
     if load > cores:
         log_line(f"note: load {load:.0f} on {cores:g} core{'s' * (cores != 1)}: other work slows this")
 
 
-def look(config: Config) -> Task:
+def resolve_task(config: Config) -> BenchTask:
     """What training would look at first."""
     device, dtype, compiled = resolve_device(config)
     can_compile = config.may_compile and choose_compile(True, device)[0]
-    return Task(config, resolve_model_shape(config), detect_target_device(device, dtype, compiled), device, can_compile)
+    return BenchTask(
+        config, resolve_model_shape(config), detect_target_device(device, dtype, compiled), device, can_compile
+    )
 
 
-def as_trained(task: Task) -> Way:
+def training_plan(task: BenchTask) -> PlanTiming:
     """The way in which a new run would be trained, with what is estimated of it.
 
     Raises:
@@ -126,10 +128,10 @@ def as_trained(task: Task) -> Way:
     chosen = choose_execution_plan(list_execution_plans(config, shape, known), config, shape, known)
     plain = list_execution_plans(config, shape, replace(known, bench_records=[]))
     way = (chosen.micro_batch_size, chosen.activation_checkpointing)
-    return Way(next(o for o in plain if (o.micro_batch_size, o.activation_checkpointing) == way))
+    return PlanTiming(next(o for o in plain if (o.micro_batch_size, o.activation_checkpointing) == way))
 
 
-def candidates(task: Task) -> list[Way]:
+def sweep_plans(task: BenchTask) -> list[PlanTiming]:
     """What a sweep tries: compiled and not, each kind of recompute, the largest micro-batches that fit or nearly do."""
     free, found = task.place.free_bytes, []
     kinds = [False, True] if task.config.compile == "auto" and task.can_compile else [task.place.compiled]
@@ -139,17 +141,17 @@ def candidates(task: Task) -> list[Way]:
             same = [option for option in left_open if option.activation_checkpointing == mode]
             same.sort(key=lambda option: option.micro_batch_size)
             fits = [option for option in same if option.memory.total <= free]
-            beyond = [option for option in same if free < option.memory.total <= DARING * free]
+            beyond = [option for option in same if free < option.memory.total <= MAX_SWEEP_MEMORY_FACTOR * free]
             # On a CPU, running out of memory ends the process, and compiling takes longer than most tries.
-            sizes = SIZES if task.place.on_gpu or not compiled else 1
+            sizes = SWEEP_SIZES if task.place.on_gpu or not compiled else 1
             tried = fits[-sizes:] + (beyond[:1] if task.place.on_gpu else [])
-            found += [Way(option) for option in tried]
+            found += [PlanTiming(option) for option in tried]
     return found
 
 
-def in_turns(watch: Stopwatch, ways: list[Way], steps: int, task: Task, sweep: bool) -> None:
+def time_plans(watch: StepTimer, ways: list[PlanTiming], steps: int, task: BenchTask, sweep: bool) -> None:
     """Time all ways, each in several turns; of a sweep, what is known after a turn is kept."""
-    rounds = min(ROUNDS, steps) if sweep else 1
+    rounds = min(SWEEP_ROUNDS, steps) if sweep else 1
     for number in range(rounds):
         for way in ways:
             if way.fault:
@@ -158,17 +160,17 @@ def in_turns(watch: Stopwatch, ways: list[Way], steps: int, task: Task, sweep: b
             if sweep and way.known:
                 store_bench_records(bench_file(), [way.record(task.job, task.place.free_bytes)])
             if sweep and number == 0:
-                log_line(f"  {way.words()}: {way.fault or table.format_rate(fastest([way], task)[0][2])}")
+                log_line(f"  {way.words()}: {way.fault or table.format_rate(rank_by_speed([way], task)[0][2])}")
 
 
-def fastest(ways: list[Way], task: Task) -> list[tuple[Way, BenchRecord, float]]:
+def rank_by_speed(ways: list[PlanTiming], task: BenchTask) -> list[tuple[PlanTiming, BenchRecord, float]]:
     """The ways that were timed, with their records and tokens a second in the config's step, fastest first."""
     records = [(way, way.record(task.job, task.place.free_bytes)) for way in ways if way.done]
     rated = [(way, record, record.tokens_per_sec(way.execution.grad_accum_steps)) for way, record in records]
     return sorted(rated, key=lambda each: -each[2])
 
 
-def measure_beside(watch: Stopwatch, way: Way, beside: dict[str, Any], alone: bool) -> None:
+def measure_other_costs(watch: StepTimer, way: PlanTiming, beside: dict[str, Any], alone: bool) -> None:
     """What else training does, in the fastest way: loader, evaluation, checkpoint. Written down one by one.
 
     `alone`: no other way was tried in this process, so that its highest memory is this one's.
@@ -186,25 +188,25 @@ def measure_beside(watch: Stopwatch, way: Way, beside: dict[str, Any], alone: bo
 
 
 @contextmanager
-def dataset_of(task: Task) -> Iterator[Dataset]:
+def open_or_synthesize_dataset(task: BenchTask) -> Iterator[Dataset]:
     """The config's where it is there, else random tokens."""
     if has_dataset(task.config):
         yield open_dataset(dataset_dir(task.config.dataset))
     else:
-        with synthetic(task.shape) as dataset:
+        with synthetic_dataset(task.shape) as dataset:
             yield dataset
 
 
 @contextmanager
-def saying_too_large(way: Way) -> Iterator[None]:
+def translate_oom(way: PlanTiming) -> Iterator[None]:
     """Where not even the weights and averages find memory."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        raise too_large(way, "out of memory") from error
+        raise too_large_error(way, "out of memory") from error
 
 
-def too_large(way: Way, fault: str) -> MachineCannot:
+def too_large_error(way: PlanTiming, fault: str) -> MachineCannot:
     """What to do where no way could be measured."""
     return MachineCannot(
         f"nothing could be measured: {fault}; estimated: {format_bytes(way.execution.memory.total)} ({way.words()})",

@@ -19,7 +19,7 @@ from gpt2box.system.provenance import git_state
 from gpt2box.utils.progress import format_bytes
 
 if TYPE_CHECKING:
-    from gpt2box.bench.timing import Way
+    from gpt2box.bench.timing import PlanTiming
 
 MISSING = "–"
 
@@ -28,8 +28,8 @@ def build_results(
     config: Config,
     plan: RunPlan,
     place: TargetDevice,
-    measured_ways: list[tuple[Way, BenchRecord, float]],
-    failed_ways: list[Way],
+    measured_ways: list[tuple[PlanTiming, BenchRecord, float]],
+    failed_ways: list[PlanTiming],
     other: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the results for --json: bytes, seconds, tokens per second.
@@ -81,7 +81,7 @@ def build_results(
     return results
 
 
-def way_row(way: Way, record: BenchRecord | None, tokens_per_sec: float | None) -> dict[str, Any]:
+def way_row(way: PlanTiming, record: BenchRecord | None, tokens_per_sec: float | None) -> dict[str, Any]:
     """Return one entry of "ways": an execution plan with its measured and estimated speed and memory."""
     return {
         "micro_batch_size": way.execution.micro_batch_size,

@@ -36,25 +36,25 @@ from gpt2box.planner.run_plan import RunPlan
 from gpt2box.planner.search import MAX_MICRO_BATCH_TOKENS
 from gpt2box.system.device import peak_memory_bytes
 from gpt2box.training.evaluate import evaluate
-from gpt2box.training.model_setup import empty_model
+from gpt2box.training.model_setup import make_empty_model
 from gpt2box.training.step import StepExecutor
 from gpt2box.utils.progress import log_line
 from gpt2box.utils.ranks import SINGLE_PROCESS
 
-LENGTHS = (1, LONG_STEP_MICRO_STEPS)  # micro-steps of the steps that are timed
-BATCHES = 20  # of the loader's that are timed
-REPEATS = 3  # of an evaluation or a checkpoint, where it is short
-SHORT_S = 5.0
+MICRO_STEP_COUNTS = (1, LONG_STEP_MICRO_STEPS)  # micro-steps of the steps that are timed
+TIMED_BATCHES = 20  # of the loader's that are timed
+MAX_REPEATS = 3  # of an evaluation or a checkpoint, where it is short
+REPEAT_BELOW_S = 5.0
 OUT_OF_MEMORY = "out of memory"
-SYNTHETIC_WINDOWS = 64  # at least
+MIN_SYNTHETIC_WINDOWS = 64  # at least
 
 
 @dataclass
-class Way:
+class PlanTiming:
     """A way to do the steps, and the seconds of those that were timed, by their number of micro-steps."""
 
     execution: ExecutionPlan
-    seconds: dict[int, list[float]] = field(default_factory=lambda: {length: [] for length in LENGTHS})
+    seconds: dict[int, list[float]] = field(default_factory=lambda: {length: [] for length in MICRO_STEP_COUNTS})
     peak_bytes: int = 0  # of memory, with CUDA's own; 0 on a CPU
     fault: str = ""  # why it cannot be done here
 
@@ -70,7 +70,7 @@ class Way:
 
     def record(self, job: bench_records.BenchKey, free_bytes: int) -> BenchRecord:
         """For the file."""
-        one, many = (statistics.median(self.seconds[length]) if self.done else 0.0 for length in LENGTHS)
+        one, many = (statistics.median(self.seconds[length]) if self.done else 0.0 for length in MICRO_STEP_COUNTS)
         return BenchRecord(
             job=job,
             micro_batch_size=self.execution.micro_batch_size,
@@ -90,20 +90,20 @@ class Way:
         return f"{self.execution.describe()}, {'compiled' if self.execution.compile else 'not compiled'}"
 
 
-class Stopwatch:
+class StepTimer:
     """One network, its optimizer and a dataset, to take steps with and time them."""
 
     def __init__(self, plan: RunPlan, dataset: Dataset) -> None:
         self.device = torch.device(plan.derived.device)
         self.before_bytes = peak_memory_bytes(self.device)  # on a CPU: Python and PyTorch
-        self.model = empty_model(plan)
+        self.model = make_empty_model(plan)
         self.model.init_weights(plan.config.seed)
         self.model.train()
         self.optimizer = make_optimizer(self.model, plan)
         state = TrainState(optimizer_steps=1)
         self.steps = StepExecutor(plan, self.model, self.optimizer, dataset, state)
 
-    def turn(self, way: Way, steps: int) -> None:
+    def turn(self, way: PlanTiming, steps: int) -> None:
         """Time `steps` more steps of each length; running out of memory is a result."""
         try:
             self._turn(way, steps)
@@ -117,11 +117,11 @@ class Stopwatch:
             way.fault = f"not compiled: {type(error).__name__} {lines[0]}"
         self.give_back()  # outside: while an exception is handled, it holds on to the step's tensors
 
-    def _turn(self, way: Way, steps: int) -> None:
+    def _turn(self, way: PlanTiming, steps: int) -> None:
         self.use(way)
         with closing(self.steps):
             for number in range(-1 if any(way.seconds.values()) else -2, steps):  # the first are to warm up
-                for length in LENGTHS:
+                for length in MICRO_STEP_COUNTS:
                     self.steps.use_plan(self.steps.plan.with_execution(grad_accum_steps=length), keep_batches=True)
                     with self.timed() as seconds:
                         self.steps.take()
@@ -130,7 +130,7 @@ class Stopwatch:
         if self.device.type == "cuda":
             way.peak_bytes = max(way.peak_bytes, torch.cuda.max_memory_reserved(self.device) + CUDA_CONTEXT_BYTES)
 
-    def use(self, way: Way) -> None:
+    def use(self, way: PlanTiming) -> None:
         """Take the next steps with another execution plan."""
         self.give_back()
         self.steps.use_plan(replace(self.steps.plan, execution=way.execution))
@@ -164,9 +164,9 @@ class Stopwatch:
             for _ in range(PREFETCH + 1):
                 next(batches)
             begun = time.perf_counter()
-            for _ in range(BATCHES):
+            for _ in range(TIMED_BATCHES):
                 next(batches)
-            return (time.perf_counter() - begun) / BATCHES
+            return (time.perf_counter() - begun) / TIMED_BATCHES
 
     def evaluation_s(self) -> tuple[float, int]:
         """Seconds of an evaluation as it is set, from a few of its windows, and how many it has."""
@@ -183,7 +183,7 @@ class Stopwatch:
                 evaluate(self.model, dataset, plan, RankGroup(SINGLE_PROCESS))
             return seconds[0]
 
-        return repeated(once) / few * windows, windows
+        return median_of_repeats(once) / few * windows, windows
 
     def checkpoint_s(self, folder: Path) -> tuple[float, float, int]:
         """Of a checkpoint on the disk of `folder`: seconds for which training waits, until it is whole, and its bytes.
@@ -210,22 +210,22 @@ class Stopwatch:
                     sizes.append(sum(path.stat().st_size for path in where.iterdir()))
                     return seconds[0]
 
-                return repeated(once), statistics.median(durable_s), sizes[0]
+                return median_of_repeats(once), statistics.median(durable_s), sizes[0]
 
 
-def repeated(once: Callable[[], float]) -> float:
+def median_of_repeats(once: Callable[[], float]) -> float:
     """The median of a few times; what takes long is done once."""
     seconds = [once()]
-    while len(seconds) < REPEATS and seconds[0] < SHORT_S:
+    while len(seconds) < MAX_REPEATS and seconds[0] < REPEAT_BELOW_S:
         seconds.append(once())
     return statistics.median(seconds)
 
 
 @contextmanager
-def synthetic(shape: ModelShape) -> Iterator[Dataset]:
+def synthetic_dataset(shape: ModelShape) -> Iterator[Dataset]:
     """A dataset of random tokens, in the system's folder for what is temporary."""
     random = np.random.default_rng(0)
-    windows = max(SYNTHETIC_WINDOWS, 2 * MAX_MICRO_BATCH_TOKENS // shape.block_size)
+    windows = max(MIN_SYNTHETIC_WINDOWS, 2 * MAX_MICRO_BATCH_TOKENS // shape.block_size)
     with tempfile.TemporaryDirectory(prefix="gpt2box-bench-") as folder:
         for split in ("train", "val"):
             count = windows * shape.block_size + 1

@@ -20,10 +20,10 @@ from gpt2box.optim.factory import Optimizer, make_optimizer
 from gpt2box.planner.run_plan import RunPlan
 from gpt2box.system.host import explain_host_oom
 
-MOST_WAYS = 64  # compiled: PyTorch would go on without the compiler from the ninth on, and not say it
+MAX_COMPILED_PLANS = 64  # compiled: PyTorch would go on without the compiler from the ninth on, and not say it
 
 
-def empty_model(plan: RunPlan) -> GPT2:
+def make_empty_model(plan: RunPlan) -> GPT2:
     """The network without values, as the plan has it."""
     weights_dtype = getattr(torch, plan.config.weights_dtype)
     if plan.derived.shard:
@@ -68,7 +68,7 @@ def compile_model(model: GPT2) -> CompiledGPT2:
     """
     from torch._dynamo import config
 
-    config.cache_size_limit = max(config.cache_size_limit, MOST_WAYS)
+    config.cache_size_limit = max(config.cache_size_limit, MAX_COMPILED_PLANS)
     # Cutting the graph where DistributedDataParallel sends a bucket: older versions cannot, and see RankGroup.wrap_ddp.
     config.optimize_ddp = False
     return CompiledGPT2(model)
@@ -95,7 +95,7 @@ def init_on_all_ranks(
             getattr(torch._C, "_host_emptyCache", lambda: None)()
         on_host = plan.with_derived(device="cpu", shard=False)
         with explain_host_oom("all weights and averages are made, to be dealt out"):
-            whole_model = empty_model(on_host)
+            whole_model = make_empty_model(on_host)
             whole_ones.append((whole_model, make_optimizer(whole_model, on_host)))
             values(*whole_ones[0])
 

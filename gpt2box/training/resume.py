@@ -66,8 +66,8 @@ def load_or_prepare_dataset(config: Config, text: Path | None, group: RankGroup)
 
 
 # In log.txt, how job.report has it.
-ENDED = re.compile(r".{21}([^ ]+: (finished|stopped early.*) at step [1-9]|stopped by .* at step [1-9].*, saved$)")
-Found = tuple[Path, TrainState, list[Damaged]]
+CLEAN_END = re.compile(r".{21}([^ ]+: (finished|stopped early.*) at step [1-9]|stopped by .* at step [1-9].*, saved$)")
+ResumePoint = tuple[Path, TrainState, list[Damaged]]
 
 
 def acquire_run_lock(config: Config, run: Path, held: ExitStack) -> str:
@@ -80,7 +80,7 @@ def acquire_run_lock(config: Config, run: Path, held: ExitStack) -> str:
 
 def find_resume_point(
     config: Config, dataset: Dataset, run: Path, allow: Sequence[str]
-) -> tuple[Found | None, dict[str, Any]]:
+) -> tuple[ResumePoint | None, dict[str, Any]]:
     """The checkpoint to go on from, if there is one, and the settings that were changed."""
     if file_stamps(dataset) != read_manifest(run).get("checked"):
         check_dataset(dataset)
@@ -177,7 +177,7 @@ def recorded_save_interval(run: Path) -> int:
 def session_ended_cleanly(run: Path) -> bool:
     """Whether the log has that a session ended after a step: it had saved."""
     with suppress(OSError), open(run / "log.txt", encoding="utf-8", errors="replace", opener=open_regular) as log:
-        return any(ENDED.match(line) for line in log)
+        return any(CLEAN_END.match(line) for line in log)
     return False
 
 

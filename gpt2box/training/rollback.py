@@ -30,7 +30,7 @@ from gpt2box.utils.ranks import rank_info
 if TYPE_CHECKING:
     from gpt2box.training.job import Job
 
-MOST_ROLLBACKS = 3  # to one checkpoint; a run that gets to the next has made progress
+MAX_ROLLBACKS = 3  # to one checkpoint; a run that gets to the next has made progress
 
 # In what CUDA, cuBLAS and NCCL say of a card that answers no more; out of memory is none of them.
 GPU_FAULTS = re.compile(
@@ -41,7 +41,9 @@ GPU_FAULTS = re.compile(
     r"driver shutting down|execution_failed|internal_error|mapping of buffer object failed|contained|xid)",
     re.IGNORECASE | re.DOTALL,
 )
-ADVICE = re.compile(r"compile with `TORCH_USE_CUDA_DSA`.*", re.IGNORECASE)  # at the end of all that CUDA says, in 2.4
+CUDA_ADVICE = re.compile(
+    r"compile with `TORCH_USE_CUDA_DSA`.*", re.IGNORECASE
+)  # at the end of all that CUDA says, in 2.4
 
 
 class UnfinishedStep(Exception):
@@ -94,7 +96,7 @@ def choose_rollback(job: Job, trouble: TooManyBadSteps) -> tuple[Path, TrainStat
     log_line(
         f"step {trouble.step:,}: {trouble.reason}, {MAX_CONSECUTIVE_BAD_STEPS} steps in a row ({trouble.left_out}): "
         f"back to {display_path(folder)}, passing over the data of {left_out:,} steps"
-        + (f"; {MOST_ROLLBACKS} returns to that of step {past:,} did not help" if past else "")
+        + (f"; {MAX_ROLLBACKS} returns to that of step {past:,} did not help" if past else "")
     )
     return folder, state
 
@@ -126,7 +128,7 @@ def find_rollback_checkpoint(job: Job, trouble: TooManyBadSteps) -> tuple[Path, 
             log_line(f"note: passed over a damaged checkpoint: {fault.found}")
             continue
         returns = [rollback for rollback in state.rollbacks if rollback.step == state.step]
-        if len(returns) < MOST_ROLLBACKS:
+        if len(returns) < MAX_ROLLBACKS:
             return path, state, past
         if past or any(rollback.past for rollback in returns):
             raise rollback_exhausted_error(job, trouble, path)
@@ -138,7 +140,7 @@ def find_rollback_checkpoint(job: Job, trouble: TooManyBadSteps) -> tuple[Path, 
 
 def rollback_exhausted_error(job: Job, trouble: TooManyBadSteps, tried: Path | None) -> BadInput:
     """What to say where going back does not help."""
-    again = f", also after {MOST_ROLLBACKS} returns to {tried} with other data" if tried else ""
+    again = f", also after {MAX_ROLLBACKS} returns to {tried} with other data" if tried else ""
     last = job.run / "checkpoints" / "last"
     usual = "a too high learning rate or damaged weights are the usual cause"
     meant = "; if such a rise is right, --spike-sigma 0 --allow-change spike-sigma" if trouble.spikes else ""
@@ -204,7 +206,7 @@ def machine_error(error: BaseException, job: Job) -> Gpt2boxError | None:
             "free memory (docs/memory.md)",
             f"close other programs; the same command goes on {resumes}",
         )
-    if isinstance(error, RuntimeError) and GPU_FAULTS.search(ADVICE.sub("", text)):
+    if isinstance(error, RuntimeError) and GPU_FAULTS.search(CUDA_ADVICE.sub("", text)):
         first = text.strip().splitlines()[0]
         return TryAgain(
             f"the GPU failed in step {job.state.step + 1:,}: {first}",

@@ -24,7 +24,7 @@ from gpt2box.system.device import translate_cuda_oom
 from gpt2box.system.provenance import collect_provenance
 from gpt2box.training.evaluate import evaluate
 from gpt2box.training.job import Job
-from gpt2box.training.model_setup import empty_model, init_on_all_ranks, init_weights
+from gpt2box.training.model_setup import init_on_all_ranks, init_weights, make_empty_model
 from gpt2box.training.resolve import ResolvedRun, list_fallback_plans, resolve
 from gpt2box.training.resume import acquire_run_lock, find_resume_point, make_dataset_check, verify_restored_state
 from gpt2box.training.rollback import (
@@ -130,7 +130,7 @@ def make_job(resolved: ResolvedRun, start: RunStart, stop: StopRequest, group: R
             verify_restored_state(start.folder, start.checkpoint, state.step, model, optimizer)
 
     with reporting_oom(plan):
-        model = empty_model(plan)
+        model = make_empty_model(plan)
         optimizer = make_optimizer(model, plan)
         init_on_all_ranks(model, optimizer, plan, group, load_values)
     if group.is_rank_0:
@@ -200,7 +200,7 @@ def evaluate_only(resolved: ResolvedRun, group: RankGroup) -> None:
         plan = plan.with_settings(lora_rank=0, weights_dtype="float32")
     plan = plan.with_derived(shard=False)  # rank 0 evaluates alone
     with reporting_oom(plan):
-        model = empty_model(plan)
+        model = make_empty_model(plan)
         if of_run:
             load_hf_weights(model, best)
         else:

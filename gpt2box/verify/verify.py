@@ -37,16 +37,16 @@ from gpt2box.preflight.preflight import check_gpu
 from gpt2box.runs.manifest import describe_dataset, describe_weights, is_same_dataset, read_manifest
 from gpt2box.runs.sessions import make_session, session_differences
 from gpt2box.system.provenance import collect_provenance
-from gpt2box.training.model_setup import empty_model, init_weights
+from gpt2box.training.model_setup import init_weights, make_empty_model
 from gpt2box.training.resolve import detect_target_device, resolve_device, resolve_shape, set_arithmetic
 from gpt2box.training.step import StepExecutor
 from gpt2box.utils.paths import dataset_dir
 from gpt2box.utils.progress import log_line
-from gpt2box.verify.verify_range import Stretch, command, stretch_of
+from gpt2box.verify.verify_range import StepRange, find_step_range, verify_command
 
 
 @dataclass
-class Verdict:
+class Verification:
     """How it came out."""
 
     run: str
@@ -83,23 +83,23 @@ class Verdict:
         return lines + ([f"  next            {self.next_step}"] if self.next_step else [])
 
 
-def verify(run: Path, start_at: str | None, steps: int | None) -> Verdict:
+def verify(run: Path, start_at: str | None, steps: int | None) -> Verification:
     """Do steps of a run again, from its beginning or a checkpoint, and compare.
 
     Raises:
         BadInput: no such checkpoint, or nothing to compare with.
         Damaged: the dataset, the first weights or the checkpoint are not what they were.
     """
-    stretch = stretch_of(run, start_at, steps)
-    executor, executions, now = load_steps(stretch)
-    verdict = Verdict(run.name, stretch.start, stretch.start, same_up_to=stretch.start)
+    stretch = find_step_range(run, start_at, steps)
+    executor, executions, now = prepare_repeat(stretch)
+    verdict = Verification(run.name, stretch.start, stretch.start, same_up_to=stretch.start)
     verdict.environment = session_differences(stretch.session, now)
-    for step in again(executor, executions, stretch.end):
+    for step in repeat_steps(executor, executions, stretch.end):
         if step not in stretch.steps:
             continue
         differing = stretch.digests.get(step) not in (None, fingerprint_run_state(executor.model, executor.optimizer))
         if step in stretch.checkpoints:
-            verdict.tensor, verdict.amount = first_difference(executor, stretch.checkpoints[step])
+            verdict.tensor, verdict.amount = find_first_difference(executor, stretch.checkpoints[step])
         verdict.compared.append(step)
         verdict.end = step
         if verdict.same and (differing or verdict.tensor):
@@ -110,21 +110,21 @@ def verify(run: Path, start_at: str | None, steps: int | None) -> Verdict:
         if not verdict.same and (verdict.tensor or not any(later > step for later in stretch.checkpoints)):
             break
     if not verdict.same:
-        verdict.next_step = with_as_many_threads(stretch, now)
+        verdict.next_step = suggest_thread_count(stretch, now)
     return verdict
 
 
-def with_as_many_threads(stretch: Stretch, now: dict[str, Any]) -> str:
+def suggest_thread_count(stretch: StepRange, now: dict[str, Any]) -> str:
     """The same once more with as many threads as then, where nothing else differs that would change bits."""
     cpu, of_bits = stretch.session.get("cpu"), session_differences(stretch.session, now, bits_only=True)
     threads = cpu.get("threads") if isinstance(cpu, dict) else None
     known = ("cpu.threads", "environment.OMP_NUM_THREADS")
     if type(threads) is not int or threads == now["cpu"]["threads"] or not all(x.startswith(known) for x in of_bits):
         return ""
-    return f"OMP_NUM_THREADS={threads} {command(stretch.run, stretch.start, stretch.end)}"
+    return f"OMP_NUM_THREADS={threads} {verify_command(stretch.run, stretch.start, stretch.end)}"
 
 
-def load_steps(stretch: Stretch) -> tuple[StepExecutor, dict[int, ExecutionPlan], dict[str, Any]]:
+def prepare_repeat(stretch: StepRange) -> tuple[StepExecutor, dict[int, ExecutionPlan], dict[str, Any]]:
     """What the loop works on, as it was at the beginning of the stretch; the ways in which it goes on, by the step from
     which on; and the session that this is now.
 
@@ -132,7 +132,7 @@ def load_steps(stretch: Stretch) -> tuple[StepExecutor, dict[int, ExecutionPlan]
         BadInput, MachineCannot: the device is not here, or the weights.
         Damaged: dataset, weights or checkpoint are not what they were.
     """
-    config, run, start = with_way(stretch, stretch.session["way"]), stretch.run, stretch.start
+    config, run, start = with_session_plan(stretch, stretch.session["way"]), stretch.run, stretch.start
     check_gpu(config.device)
     manifest = read_manifest(run)
     dataset = open_dataset(dataset_dir(config.dataset))
@@ -141,20 +141,25 @@ def load_steps(stretch: Stretch) -> tuple[StepExecutor, dict[int, ExecutionPlan]
             f"the dataset in {dataset.folder} is {now}", f"what the run began with: {manifest['dataset']['splits']}"
         )
     weights = (
-        first_weights(config, manifest) if config.init_from != "scratch" and (start == 0 or config.lora_rank) else None
+        find_initial_weights(config, manifest)
+        if config.init_from != "scratch" and (start == 0 or config.lora_rank)
+        else None
     )
     shape = resolve_shape(config, dataset)[1]
     if weights:
         shape = load_initial_shape(config, weights, dataset.tokenizer)
-    plan, device = plan_of(config, shape, dataset)
+    plan, device = make_session_run_plan(config, shape, dataset)
     place = detect_target_device(device, config.dtype, plan.execution.compile)
-    ways = {step: list_execution_plans(with_way(stretch, way), shape, place)[0] for step, way in stretch.ways.items()}
+    ways = {
+        step: list_execution_plans(with_session_plan(stretch, way), shape, place)[0]
+        for step, way in stretch.ways.items()
+    }
     folder = run / "checkpoints" / checkpoint_name(start)
     state = load_verified_state(folder) if start else TrainState()
     last = run / "checkpoints" / "last"
     state.rollbacks = parse_state(last)[0].rollbacks if last.exists() else state.rollbacks
     set_arithmetic(plan)
-    model = empty_model(plan)
+    model = make_empty_model(plan)
     optimizer = make_optimizer(model, plan)
     if start == 0 or plan.config.lora_rank:
         init_weights(model, config, weights)
@@ -167,13 +172,13 @@ def load_steps(stretch: Stretch) -> tuple[StepExecutor, dict[int, ExecutionPlan]
     )
 
 
-def with_way(stretch: Stretch, way: dict[str, Any]) -> Config:
+def with_session_plan(stretch: StepRange, way: dict[str, Any]) -> Config:
     """The settings, with what was chosen then."""
     known = {key: way[key] for key in way if key in Config.model_fields}
     return validate(stretch.config.model_dump() | known, f"the way in {stretch.run / 'manifest.json'}")
 
 
-def first_weights(config: Config, manifest: dict[str, Any]) -> Path:
+def find_initial_weights(config: Config, manifest: dict[str, Any]) -> Path:
     """The folder of the weights that the run began from.
 
     Raises:
@@ -187,14 +192,14 @@ def first_weights(config: Config, manifest: dict[str, Any]) -> Path:
     return folder
 
 
-def plan_of(config: Config, shape: ModelShape, dataset: Dataset) -> tuple[RunPlan, torch.device]:
+def make_session_run_plan(config: Config, shape: ModelShape, dataset: Dataset) -> tuple[RunPlan, torch.device]:
     """The plan in the way that was chosen then, on the device that is here."""
     device, _, compiled = resolve_device(config)
     way = list_execution_plans(config, shape, detect_target_device(device, config.dtype, compiled))[0]
     return make_run_plan(config, shape, dataset.tokens("train"), str(device), config.dtype, way), device
 
 
-def again(executor: StepExecutor, executions: dict[int, ExecutionPlan], last: int) -> Iterator[int]:
+def repeat_steps(executor: StepExecutor, executions: dict[int, ExecutionPlan], last: int) -> Iterator[int]:
     """Repeat the steps up to `last`, each with the execution plan it was taken with; yield the number of each."""
     executor.model.train()
     # At these steps the run skipped data, or changed its execution plan.
@@ -209,7 +214,7 @@ def again(executor: StepExecutor, executions: dict[int, ExecutionPlan], last: in
             executor.use_plan(replace(executor.plan, execution=executions.get(end, executor.plan.execution)))
 
 
-def first_difference(executor: StepExecutor, folder: Path) -> tuple[str, str]:
+def find_first_difference(executor: StepExecutor, folder: Path) -> tuple[str, str]:
     """The first tensor of a checkpoint that is not in the same bits now, in the model's order, and by how much.
 
     Raises:
@@ -228,14 +233,14 @@ def first_difference(executor: StepExecutor, folder: Path) -> tuple[str, str]:
                 for key, tensor in tensors.items():
                     if key not in present:
                         return key, f"not in {folder / name}"
-                    if amount := differing_numbers(stored.get_tensor(key), tensor.detach().cpu().contiguous()):
+                    if amount := describe_difference(stored.get_tensor(key), tensor.detach().cpu().contiguous()):
                         return key, amount
         except SafetensorError as error:
             raise Damaged(f"{folder / name}: {error}", "a whole safetensors file") from error
     return "", ""
 
 
-def differing_numbers(before: Tensor, now: Tensor) -> str:
+def describe_difference(before: Tensor, now: Tensor) -> str:
     """How many numbers of two tensors are not the same bits, and by how much at most; nothing where all are."""
     if before.shape != now.shape or before.dtype != now.dtype:
         return f"{tuple(before.shape)} {before.dtype} before, {tuple(now.shape)} {now.dtype} now"

@@ -28,7 +28,7 @@ DEFAULT_STEPS = 20  # if neither --from nor --steps is given
 
 
 @dataclass
-class Stretch:
+class StepRange:
     """Consecutive steps of a run, how they were executed, and their records."""
 
     run: Path
@@ -46,7 +46,7 @@ class Stretch:
         return sorted(self.digests.keys() | self.checkpoints.keys())
 
 
-def stretch_of(run: Path, start_at: str | None, steps: int | None) -> Stretch:
+def find_step_range(run: Path, start_at: str | None, steps: int | None) -> StepRange:
     """Select the steps from the checkpoint `start_at` (or the beginning) and collect their records.
 
     Raises:
@@ -78,7 +78,7 @@ def stretch_of(run: Path, start_at: str | None, steps: int | None) -> Stretch:
             f"a digest, each log_interval of {config.log_interval} steps, or a checkpoint; kept: {kept}",
             suggest_command(run, [start, *earlier, 0], recorded),
         )
-    return Stretch(run, config, session, ways, start, end, digests, compared)
+    return StepRange(run, config, session, ways, start, end, digests, compared)
 
 
 def format_names(folders: dict[int, Path]) -> str:
@@ -119,10 +119,10 @@ def suggest_command(run: Path, starts: list[int], recorded: list[int]) -> str:
     for start in starts:
         limit = execution_after(run, start)[3]
         if step := next((step for step in recorded if start < step <= limit), 0):
-            return command(run, start, step)
+            return verify_command(run, start, step)
     return ""
 
 
-def command(run: Path, start: int, end: int) -> str:
+def verify_command(run: Path, start: int, end: int) -> str:
     """Return the verify command for these steps."""
     return f"gpt2box verify {run.name}{f' --from {checkpoint_name(start)}' if start else ''} --steps {end - start}"

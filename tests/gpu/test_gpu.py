@@ -19,7 +19,7 @@ from gpt2box.optim.factory import make_optimizer
 from gpt2box.planner.memory import GIB
 from gpt2box.runs import metrics
 from gpt2box.training.evaluate import autocast
-from gpt2box.training.model_setup import compile_model, empty_model
+from gpt2box.training.model_setup import compile_model, make_empty_model
 from gpt2box.training.run import run_job
 from gpt2box.utils.signals import StopRequest
 from tests.helpers.commands import Command
@@ -75,7 +75,7 @@ def test_planned_memory_is_what_the_card_gives(
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    model = empty_model(plan)
+    model = make_empty_model(plan)
     model.init_weights(0)
     model.train()
     forward = compile_model(model) if compiled else model

@@ -31,7 +31,7 @@ from gpt2box.optim.clipped_step import make_optimizer_step
 from gpt2box.optim.factory import make_optimizer
 from gpt2box.planner.run_plan import RunPlan
 from gpt2box.training.evaluate import autocast
-from gpt2box.training.model_setup import configure, empty_model
+from gpt2box.training.model_setup import configure, make_empty_model
 
 MIB = 1 << 20
 CUBLAS_WORKSPACE = 8_519_680  # :4096:2:16:8, cuBLAS's default below compute capability 9.0
@@ -277,7 +277,7 @@ def simulate(plan: RunPlan, real: bool = False) -> Simulated:
     tensors = nullcontext() if real else FakeTensorMode()
     with ranks, tensors, nullcontext() if real else cuda_rules(), recorder:
         if plan.derived.shard:
-            model = empty_model(plan)
+            model = make_empty_model(plan)
         else:  # the same on fake tensors, to which nothing can be given that was on no device
             model = GPT2(plan.shape, plan.config.dropout)
             model.cast_matrices(getattr(torch, plan.config.weights_dtype))
