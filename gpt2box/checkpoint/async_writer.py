@@ -54,8 +54,7 @@ class StagingBuffer:
     def copy(self, files: TensorFiles) -> TensorFiles:
         """Copy the tensors with their strides; the copy is valid until the next one.
 
-        Raises:
-            MemoryError: the buffer could not be allocated.
+        Raises MemoryError: the buffer could not be allocated.
         """
         self._allocator.join()
         if self._error:
@@ -152,8 +151,7 @@ class AsyncCheckpointWriter:
     def save(self, state: TrainState) -> None:
         """Wait for the save in flight, copy the tensors, and start to save them and to delete old checkpoints.
 
-        Raises:
-            VolumeUnwritable: too little disk space for this save, or the save before failed.
+        Raises VolumeUnwritable: too little disk space for this save, or the save before failed.
         """
         self.wait()
         check_lock_token(self.folder.parent / ".lock", self._lock_mark)

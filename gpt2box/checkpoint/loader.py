@@ -50,8 +50,7 @@ def load_weights(folder: Path, model: GPT2) -> None:
 def restore_checkpoint(folder: Path, model: GPT2, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
     """Load the weights and the optimizer state of a verified checkpoint into the existing tensors.
 
-    Raises:
-        BadInput, Damaged: they do not fit this network; see load_weights.
+    Raises BadInput, Damaged: they do not fit this network; see load_weights.
     """
     load_weights(folder, model)
     path = folder / "optimizer.safetensors"

@@ -123,8 +123,7 @@ def parse_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
 def check_consistency(folder: Path, state: TrainState, files: dict[str, Any], digest: str | None) -> None:
     """Check that the values of state.json agree with each other and with the folder's name.
 
-    Raises:
-        ValueError: which do not.
+    Raises ValueError: which do not.
     """
     match = FOLDER_PATTERN.fullmatch(folder.name)
     if match and int(match[1]) != state.step:
@@ -158,8 +157,7 @@ def load_verified_state(folder: Path) -> TrainState:
 def verify_model_files(folder: Path) -> None:
     """Verify the files of a checkpoint without the optimizer state. Another model folder has no checksums: accept it.
 
-    Raises:
-        Damaged: which file, and how it differs.
+    Raises Damaged: which file, and how it differs.
     """
     if not (folder / "state.json").exists():
         return
@@ -173,11 +171,7 @@ def verify_model_files(folder: Path) -> None:
 
 
 def verify_file(path: Path, bytes: int, sha256: str) -> None:
-    """Compare a file with its entry in state.json.
-
-    Raises:
-        Damaged: it differs.
-    """
+    """Compare a file with its entry in state.json. Raises Damaged: it differs."""
     try:
         check_regular_file(path)
         if path.stat().st_size != bytes:

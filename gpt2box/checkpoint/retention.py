@@ -42,8 +42,7 @@ def set_link(folder: Path, name: str, step: int) -> None:
 
     A folder of that name is replaced if it is a copy of a checkpoint, made by a copy that resolved links.
 
-    Raises:
-        BadInput: there is another folder of that name.
+    Raises BadInput: there is another folder of that name.
     """
     link = folder / name
     if link.is_dir() and not link.is_symlink():
@@ -71,8 +70,7 @@ def delete_old_checkpoints(folder: Path, keep_last: int, state: TrainState, save
     Keeps the newest `keep_last`, the best, and two rollback candidates with the best as of each. Checkpoints beyond
     `state.step` are damaged ones that were skipped on resume: they neither count as newest nor are deleted.
 
-    Raises:
-        VolumeUnwritable: one could not be deleted.
+    Raises VolumeUnwritable: one could not be deleted.
     """
     steps = [path for path in list_checkpoints(folder) if checkpoint_step(path) <= state.step]
     states = [state, *(candidate for _, candidate in islice(rollback_candidates(steps, save_interval), 2))]
@@ -85,8 +83,7 @@ def delete_old_checkpoints(folder: Path, keep_last: int, state: TrainState, save
 def delete_checkpoint(path: Path) -> None:
     """Delete a checkpoint. Renames it first, so that a crash leaves no torn checkpoint of that name.
 
-    Raises:
-        VolumeUnwritable: it could not be deleted.
+    Raises VolumeUnwritable: it could not be deleted.
     """
     retired = path.with_name(f".{path.name}.tmp")
     try:

@@ -37,8 +37,7 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", to
 def write_tensors(path: Path, tensors: TensorSource) -> str:
     """Write and sync a file; returns the sha256 of the data in memory, to compare with what the disk returns.
 
-    Raises:
-        OSError: as the system reports it.
+    Raises OSError: as the system reports it.
     """
     header = encode_header(tensors(meta_tensor))
     sha256 = hashlib.sha256(header)
@@ -107,8 +106,7 @@ class TensorEntry:
 def read_header(file: FileIO, path: Path) -> list[TensorEntry]:
     """Read the header and return its entries in the order of the data; leaves the file at the first tensor.
 
-    Raises:
-        Damaged: the header is not what the package would write: tensors without gaps, from the header to the end.
+    Raises Damaged: the header is not what the package would write: tensors without gaps, from the header to the end.
     """
     dtypes = {name: dtype for dtype, name in DTYPES.items()}
     size = os.fstat(file.fileno()).st_size

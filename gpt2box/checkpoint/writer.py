@@ -217,11 +217,7 @@ def checkpoint_bytes(model: GPT2, optimizer: torch.optim.Optimizer, state: Train
 
 
 def check_disk_space(folder: Path, needed: int, step: int) -> None:
-    """Check before a save that the disk has `needed` bytes free.
-
-    Raises:
-        VolumeUnwritable: it has less.
-    """
+    """Check before a save that the disk has `needed` bytes free. Raises VolumeUnwritable: it has less."""
     try:
         if shutil.disk_usage(folder if folder.exists() else folder.parent).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

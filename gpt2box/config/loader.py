@@ -77,11 +77,7 @@ def count_values(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file's settings, unchecked.
-
-    Raises:
-        BadInput: The file is not readable, not YAML or not a mapping.
-    """
+    """Read a YAML file's settings, unchecked. Raises BadInput: the file is not readable, not YAML or not a mapping."""
     try:
         text = read_text(path)
         if len(text) > MAX_CHARACTERS:
@@ -113,8 +109,7 @@ def list_presets() -> list[str]:
 def load_config(argument: str | None, flags: dict[str, Any]) -> tuple[Config, list[str]]:
     """Load the settings of a CONFIG argument and flags. Returns them and notes for the user.
 
-    Raises:
-        BadInput: The file or a value is invalid.
+    Raises BadInput: the file or a value is invalid.
     """
     base: dict[str, Any] = {}
     notes: list[str] = []
@@ -151,8 +146,7 @@ def default_run_name(config: Config, path: Path | None, usual_dataset: str | Non
 def find_config_file(config: str) -> Path:
     """Find the file of a CONFIG argument: a path, or the name of a preset.
 
-    Raises:
-        BadInput: There is no such file or preset.
+    Raises BadInput: there is no such file or preset.
     """
     path = Path(config)
     if path.suffix in (".yaml", ".yml", ".py") or "/" in config:

@@ -60,8 +60,7 @@ OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 def parse_config_file(path: Path) -> tuple[dict[str, Any], list[str]]:
     """Read a nanoGPT config file. Returns its assignments and notes on skipped statements.
 
-    Raises:
-        BadInput: It is not Python, a value is not a plain expression, or an assignment is nested in a statement.
+    Raises BadInput: it is not Python, a value is not a plain expression, or an assignment is nested in a statement.
     """
     try:
         tree = ast.parse(read_text(path), filename=str(path))
@@ -114,8 +113,7 @@ def assigned_names(statement: ast.stmt) -> set[str]:
 def evaluate_expression(node: ast.expr, names: dict[str, Any]) -> Any:
     """Evaluate an expression of literals, earlier names and arithmetic.
 
-    Raises:
-        ValueError, TypeError, ArithmeticError: The expression is anything else, or too large.
+    Raises ValueError, TypeError, ArithmeticError: the expression is anything else, or too large.
     """
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | None):
         return node.value
@@ -134,8 +132,7 @@ def evaluate_expression(node: ast.expr, names: dict[str, Any]) -> Any:
 def translate_names(values: dict[str, Any], source: str) -> dict[str, Any]:
     """Replace nanoGPT's setting names by ours if only the name differs.
 
-    Raises:
-        BadInput: Both names of one setting are given.
+    Raises BadInput: both names of one setting are given.
     """
     renamed: dict[str, Any] = {}
     for key, value in values.items():
@@ -223,11 +220,7 @@ def is_true(value: Any) -> bool:
 
 
 def parse_positive_int(value: Any, name: str) -> int:
-    """Parse a positive whole number from a file or a flag.
-
-    Raises:
-        BadInput: It is not a whole number, or below 1.
-    """
+    """Parse a positive whole number from a file or a flag. Raises BadInput: it is not a whole number, or below 1."""
     fault = BadInput(f"{name}: found {value!r}", "a whole number of at least 1")
     try:
         number = parse_whole_number(value)

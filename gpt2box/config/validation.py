@@ -17,8 +17,7 @@ MAX_SUGGESTIONS = 20  # of the nearest name, each takes a millisecond
 def validate(values: dict[str, Any], source: str) -> Config:
     """Check all settings and return them as a frozen `Config`.
 
-    Raises:
-        BadInput: Lists every fault, each with what was found and what is expected.
+    Raises BadInput: lists every fault, each with what was found and what is expected.
     """
     faults = []
     for number, key in enumerate(values.keys() - Config.model_fields.keys()):
@@ -108,8 +107,7 @@ def find_lora_contradictions(config: Config) -> list[str]:
 def check_ranks(config: Config, ranks: int) -> None:
     """Check that so many ranks can share a step.
 
-    Raises:
-        BadInput: They cannot process equal numbers of sequences, or a setting works on one GPU alone.
+    Raises BadInput: they cannot process equal numbers of sequences, or a setting works on one GPU alone.
     """
     if ranks == 1:
         return

@@ -16,8 +16,7 @@ REFRESH_SECONDS = 2.0
 def monitor(name: str | None, once: bool) -> None:
     """Show GPUs and the run `name` until interrupted: in place on a terminal, otherwise as repeated lines.
 
-    Raises:
-        BadInput: there is no such run.
+    Raises BadInput: there is no such run.
     """
     if name is not None:
         find_run(name)

@@ -64,8 +64,7 @@ class AccessPolicy:
 def make_access_policy(host: str, port: int, token: str | None, behind_loopback: bool) -> AccessPolicy:
     """Return the access policy; without `behind_loopback`, an address beyond loopback gets a random token.
 
-    Raises:
-        BadInput: `token` could be guessed.
+    Raises BadInput: `token` could be guessed.
     """
     if token is not None and not TOKEN_PATTERN.fullmatch(token):
         found = f"a token of {len(token)} characters" if token else "an empty token"

@@ -54,8 +54,7 @@ class BulkEncoder:
     def encode(self, parts: Iterable[str]) -> Iterator[Tokens]:
         """Encode a text that comes in chunks; a special token's name is ordinary text.
 
-        Raises:
-            BadInput: a run that tiktoken gives up on.
+        Raises BadInput: a run that tiktoken gives up on.
         """
         for piece in ("".join(parts),) if self.needs_full_text else split_into_chunks(parts):
             yield self._encode(piece)
@@ -73,8 +72,7 @@ class BulkEncoder:
 def resolve_source(asked: str) -> tuple[Path, Tokenizer]:
     """Return the path that BulkEncoder reads for gpt2 or a tokenizer's folder, and the tokenizer.
 
-    Raises:
-        BadInput: nothing in its vocabulary ends a text.
+    Raises BadInput: nothing in its vocabulary ends a text.
     """
     source = downloads.fetch(downloads.GPT2_RANKS, raw_dir()) if asked == GPT2 else Path(asked)
     words = load_gpt2_tokenizer(source) if asked == GPT2 else tokenizer.load_tokenizer(source)

@@ -40,8 +40,7 @@ class FileCorpus:
 def open_openwebtext(folder: Path | None, files: slice, keep_raw: bool) -> FileCorpus:
     """Open OpenWebText or some of its files from the Hub, a mirror (HF_ENDPOINT) or a local folder.
 
-    Raises:
-        BadInput: no such files there.
+    Raises BadInput: no such files there.
     """
     pin = hub_datasets.OPENWEBTEXT
     if folder is None:
@@ -68,8 +67,7 @@ def select_numbered_files(paths: list[Path], files: slice) -> tuple[list[Path], 
 
     Returns the selected files and the number of files in the complete corpus.
 
-    Raises:
-        BadInput: a selected file is missing.
+    Raises BadInput: a selected file is missing.
     """
     found = [re.fullmatch(r"train-(\d{5})-of-(\d{5})\.parquet", path.name) for path in paths]
     if files.stop is None or not all(found) or len({match[2] for match in found if match}) != 1:
@@ -86,22 +84,14 @@ def select_numbered_files(paths: list[Path], files: slice) -> tuple[list[Path], 
 
 
 def open_hub_dataset(name: str, config: str, split: str, files: slice, keep_raw: bool) -> FileCorpus:
-    """Open a dataset of the Hub.
-
-    Raises:
-        BadInput: no such dataset, or no such files of it.
-    """
+    """Open a dataset of the Hub. Raises BadInput: no such dataset, or no such files of it."""
     sources, title = hub_datasets.list_hub_dataset(name, config, split, files, keep_raw)
     identity = [{"name": s.name, "bytes": s.size_bytes, "sha256": s.sha256} for s in check_not_empty(sources)]
     return FileCorpus(title, identity, sources, is_download=True)
 
 
 def check_not_empty(sources: list[SourceFile]) -> list[SourceFile]:
-    """Return the sources if there are any.
-
-    Raises:
-        BadInput: there are none.
-    """
+    """Return the sources if there are any. Raises BadInput: there are none."""
     if not sources:
         raise BadInput("there are not so many files", "two numbers, such as 0:8, of files counted from 0")
     return sources
@@ -119,11 +109,7 @@ def open_own_files(files: list[tuple[Path, str]]) -> FileCorpus:
 
 
 def check_row_counts(sources: list[SourceFile]) -> None:
-    """Check that the files state their row counts, as nanoGPT's order needs.
-
-    Raises:
-        BadInput: one does not.
-    """
+    """Check that the files state their row counts, as nanoGPT's order needs. Raises BadInput: one does not."""
     if others := [source.name for source in sources if file_kind(Path(source.name)) != ".parquet"]:
         expected = "Parquet files, which say how many documents they hold"
         raise BadInput(f"--split nanogpt with {others[0]}", expected)

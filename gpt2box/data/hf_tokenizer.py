@@ -97,8 +97,7 @@ class BpeTokenizer:
 def load_library_tokenizer(folder: Path) -> Any:
     """Build the library's Tokenizer from a folder's files, as transformers does.
 
-    Raises:
-        BadInput, Damaged: see BpeTokenizer.
+    Raises BadInput, Damaged: see BpeTokenizer.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -136,8 +135,7 @@ def load_library_tokenizer(folder: Path) -> Any:
 def add_tokens(tokenizer: Any, folder: Path, config: dict[str, Any]) -> None:
     """Add the tokens listed in added_tokens.json or tokenizer_config.json.
 
-    Raises:
-        ValueError: their ids do not follow on the vocabulary's.
+    Raises ValueError: their ids do not follow on the vocabulary's.
     """
     from tokenizers import AddedToken
 

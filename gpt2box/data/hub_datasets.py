@@ -60,8 +60,7 @@ KNOWN_FILES = {
 def list_openwebtext_sources(keep_raw: bool) -> tuple[list[SourceFile], list[dict[str, Any]]]:
     """List OpenWebText's files on the Hub, with their identities for the manifest.
 
-    Raises:
-        TryAgain: the Hub does not answer.
+    Raises TryAgain: the Hub does not answer.
     """
     pin = OPENWEBTEXT
     names = [f"train-{i:05d}-of-{pin.files:05d}.parquet" for i in range(pin.files)]
@@ -73,11 +72,7 @@ def list_openwebtext_sources(keep_raw: bool) -> tuple[list[SourceFile], list[dic
 
 
 def list_openwebtext(pin: Pinned, names: list[str]) -> dict[str, tuple[int, str]]:
-    """Return size and sha256 of each of OpenWebText's files.
-
-    Raises:
-        Damaged: the Hub contradicts the pinned values.
-    """
+    """Return size and sha256 of each of OpenWebText's files. Raises Damaged: the Hub contradicts the pinned values."""
     path = raw_dir() / "openwebtext" / "files.json"
     found = list_repository_files(f"datasets/{pin.repo}", pin.revision, pin.folder, names, path)
     total = sum(size for size, _ in found.values())
@@ -93,8 +88,7 @@ def list_repository_files(
 
     A revision is a commit hash, so the answer never changes; it is cached in the file `kept`.
 
-    Raises:
-        Damaged: the answer lacks a file.
+    Raises Damaged: the answer lacks a file.
     """
     stored = read_json_object(kept)
     if stored.get("revision") != revision:
@@ -137,11 +131,7 @@ def list_hub_dataset(name: str, config: str, split: str, files: slice, keep_raw:
 
 
 def make_local_source(path: Path) -> SourceFile:
-    """Return the source of a local file.
-
-    Raises:
-        BadInput: it is not there.
-    """
+    """Return the source of a local file. Raises BadInput: it is not there."""
     if not path.is_file():
         raise BadInput(f"no file {path}", "a file")
     return SourceFile(path.name, path.stat().st_size, lambda: path, lambda: None, lambda: None)

@@ -90,8 +90,7 @@ def fetch_repository(
 def download_model(repo: str, entries: dict[str, Any], url: str, folder: Path) -> None:
     """Download a model's files into a folder; checks the architecture before the weights.
 
-    Raises:
-        BadInput: it is no GPT-2, or has no safetensors.
+    Raises BadInput: it is no GPT-2, or has no safetensors.
     """
     if "config.json" not in entries:
         raise BadInput(f"{repo} has no config.json", f"a GPT-2 for transformers; it has: {', '.join(entries)}")
@@ -119,11 +118,7 @@ def download_model(repo: str, entries: dict[str, Any], url: str, folder: Path) -
 
 
 def download_tokenizer(repo: str, entries: dict[str, Any], url: str, folder: Path) -> None:
-    """The tokenizer's files into a folder.
-
-    Raises:
-        BadInput: there are none of a kind that is read here.
-    """
+    """The tokenizer's files into a folder. Raises BadInput: there are none of a kind that is read here."""
     found = [path for path in TOKENIZER if path in entries]
     if not {"tokenizer.json", "vocab.json"} & set(found):
         raise BadInput(
@@ -136,8 +131,7 @@ def download_tokenizer(repo: str, entries: dict[str, Any], url: str, folder: Pat
 def fetch_file(path: str, entry: dict[str, Any], url: str, folder: Path) -> Path:
     """One file, checked: large ones by sha256, small ones by the hash that git has of them.
 
-    Raises:
-        Damaged: it is not what the Hub says.
+    Raises Damaged: it is not what the Hub says.
     """
     sha256 = str(entry.get("lfs", {}).get("oid", ""))
     if sha256:

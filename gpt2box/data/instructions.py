@@ -48,8 +48,7 @@ class Columns:
 def find_columns(files: list[tuple[Path, str]], text: str, prompt: str, response: str) -> Columns | None:
     """Find the columns of prompts and responses, as requested or by their known names; None if there are none.
 
-    Raises:
-        BadInput: one of the two without the other, one column for both, or files that have no columns.
+    Raises BadInput: one of the two without the other, one column for both, or files that have no columns.
     """
     if bool(prompt) != bool(response):
         raise BadInput("one of --prompt-column and --response-column without the other", "both, or neither")

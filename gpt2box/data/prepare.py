@@ -83,8 +83,7 @@ def resolve_tokenizer(asked: str) -> str:
 def find_known_corpus(inputs: Sequence[str]) -> str:
     """Return the input that names a known corpus or a Hub dataset, or an empty string.
 
-    Raises:
-        BadInput: with others beside it.
+    Raises BadInput: with others beside it.
     """
     known = [item for item in inputs if item in KNOWN_CORPORA or item.startswith(HUB)]
     if known and len(inputs) > 1:
@@ -108,11 +107,7 @@ def default_dataset_name(first: str, config: PrepareConfig) -> str:
 
 
 def check_options(item: str, config: PrepareConfig) -> None:
-    """Check that every given option applies to this kind of input.
-
-    Raises:
-        BadInput: one does not.
-    """
+    """Check that every given option applies to this kind of input. Raises BadInput: one does not."""
     kind = "hub" if item.startswith(HUB) else "openwebtext" if item in OPENWEBTEXT else "corpus" if item else "own"
     given = {name for name, value in vars(config).items() if value != getattr(PrepareConfig(), name)}
     for_all = {"tokenizer", "val_fraction"}

@@ -51,11 +51,7 @@ def prepare_corpus(collection: FileCorpus, config: PrepareConfig, folder: Path) 
 
 
 def check_space(collection: FileCorpus, config: PrepareConfig, temporary: Path) -> None:
-    """Log the space needed and check that it is free.
-
-    Raises:
-        VolumeUnwritable: with the bytes missing.
-    """
+    """Log the space needed and check that it is free. Raises VolumeUnwritable: with the bytes missing."""
     if config.max_docs is not None:
         return
     largest = max((source.size_bytes for source in collection.sources), default=0)

@@ -98,8 +98,7 @@ def resolve_shape(
     `ours` and `theirs`: the tokenizers of the dataset and of the weights, where they are known. The weights' rows
     beyond the dataset's vocabulary are left out; where it has theirs and more, rows are added.
 
-    Raises:
-        BadInput: the settings and the weights, or the weights and the dataset, do not fit.
+    Raises BadInput: the settings and the weights, or the weights and the dataset, do not fit.
     """
     faults = [
         f"{key}: found {value} in the settings, {getattr(stored, key)} in {where}"
@@ -122,8 +121,7 @@ def resolve_shape(
 def load_initial_shape(config: Config, folder: Path, ours: Tokenizer) -> ModelShape:
     """Return the shape of a run that starts from a folder's weights, on a dataset with tokenizer `ours`.
 
-    Raises:
-        BadInput, Damaged: see shape_from and shape_in.
+    Raises BadInput, Damaged: see shape_from and shape_in.
     """
     stored = load_shape(folder)
     return resolve_shape(config, stored, str(folder), ours, load_weights_tokenizer(folder, stored, ours))

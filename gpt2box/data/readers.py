@@ -84,11 +84,7 @@ def open_parquet(path: Path) -> Any:
 
 
 def select_text_column(names: list[str], wanted: str, path: Path | str) -> str:
-    """Return the text column: the requested one, or the only likely one.
-
-    Raises:
-        BadInput: it is not there.
-    """
+    """Return the text column: the requested one, or the only likely one. Raises BadInput: it is not there."""
     if wanted in names:
         return wanted
     likely = [name for name in ("text", "content", "document") if name in names] or (names if len(names) == 1 else [])
@@ -104,8 +100,7 @@ def select_text_column(names: list[str], wanted: str, path: Path | str) -> str:
 def read_column_names(path: Path) -> list[str]:
     """Return the columns of a file's first record; empty if that is no object or longer than a block.
 
-    Raises:
-        BadInput, Damaged: the file cannot be read.
+    Raises BadInput, Damaged: the file cannot be read.
     """
     kind = file_kind(path)
     if kind == ".parquet":
@@ -188,8 +183,7 @@ def open_file(path: Path) -> IO[bytes]:
 def decode_text(file: IO[bytes], path: Path) -> Iterator[str]:
     """Yield a plain text in chunks: UTF-8 with any line ends, as Python's text mode; drops a byte-order mark.
 
-    Raises:
-        BadInput: binary, or not UTF-8: at which offset.
+    Raises BadInput: binary, or not UTF-8: at which offset.
     """
     utf8 = codecs.getincrementaldecoder("utf-8")()
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
@@ -281,8 +275,7 @@ def read_json_array(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
 def read_field(record: object, column: str, unit: Unit, where: str) -> object:
     """Return a record's text column; a record that is no object is the text itself, unless a column was requested.
 
-    Raises:
-        BadInput: no such column.
+    Raises BadInput: no such column.
     """
     if isinstance(record, dict):
         return (
@@ -316,11 +309,7 @@ def read_table(lines: io.TextIOWrapper, unit: Unit) -> Iterator[str]:
 
 
 def check_text(value: object, where: str) -> str:
-    """Return the text, or an empty string for null.
-
-    Raises:
-        BadInput: of another type.
-    """
+    """Return the text, or an empty string for null. Raises BadInput: of another type."""
     if value is None:
         return ""
     if not isinstance(value, str):

@@ -73,8 +73,7 @@ def load_texts(
 
     `files`: the files found in the inputs, if already known.
 
-    Raises:
-        BadInput: nothing there, or a file that is empty, binary, not UTF-8 or not of its format.
+    Raises BadInput: nothing there, or a file that is empty, binary, not UTF-8 or not of its format.
     """
     files = find_files(inputs) if files is None else files
     found: list[str] = []
@@ -100,8 +99,7 @@ def load_texts(
 def find_files(inputs: Sequence[str]) -> NamedFiles:
     """Find the user's files: files as given, files of known kinds in folders, and matches of patterns.
 
-    Raises:
-        BadInput: nothing there, or a file that cannot be read.
+    Raises BadInput: nothing there, or a file that cannot be read.
     """
     found: NamedFiles = []
     for item in inputs:
@@ -127,8 +125,7 @@ def find_files(inputs: Sequence[str]) -> NamedFiles:
 def find_files_in_folder(folder: Path) -> list[Path]:
     """Find a folder's plain texts or, if it has none, its files of records; skips hidden files.
 
-    Raises:
-        BadInput: neither.
+    Raises BadInput: neither.
     """
     kinds = (TEXT_SUFFIXES, RECORD_SUFFIXES)
     visible: list[Path] = []

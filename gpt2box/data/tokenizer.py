@@ -200,8 +200,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def load_model_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """Load the tokenizer of the model in `folder`; GPT-2's if it has none and `vocab_size` is GPT-2's.
 
-    Raises:
-        BadInput: no tokenizer, and other rows than GPT-2's; or see load.
+    Raises BadInput: no tokenizer, and other rows than GPT-2's; or see load.
     """
     if any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")):
         return load_tokenizer(folder)
@@ -230,11 +229,7 @@ def _from_vocabulary(vocabulary: dict[str, int]) -> Gpt2Tokenizer:
 
 
 def check_ids(vocabulary: dict[str, int]) -> None:
-    """Check that each id from 0 on occurs once.
-
-    Raises:
-        ValueError: if not.
-    """
+    """Check that each id from 0 on occurs once. Raises ValueError: if not."""
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
         raise ValueError(f"the ids of {len(vocabulary):,} tokens are not those from 0 to {len(vocabulary) - 1:,}")
 
@@ -242,8 +237,7 @@ def check_ids(vocabulary: dict[str, int]) -> None:
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Encode a prompt; an empty one becomes the end-of-text token, or a line feed.
 
-    Raises:
-        BadInput: a character that the vocabulary lacks.
+    Raises BadInput: a character that the vocabulary lacks.
     """
     if prompt:
         return [int(i) for i in tokenizer.encode(prompt)]

@@ -51,8 +51,7 @@ class RankGroup:
     def run_on_rank0(self, function: Callable[[], T]) -> T:
         """Call `function` on rank 0 and return its result on all ranks.
 
-        Raises:
-            Gpt2boxError: as `function` does, on rank 0; the other ranks exit silently with the same exit code.
+        Raises Gpt2boxError: as `function` does, on rank 0; the other ranks exit silently with the same exit code.
         """
         if self.is_single_process:
             return function()
@@ -148,8 +147,7 @@ class NoOp:
 def join_rank_group() -> Iterator[RankGroup]:
     """Connect to all ranks that torchrun started; without torchrun, yield a group of this process alone.
 
-    Raises:
-        TryAgain: another rank is lost. torchrun then ends all ranks and, with --max-restarts, starts them again.
+    Raises TryAgain: another rank is lost. torchrun then ends all ranks and, with --max-restarts, starts them again.
     """
     own = rank_info()
     if own.world_size == 1:

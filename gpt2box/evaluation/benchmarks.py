@@ -63,8 +63,7 @@ def run_benchmark(task: str, model: GPT2, tokenizer: Tokenizer, path: Path | Non
 def read_questions(task: str, path: Path, limit: int | None) -> list[Question]:
     """Read a benchmark's questions, at most `limit`.
 
-    Raises:
-        BadInput: The file does not have the benchmark's format, or is empty.
+    Raises BadInput: the file does not have the benchmark's format, or is empty.
     """
     parse = {"hellaswag": hellaswag_question, "lambada": lambada_question}
     try:
@@ -171,8 +170,7 @@ def encode_pair(context: str, continuation: str, tokenizer: Tokenizer) -> tuple[
 def score_continuations(pairs: Sequence[tuple[str, str]], model: GPT2, tokenizer: Tokenizer) -> list[Score]:
     """Score each continuation given its context; the context is truncated on the left to the model's block size.
 
-    Raises:
-        BadInput: A continuation alone is longer than the block size.
+    Raises BadInput: a continuation alone is longer than the block size.
     """
     device, block_size = model.wte.weight.device, model.shape.block_size
     requests = [encode_pair(*pair, tokenizer) for pair in pairs]

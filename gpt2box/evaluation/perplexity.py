@@ -121,8 +121,7 @@ def loss_on_dataset(
 ) -> Loss:
     """Compute the loss on a split of a prepared dataset, read as one stream across document boundaries.
 
-    Raises:
-        BadInput: The dataset was made with another tokenizer.
+    Raises BadInput: the dataset was made with another tokenizer.
     """
     other = dataset.tokenizer
     if other.vocabulary() != tokenizer.vocabulary():
@@ -139,8 +138,7 @@ def loss_on_dataset(
 def loss_on_text(model: GPT2, tokenizer: Tokenizer, path: Path, stride: int, max_tokens: int | None) -> Loss:
     """Compute the loss on a text file, as one document; it starts with the end-of-text token if there is one.
 
-    Raises:
-        BadInput: The file is not UTF-8, or has characters that the model's vocabulary lacks.
+    Raises BadInput: the file is not UTF-8, or has characters that the model's vocabulary lacks.
     """
     with open(path, "rb") as file:
         text = "".join(decode_text(file, path))  # like prepare: all line ends become \n, a byte-order mark is dropped
@@ -155,8 +153,7 @@ def loss_on_text(model: GPT2, tokenizer: Tokenizer, path: Path, stride: int, max
 def training_dataset(folder: Path) -> Path:
     """Return the folder of the dataset that a run's checkpoint was trained on.
 
-    Raises:
-        BadInput: `folder` is not a checkpoint of a run.
+    Raises BadInput: `folder` is not a checkpoint of a run.
     """
     recorded = read_json_object(folder.resolve().parent.parent / "manifest.json").get("dataset")
     path = recorded.get("folder") if isinstance(recorded, dict) else None

@@ -69,11 +69,7 @@ def prompt_template(folder: Path) -> str:
 
 
 def check_range(model: GPT2, format_name: str, dtype: str) -> None:
-    """Check that the dtype can represent the largest weights.
-
-    Raises:
-        BadInput: A weight is too large.
-    """
+    """Check that the dtype can represent the largest weights. Raises BadInput: a weight is too large."""
     for name, parameter in model.named_parameters():
         if (largest := float(parameter.detach().abs().max())) > MAX_VALUE.get(dtype, math.inf):
             wider = "float32" if format_name == "gguf" else "bfloat16"

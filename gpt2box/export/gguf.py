@@ -84,11 +84,7 @@ def list_tensors(model: GPT2) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]
 
 
 def write_gguf(path: Path, model: GPT2, tokenizer: Tokenizer, dtype: str, title: str) -> None:
-    """Write a GGUF file, read it back and compare.
-
-    Raises:
-        Damaged: What was read back differs.
-    """
+    """Write a GGUF file, read it back and compare. Raises Damaged: what was read back differs."""
     import gguf
 
     assert isinstance(tokenizer, (Gpt2Tokenizer, BpeTokenizer))

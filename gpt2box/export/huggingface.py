@@ -22,8 +22,7 @@ def write_huggingface(folder: Path, model: GPT2, tokenizer: Tokenizer, dtype: st
 
     `card` is the text of README.md.
 
-    Raises:
-        Damaged: The model that was loaded back differs.
+    Raises Damaged: the model that was loaded back differs.
     """
     folder.mkdir()
     torch_dtype = getattr(torch, dtype)

@@ -83,11 +83,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def parse_shape(sizes: dict[str, Any], gelu: str, path: Path) -> ModelShape:
-    """Return the model shape that nanoGPT's model_args describe.
-
-    Raises:
-        BadInput: A size is missing or impossible.
-    """
+    """Return the model shape that nanoGPT's model_args describe. Raises BadInput: a size is missing or impossible."""
     try:
         return ModelShape(**parse_sizes(sizes), bias=sizes.get("bias") is not False, gelu=gelu)
     except ValueError as error:
@@ -97,8 +93,7 @@ def parse_shape(sizes: dict[str, Any], gelu: str, path: Path) -> ModelShape:
 def choose_tokenizer(shape: ModelShape, text: Path | None, path: Path) -> Tokenizer:
     """Return GPT-2's tokenizer, or the character tokenizer of `text`; nanoGPT's checkpoint holds none.
 
-    Raises:
-        BadInput: The model's vocabulary is neither GPT-2's nor that of the text.
+    Raises BadInput: the model's vocabulary is neither GPT-2's nor that of the text.
     """
     if text is None:
         if shape.vocab_size not in (GPT2_VOCAB_SIZE, GPT2_PADDED_VOCAB_SIZE):

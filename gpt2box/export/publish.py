@@ -41,8 +41,7 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
 def check_tensors(expected: dict[str, Tensor], stored: dict[str, Tensor], rounding: float, path: Path) -> None:
     """Compare tensors read back from `path` with the originals, up to a relative rounding error.
 
-    Raises:
-        Damaged: A tensor is missing or differs by more.
+    Raises Damaged: a tensor is missing or differs by more.
     """
     for name, tensor in expected.items():
         other = stored.get(name)

@@ -60,11 +60,7 @@ def push(folder: Path, repo: str, dtype: str, license_id: str, public: bool) -> 
 
 
 def check_name(repo: str) -> None:
-    """Check a repository name by the Hub's rules.
-
-    Raises:
-        BadInput: The name is not a valid OWNER/NAME.
-    """
+    """Check a repository name by the Hub's rules. Raises BadInput: the name is not a valid OWNER/NAME."""
     parts = repo.split("/")
     valid = [NAME_PART.fullmatch(part) and "--" not in part and ".." not in part for part in parts]
     if len(parts) != 2 or not all(valid) or repo.endswith(".git") or len(repo) > 96:

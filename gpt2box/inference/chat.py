@@ -72,8 +72,7 @@ def chat(
 def apply_command(line: str, params: SamplingParams, limits: dict[str, int]) -> tuple[SamplingParams, dict[str, int]]:
     """Return the settings after a command such as `/temperature 0.7`.
 
-    Raises:
-        BadInput: There is no such command, or its value is out of range.
+    Raises BadInput: there is no such command, or its value is out of range.
     """
     name, _, value = line[1:].partition(" ")
     name = name.replace("-", "_")

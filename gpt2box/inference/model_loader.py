@@ -20,8 +20,7 @@ def find_model(name: str | None, checkpoint: str) -> Path:
 
     Without a name, use the newest run. `checkpoint` selects a run's checkpoint: best, last or step-NNNNNNNN.
 
-    Raises:
-        BadInput: There is no such model or checkpoint; the message lists what exists.
+    Raises BadInput: there is no such model or checkpoint; the message lists what exists.
     """
     last_checkpoints = [(find_checkpoint(run, "last"), run.name) for run in list_run_dirs()]
     newest_first = sorted(((path.lstat().st_mtime, run) for path, run in last_checkpoints if path), reverse=True)

@@ -31,8 +31,7 @@ def write_samples(
 
     Sample i of a prompt uses seed + i. Batching changes logits by rounding only.
 
-    Raises:
-        BadInput: A prompt has a character that the model's vocabulary lacks.
+    Raises BadInput: a prompt has a character that the model's vocabulary lacks.
     """
     encoded = [(prompt, encode_prompt(tokenizer, prompt)) for prompt in prompts]
     requests = ((prompt, ids, seed + i) for prompt, ids in encoded for i in range(num_samples))
@@ -88,8 +87,7 @@ def escape_for_terminal(text: str) -> str:
 def read_prompts(path: Path) -> list[str]:
     """Read prompts from a file: one per line, or the "prompt" field of each record of a .jsonl.
 
-    Raises:
-        BadInput: The file has no prompts or another format.
+    Raises BadInput: the file has no prompts or another format.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:

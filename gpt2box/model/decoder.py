@@ -79,8 +79,7 @@ class Decoder:
     `weights`: None for the model's weights as they are, or a key of PACKERS. On a CPU, packing moves the weights
     out of the model.
 
-    Raises:
-        BadInput: the device does not support these weights.
+    Raises BadInput: the device does not support these weights.
     """
 
     def __init__(self, model: GPT2, weights: str | None = None) -> None:

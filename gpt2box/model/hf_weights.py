@@ -131,11 +131,7 @@ def load_hf_weights(
 
 
 def check_finite(name: str, tensor: Tensor, where: str) -> None:
-    """Check that all values of a tensor are finite.
-
-    Raises:
-        Damaged: one is not.
-    """
+    """Check that all values of a tensor are finite. Raises Damaged: one is not."""
     # The sum takes a thirtieth of the time. It is finite only if all values are, but large values may overflow it.
     if not tensor.sum().isfinite() and not tensor.isfinite().all():
         raise Damaged(f"{where}: {name} has numbers that are not finite", "weights without NaN or infinity")

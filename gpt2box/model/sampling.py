@@ -26,8 +26,7 @@ MIN_TEMPERATURE = 1e-6  # below it, only the most likely token has a chance, and
 def sample_token(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
     """Sample a token from float32 logits (V,) on the CPU, where a seed gives the same text for any device.
 
-    Raises:
-        Damaged: a logit is not finite.
+    Raises Damaged: a logit is not finite.
     """
     if not logits.isfinite().all():
         raise Damaged("the model's logits are not finite", "weights without NaN or infinity")

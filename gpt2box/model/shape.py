@@ -63,11 +63,7 @@ class ModelShape:
 
 
 def parse_sizes(values: Mapping[str, object]) -> dict[str, int]:
-    """Extract ModelShape's sizes from a model's configuration.
-
-    Raises:
-        ValueError: A size is missing or out of range.
-    """
+    """Extract ModelShape's sizes from a model's configuration. Raises ValueError: a size is missing or out of range."""
     for key, maximum in MAX_SIZES.items():
         size = values.get(key)
         if type(size) is not int or not 1 <= size <= maximum:

@@ -72,8 +72,7 @@ GPU_SPECS = {spec.name: spec for spec in map(parse_row, TABLE.strip().splitlines
 def gpu_spec_named(name: str) -> GpuSpec:
     """Find a GPU by its name in the table, in any common spelling, with or without `rtx`.
 
-    Raises:
-        BadInput: The table has no such GPU.
+    Raises BadInput: the table has no such GPU.
     """
     normalized = normalize_gpu_name(name)
     for candidate in (normalized, f"rtx-{normalized}"):

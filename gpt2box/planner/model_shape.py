@@ -16,8 +16,7 @@ def resolve_model_shape(config: Config) -> ModelShape:
 
     Neither the dataset nor published weights need to be present.
 
-    Raises:
-        BadInput: Settings, weights and dataset do not fit, as in training.
+    Raises BadInput: Settings, weights and dataset do not fit, as in training.
     """
     tokenizer = load_dataset_tokenizer(config)
     if config.init_from == "scratch":

@@ -39,8 +39,7 @@ MEMORY_FORMULAS = {
 def print_report(config: Config, device: TargetDevice, all_sizes: bool, explain: bool, as_json: bool) -> None:
     """Print the plan for a device, or the table of all published model sizes.
 
-    Raises:
-        MachineCannot: Nothing fits (not for the table).
+    Raises MachineCannot: nothing fits (not for the table).
     """
     if all_sizes:
         return print_size_table(config, device, as_json)

@@ -168,8 +168,7 @@ def choose_execution_plan(
 ) -> ExecutionPlan:
     """Return the first plan that fits.
 
-    Raises:
-        MachineCannot: None fits; the message names the nearest one and the mildest change of settings that fits.
+    Raises MachineCannot: none fits; the message names the nearest one and the mildest change of settings that fits.
     """
     if plan := first_fitting_plan(plans, device):
         return plan
@@ -230,11 +229,7 @@ def find_unshardable_matrix(config: Config, shape: ModelShape, ranks: int) -> tu
 
 
 def check_sharding(config: Config, shape: ModelShape, ranks: int) -> None:
-    """Check that the ranks can share the optimizer state.
-
-    Raises:
-        BadInput: See `find_unshardable_matrix`.
-    """
+    """Check that the ranks can share the optimizer state. Raises BadInput: See `find_unshardable_matrix`."""
     if matrix := find_unshardable_matrix(config, shape, ranks):
         rows, width = matrix
         raise BadInput(

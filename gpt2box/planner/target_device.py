@@ -67,8 +67,7 @@ def describe_named_gpu(name: str | None, vram_gib: float | None, config: Config)
 def describe_installed_gpu(config: Config, nvml: gpu.Nvml) -> TargetDevice:
     """Describe the GPU of this machine that the settings name.
 
-    Raises:
-        BadInput: There is none, or the driver does not report its memory.
+    Raises BadInput: there is none, or the driver does not report its memory.
     """
     index = int(config.device.partition(":")[2] or 0)
     if index >= len(nvml.gpus):

@@ -40,8 +40,7 @@ def preflight(config: Config | None, text: Path | None, wanted: str, as_json: bo
 
     `text` is what the job's dataset will be made from, where that was given.
 
-    Raises:
-        MachineCannot: a check failed.
+    Raises MachineCannot: a check failed.
     """
     nvml = gpu.query_nvml()
     device = ("cuda" if nvml.gpus else "cpu") if wanted == "auto" else wanted
@@ -191,8 +190,7 @@ def hub(wanted: list[str]) -> Finding:
 def check_gpu(wanted: str) -> None:
     """Before a job that may use a GPU: its driver and card against this build of PyTorch, without trying them.
 
-    Raises:
-        MachineCannot: the first check that failed, in its own words.
+    Raises MachineCannot: the first check that failed, in its own words.
     """
     nvml = gpu.query_nvml()
     if wanted == "cpu" or (wanted == "auto" and not nvml.gpus):

@@ -72,8 +72,7 @@ def checkpoint_bytes(config: Config) -> int:
 def group_needs_by_disk(config: Config | None) -> list[tuple[list[str], int, list[DiskNeed]]]:
     """Group volumes by disk: their names, the bytes free, and what the job writes there.
 
-    Raises:
-        VolumeUnwritable: a volume cannot be created or written.
+    Raises VolumeUnwritable: a volume cannot be created or written.
     """
     wanted = list_disk_needs(config) if config else []
     disks: dict[int, list[str]] = {}
@@ -88,8 +87,7 @@ def group_needs_by_disk(config: Config | None) -> list[tuple[list[str], int, lis
 def check_space(config: Config) -> None:
     """Check that the volumes can be written and have space for what the job will write.
 
-    Raises:
-        VolumeUnwritable: with the bytes missing.
+    Raises VolumeUnwritable: with the bytes missing.
     """
     for names, free, wanted in group_needs_by_disk(config):
         needed = sum(need.size_bytes for need in wanted)

@@ -26,8 +26,7 @@ PUBLISHED_RESULT_KEYS = (  # settings that must equal a preset's for its publish
 def write_report(folder: Path) -> Path:
     """Write a run's report.html and return its path. Missing or damaged parts of the run are left out.
 
-    Raises:
-        OSError: the run's folder cannot be written.
+    Raises OSError: the run's folder cannot be written.
     """
     run = RunView(folder)
     written = f"Written by gpt2box on {time.strftime('%Y-%m-%d at %H:%M')} from {display_path(folder)}."

@@ -14,8 +14,7 @@ from gpt2box.utils.progress import format_bytes, format_duration
 def find_run(name: str | None) -> Path:
     """Return the folder of the run `name`, or of the newest run.
 
-    Raises:
-        BadInput: there is no such run; lists those that exist.
+    Raises BadInput: there is no such run; lists those that exist.
     """
     names = [path.name for path in list_run_folders()]
     if name is None:

@@ -75,8 +75,7 @@ def check_settings_unchanged(
 def parse_allowed_changes(given: Sequence[str]) -> tuple[str, ...]:
     """Return the settings named by --allow-change.
 
-    Raises:
-        BadInput: one is unknown, needs no permission, or must never change.
+    Raises BadInput: one is unknown, needs no permission, or must never change.
     """
     keys = tuple(key.replace("-", "_") for key in given)
     for key in keys:

@@ -125,8 +125,7 @@ def changeable_execution(execution: dict[str, Any]) -> dict[str, Any]:
 def record_execution(run: Path, plan: RunPlan, step: int) -> None:
     """Record in manifest.json that the session executes the steps after `step` as `plan` says, if that is new.
 
-    Raises:
-        OSError: the file cannot be written.
+    Raises OSError: the file cannot be written.
     """
     path = run / "manifest.json"
     manifest = read_json_object(path)

@@ -91,8 +91,7 @@ def translate_cuda_oom() -> Iterator[None]:
 
     cuBLAS asks for memory when it is first used, which may be in the first backward pass (PyTorch's issue 128601).
 
-    Raises:
-        torch.cuda.OutOfMemoryError: memory ran out.
+    Raises torch.cuda.OutOfMemoryError: memory ran out.
     """
     try:
         yield

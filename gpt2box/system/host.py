@@ -118,8 +118,7 @@ def is_host_oom(error: BaseException) -> bool:
 def explain_host_oom(doing: str) -> Iterator[None]:
     """`doing`: what is done, for words.
 
-    Raises:
-        MachineCannot: there was not enough of the machine's own memory for it.
+    Raises MachineCannot: there was not enough of the machine's own memory for it.
     """
     try:
         yield

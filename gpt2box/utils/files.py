@@ -20,8 +20,7 @@ def open_regular(path: str | Path, flags: int) -> int:
     """An opener for `open`: a pipe or a device in a file's place would be waited for, or read without end, and to write
     where a link leads would be to write anywhere.
 
-    Raises:
-        OSError: it is one, or as the system says.
+    Raises OSError: it is one, or as the system says.
     """
     if flags & (os.O_WRONLY | os.O_RDWR):
         flags |= os.O_NOFOLLOW
@@ -43,11 +42,7 @@ def not_a_file_error(path: str | Path) -> OSError:
 
 
 def check_regular_file(path: Path) -> None:
-    """Before a library opens it.
-
-    Raises:
-        OSError: see `regular`.
-    """
+    """Before a library opens it. Raises OSError: see `regular`."""
     os.close(open_regular(path, os.O_RDONLY))
 
 
@@ -75,8 +70,7 @@ def read_json(path: Path) -> Any:
 def parse_json(text: str) -> Any:
     """As json.loads, but that nothing in it is of no use to anyone, and some things would end in other errors later.
 
-    Raises:
-        ValueError: it is no JSON, nested too deeply, or has a number of more than 300 digits.
+    Raises ValueError: it is no JSON, nested too deeply, or has a number of more than 300 digits.
     """
     try:
         return json.loads(text, parse_int=_parse_int)
@@ -108,8 +102,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def file_lock(path: Path, what: str, wait: bool = False) -> Iterator[None]:
     """Hold a lock file; the system frees it with the process, however that ends. `wait`: until another has done.
 
-    Raises:
-        BadInput: another process holds it.
+    Raises BadInput: another process holds it.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
@@ -234,8 +227,7 @@ def check_lock_token(lock: Path, word: str) -> None:
     The folder may have been removed, or another disk mounted over it, and have another owner by now. Not by the file's
     number: some network file systems change it.
 
-    Raises:
-        VolumeUnwritable: another lies there, or none.
+    Raises VolumeUnwritable: another lies there, or none.
     """
     if not word:
         return  # nothing is held

@@ -121,8 +121,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 def validate_name(name: str, kind: str) -> str:
     """The name itself, when it can be a folder's name.
 
-    Raises:
-        BadInput: it could leave the volume, hide itself or clash.
+    Raises BadInput: it could leave the volume, hide itself or clash.
     """
     if not NAME_PATTERN.fullmatch(name) or (kind == "dataset" and name == RAW_NAME):
         raise BadInput(
@@ -137,8 +136,7 @@ def validate_name(name: str, kind: str) -> str:
 def ensure_writable(folder: Path) -> Path:
     """Create `folder` and its parents.
 
-    Raises:
-        VolumeUnwritable: it cannot be created or written, or would be lost with the container.
+    Raises VolumeUnwritable: it cannot be created or written, or would be lost with the container.
     """
     if in_image() and folder.is_relative_to(volumes_dir()) and not is_mounted(folder):
         raise VolumeUnwritable(

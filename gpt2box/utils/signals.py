@@ -72,8 +72,7 @@ def exit_on_signal() -> Iterator[None]:
     """While data are prepared: a signal is raised here, so that what is under way ends its processes and tidies up,
     which may take seconds; a second one does not wait for that.
 
-    Raises:
-        SystemExit: after a signal, whatever became of it on its way.
+    Raises SystemExit: after a signal, whatever became of it on its way.
     """
     came: list[int] = []
 

@@ -52,11 +52,7 @@ def reproduce(path: Path, name: str | None, device: str | None, stop: StopReques
 
 
 def read_complete_manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest that has settings, dataset and sessions.
-
-    Raises:
-        BadInput: The file is not such a manifest.
-    """
+    """Read a manifest that has settings, dataset and sessions. Raises BadInput: the file is not such a manifest."""
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ValueError(f"{path.stat().st_size:,} bytes")
@@ -79,8 +75,7 @@ def load_settings(manifest: dict[str, Any], path: Path, name: str | None, device
 
     Both determine the order in which gradients are summed, so the bits depend on them.
 
-    Raises:
-        BadInput: A setting is invalid.
+    Raises BadInput: a setting is invalid.
     """
     values = {**manifest["settings"], "wandb": "off"}  # the person who reproduces a run did not ask to send data
     sessions = valid_sessions(manifest)
@@ -106,8 +101,7 @@ def load_settings(manifest: dict[str, Any], path: Path, name: str | None, device
 def ensure_dataset(config: Config, original: dict[str, Any]) -> None:
     """Prepare the dataset if it is missing, and check that it has the original's tokens.
 
-    Raises:
-        BadInput: The dataset differs, or its source text is missing.
+    Raises BadInput: the dataset differs, or its source text is missing.
     """
     if not has_dataset(config):
         if "/" in config.dataset:  # never write to a folder that a foreign file names
@@ -139,8 +133,7 @@ def ensure_dataset(config: Config, original: dict[str, Any]) -> None:
 def find_source_files(name: str, original: dict[str, Any]) -> list[str]:
     """Return the text files that the dataset was prepared from.
 
-    Raises:
-        BadInput: Some are missing; the message lists them.
+    Raises BadInput: some are missing; the message lists them.
     """
     paths = str(original.get("source", "")).split(", ")
     if all(path and Path(path).is_file() for path in paths):
@@ -162,8 +155,7 @@ def find_source_files(name: str, original: dict[str, Any]) -> list[str]:
 def prepare_options(original: dict[str, Any]) -> PrepareConfig:
     """Return the options that `prepare` got for the original dataset.
 
-    Raises:
-        BadInput: An option in the manifest has the wrong type.
+    Raises BadInput: an option in the manifest has the wrong type.
     """
     sections = [section for key in ("split", "choices") if isinstance(section := original.get(key), dict)]
     recorded = {key: value for section in sections for key, value in section.items()}
@@ -181,8 +173,7 @@ def prepare_options(original: dict[str, Any]) -> PrepareConfig:
 def requested_tokenizer(config: Config, original: dict[str, Any]) -> str:
     """Return the value of prepare's --tokenizer: char, gpt2, or the model that the run started from.
 
-    Raises:
-        BadInput: The dataset used another model's tokenizer, of which the manifest has no copy.
+    Raises BadInput: the dataset used another model's tokenizer, of which the manifest has no copy.
     """
     if original.get("requested_tokenizer") == "char":
         return "char"
@@ -201,8 +192,7 @@ def requested_tokenizer(config: Config, original: dict[str, Any]) -> str:
 def check_weights(config: Config, manifest: dict[str, Any]) -> None:
     """Fetch the initial weights if needed, and compare their checksums with the original's.
 
-    Raises:
-        BadInput: The weights differ.
+    Raises BadInput: the weights differ.
     """
     original = manifest.get("weights")
     if config.init_from == "scratch" or not isinstance(original, dict) or not original.get("sha256"):

@@ -49,8 +49,7 @@ class StepRange:
 def find_step_range(run: Path, start_at: str | None, steps: int | None) -> StepRange:
     """Select the steps from the checkpoint `start_at` (or the beginning) and collect their records.
 
-    Raises:
-        BadInput: There is no such checkpoint, or no record to compare with.
+    Raises BadInput: there is no such checkpoint, or no record to compare with.
     """
     folders = {checkpoint_step(path): path for path in list_checkpoints(run / "checkpoints")}
     start = 0
@@ -91,8 +90,7 @@ def execution_after(run: Path, start: int) -> tuple[Config, dict[str, Any], dict
 
     From the limit on, a later session changed something else, so that its steps cannot be repeated in one go.
 
-    Raises:
-        BadInput: The run has no record of its sessions.
+    Raises BadInput: the run has no record of its sessions.
     """
     sessions = valid_sessions(read_manifest(run))
     if not sessions or not (run / "config.yaml").is_file():
