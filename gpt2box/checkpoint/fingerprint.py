@@ -22,7 +22,8 @@ def fingerprint_run_state(model: GPT2, optimizer: torch.optim.Optimizer) -> str:
     rows of sharded tensors, and all ranks get the same result.
     """
     sums = torch.stack([sum_bits(local_shard(tensor)) for tensor in trained_tensors(model, optimizer)])
-    factors = [as_int64((2 * index + 1) * MULTIPLIER) for index in range(len(sums))]
+    # The low 64 bits of each product, as a signed integer.
+    factors = [((2 * index + 1) * MULTIPLIER + 2**63) % 2**64 - 2**63 for index in range(len(sums))]
     total = sum_over_shards((sums * torch.tensor(factors, device=sums.device)).sum(), model)
     return f"{int(total) % 2**64:016x}"
 
@@ -41,11 +42,6 @@ def sum_bits(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1)
     fits_int64 = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
     return flat.view(torch.int64).sum() if fits_int64 else flat.view(torch.uint8).sum(dtype=torch.int64)
-
-
-def as_int64(number: int) -> int:
-    """Return the low 64 bits as a signed integer."""
-    return (number + 2**63) % 2**64 - 2**63
 
 
 def fingerprint_files(files: dict[str, dict[str, Any]]) -> str:

@@ -46,11 +46,6 @@ def parse_auto_or_bool(value: object) -> object:
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
-def parse_tracking(value: object) -> object:
-    """Accept a bare `off`, which YAML reads as false."""
-    return "off" if value is False else value
-
-
 def parse_auto_or_whole(value: object) -> object:
     """Accept `auto` or a whole number from 1 to 1,000,000."""
     if value == "auto":
@@ -64,7 +59,9 @@ def parse_auto_or_whole(value: object) -> object:
 Whole = Annotated[int, BeforeValidator(parse_whole_number)]
 Number = Annotated[float, BeforeValidator(check_number), Field(allow_inf_nan=False)]
 AutoWhole = Annotated[Literal["auto"] | int, BeforeValidator(parse_auto_or_whole)]
-Tracking = Annotated[Literal["off", "offline", "online"], BeforeValidator(parse_tracking)]
+Tracking = Annotated[  # YAML reads a bare `off` as false
+    Literal["off", "offline", "online"], BeforeValidator(lambda value: "off" if value is False else value)
+]
 AutoBool = Annotated[Literal["auto"] | bool, BeforeValidator(parse_auto_or_bool)]
 
 

@@ -45,11 +45,6 @@ class DocumentBatch:
         return [tokens[end - length : end] for end, length in zip(ends, self.lengths, strict=True)]
 
 
-def finish_digest(text_digest: Any) -> bytes:
-    """Return the finished digest's bytes."""
-    return bytes(text_digest.digest())
-
-
 def new_digest() -> Any:
     """Return a hash object for a document's UTF-8 text."""
     return hashlib.blake2b(digest_size=DIGEST_BYTES)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2box.data.bin_writer import BinWriter, DocumentBatch, finish_digest, new_digest, truncate_batch
+from gpt2box.data.bin_writer import BinWriter, DocumentBatch, new_digest, truncate_batch
 from gpt2box.data.bulk_tokenizer import BulkEncoder
 from gpt2box.data.readers import Unit, read_documents, split_into_units
 from gpt2box.data.tokenizer import Tokens
@@ -87,7 +87,7 @@ def tokenize_unit(unit: Unit, end_of_text: int, spill: Path) -> DocumentBatch:
             continue
         tokens.append(tail)
         lengths.append(length + 1)
-        digests.append(finish_digest(document.digest))
+        digests.append(document.digest.digest())
         characters.append(0 if document.is_blank else document.characters)
     counts = [np.array(values, dtype=np.uint32) for values in (lengths, characters)]
     if spill.exists():

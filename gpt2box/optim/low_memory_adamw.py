@@ -54,7 +54,8 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         self.is_step_unfinished = True
         for group in self.param_groups:
             present = [p for p in group["params"] if p.grad is not None]
-            if "stacked" not in group and all(self.is_float32(p) for p in present):
+            is_float32 = all(p.dtype == self.state[p]["exp_avg"].dtype == torch.float32 for p in present)
+            if "stacked" not in group and is_float32:
                 self.fused_step(present, group)
                 continue
             for parameter in present:
@@ -66,10 +67,6 @@ class LowMemoryAdamW(torch.optim.Optimizer):
     def update_parameter(self, parameter: Tensor, group: dict[str, Any], grad: Tensor, good: Tensor) -> None:
         """Apply the gradient of a full step, or this rank's rows of it."""
         self.apply_gradient(parameter, group, grad, good, self.grad_scale)
-
-    def is_float32(self, parameter: Tensor) -> bool:
-        """Return whether a parameter and its moments are float32."""
-        return parameter.dtype == torch.float32 and self.state[parameter]["exp_avg"].dtype == torch.float32
 
     def fused_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Run PyTorch's fused AdamW kernel."""

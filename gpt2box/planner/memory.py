@@ -107,11 +107,6 @@ def count_padded_parameters(shape: ModelShape) -> int:
     return shape.parameters + (shape.padded_vocab_size - shape.vocab_size) * shape.n_embd
 
 
-def count_matrix_parameters(shape: ModelShape) -> int:
-    """Count parameters of matrices in memory; the rest are biases and norms."""
-    return (shape.padded_vocab_size + shape.block_size) * shape.n_embd + shape.block_matrix_parameters
-
-
 @dataclass(frozen=True)
 class StepSettings:
     """What decides a step's memory, besides the shape."""
@@ -158,7 +153,7 @@ def estimate_training_memory(shape: ModelShape, step: StepSettings) -> MemoryEst
     M = step.micro_batch_size * T
     P = shape.padded_vocab_size
     N = count_padded_parameters(shape)
-    matrices = count_matrix_parameters(shape)
+    matrices = (P + T) * C + shape.block_matrix_parameters  # the other parameters are biases and norms
     is_bf16 = step.dtype == "bfloat16"
     product_bytes = 2 if is_bf16 else 4
     weight_bytes = 2 if step.weights_dtype == "bfloat16" else 4

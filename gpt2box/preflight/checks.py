@@ -162,7 +162,7 @@ def bfloat16(facts: dict[str, Any], capability: tuple[int, int] | None, on_gpu: 
     return Finding("bfloat16", "ok", f"a product was computed, right to {error:.1%}")
 
 
-def pytorch(facts: dict[str, Any], on_gpu: bool) -> Finding:
+def pytorch(facts: dict[str, Any]) -> Finding:
     """Whether PyTorch came up, and on the GPU if there is to be one."""
     version = facts.get("torch")
     if not version:

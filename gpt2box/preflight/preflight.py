@@ -81,7 +81,7 @@ def all_findings(config: Config | None, text: Path | None, device: str, nvml: gp
         yield checks.driver(nvml, facts.get("cuda"), host.in_container(), host.is_wsl())
         if not nvml.fault:
             yield from card_findings(nvml, device_index(device))
-    yield checks.pytorch(facts, on_gpu)
+    yield checks.pytorch(facts)
     if "cuda_error" not in facts and facts.get("torch"):
         capability = tuple(facts["capability"]) if "capability" in facts else None
         if on_gpu and "architectures" in facts:

@@ -56,11 +56,6 @@ def escape(text: str) -> str:
     return html.escape(valid.replace("\0", "\N{REPLACEMENT CHARACTER}"))
 
 
-def join_html(parts: Iterable[str]) -> Html:
-    """Concatenate parts."""
-    return Html("\n".join(map(escape, parts)))
-
-
 def definition_list(rows: Iterable[tuple[str, str]]) -> Html:
     """Build a list of names and values, without empty values."""
     return tag("dl", *(part for name, value in rows if value for part in (tag("dt", name), tag("dd", value))))
@@ -86,13 +81,9 @@ def plots_html(charts: list[Chart]) -> Html:
     if most > MAX_CURVE_POINTS:
         note += f"A curve is drawn with at most some {MAX_CURVE_POINTS:,} of its points (here of up to {most:,}): the "
         note += "lowest and the highest of each stretch, so no peak is lost."
-    return join_html(
-        [
-            tag("div", tag("noscript", "The plots need JavaScript."), id="plots"),
-            tag("p", note, class_="note"),
-            tag("script", Html(content), type="application/json", id="curves"),
-        ]
-    )
+    plots = tag("div", tag("noscript", "The plots need JavaScript."), id="plots")
+    data = tag("script", Html(content), type="application/json", id="curves")
+    return Html("\n".join([plots, tag("p", note, class_="note"), data]))
 
 
 def chart_data(chart: Chart) -> dict[str, object]:

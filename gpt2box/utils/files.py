@@ -42,28 +42,18 @@ def not_a_file_error(path: str | Path) -> OSError:
 
 
 def check_regular_file(path: Path) -> None:
-    """Before a library opens it. Raises OSError: see `regular`."""
+    """Check a file that a library will open. Raises OSError as `open_regular`."""
     os.close(open_regular(path, os.O_RDONLY))
 
 
 def read_text(path: Path) -> str:
-    """All of a file.
-
-    Raises:
-        OSError: see `regular`.
-        UnicodeDecodeError: it is not UTF-8.
-    """
+    """Read a file's UTF-8 text. Raises UnicodeDecodeError if it is another encoding, OSError as `open_regular`."""
     with open(path, encoding="utf-8", opener=open_regular) as file:
         return file.read()
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file says.
-
-    Raises:
-        OSError: see `regular`.
-        ValueError: it is no JSON in UTF-8; or see `parse_json`.
-    """
+    """Read a JSON file. Raises ValueError if it is no JSON in UTF-8 or as `parse_json`, OSError as `open_regular`."""
     return parse_json(read_text(path))
 
 

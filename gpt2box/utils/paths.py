@@ -138,7 +138,8 @@ def ensure_writable(folder: Path) -> Path:
 
     Raises VolumeUnwritable: it cannot be created or written, or would be lost with the container.
     """
-    if in_image() and folder.is_relative_to(volumes_dir()) and not is_mounted(folder):
+    needs_mount = in_image() and folder.is_relative_to(volumes_dir())
+    if needs_mount and not any(map(os.path.ismount, [folder, *folder.parents][:-1])):
         raise VolumeUnwritable(
             f"nothing is mounted at {volumes_dir()}: what is written there would be lost with the container",
             "a folder of the host",
@@ -160,11 +161,6 @@ def ensure_writable(folder: Path) -> Path:
 def in_image() -> bool:
     """Whether this is the container image, which says so itself."""
     return bool(os.environ.get("GPT2BOX_IMAGE"))
-
-
-def is_mounted(folder: Path) -> bool:
-    """Whether a mount point lies between `folder` and the root."""
-    return any(os.path.ismount(part) for part in [folder, *folder.parents][:-1])
 
 
 def writable_hint(folder: Path) -> str:
