@@ -27,7 +27,7 @@ MISSING = "–"
 def build_results(
     config: Config,
     plan: RunPlan,
-    place: TargetDevice,
+    target: TargetDevice,
     measured_ways: list[tuple[PlanTiming, BenchRecord, float]],
     failed_ways: list[PlanTiming],
     other: dict[str, Any],
@@ -38,8 +38,8 @@ def build_results(
     """
     results: dict[str, Any] = {
         "name": config.name,
-        "card": place.bench_name or place.name,
-        "free_bytes": place.free_bytes,
+        "card": target.bench_name or target.name,
+        "free_bytes": target.free_bytes,
         "versions": program_versions(),
         "when": time.strftime("%Y-%m-%d"),
         "shape": asdict(plan.shape),

@@ -1,7 +1,7 @@
-"""What `gpt2box bench` measures: real steps of the training loop, the loader, an evaluation, a checkpoint.
+"""Time training steps, the dataloader, an evaluation and a checkpoint for `gpt2box bench`.
 
-Ways to do a step share one network and one optimizer, so they can be taken in turns, and other load on the machine
-meets all alike. The device is waited for around what is timed, and nowhere else.
+All execution plans share one model and one optimizer, so the timer can alternate between them, and other load on the
+machine affects all alike. The device is synchronized only before and after a timed block.
 """
 
 from __future__ import annotations
@@ -41,42 +41,42 @@ from gpt2box.training.step import StepExecutor
 from gpt2box.utils.progress import log_line
 from gpt2box.utils.ranks import SINGLE_PROCESS
 
-MICRO_STEP_COUNTS = (1, LONG_STEP_MICRO_STEPS)  # micro-steps of the steps that are timed
-TIMED_BATCHES = 20  # of the loader's that are timed
-MAX_REPEATS = 3  # of an evaluation or a checkpoint, where it is short
+MICRO_STEP_COUNTS = (1, LONG_STEP_MICRO_STEPS)  # micro-steps of the timed steps
+TIMED_BATCHES = 20
+MAX_REPEATS = 3  # of an evaluation or a checkpoint faster than REPEAT_BELOW_S
 REPEAT_BELOW_S = 5.0
 OUT_OF_MEMORY = "out of memory"
-MIN_SYNTHETIC_WINDOWS = 64  # at least
+MIN_SYNTHETIC_WINDOWS = 64
 
 
 @dataclass
 class PlanTiming:
-    """A way to do the steps, and the seconds of those that were timed, by their number of micro-steps."""
+    """An execution plan and the measured seconds per step, by number of micro-steps."""
 
     execution: ExecutionPlan
-    seconds: dict[int, list[float]] = field(default_factory=lambda: {length: [] for length in MICRO_STEP_COUNTS})
-    peak_bytes: int = 0  # of memory, with CUDA's own; 0 on a CPU
-    fault: str = ""  # why it cannot be done here
+    seconds: dict[int, list[float]] = field(default_factory=lambda: {count: [] for count in MICRO_STEP_COUNTS})
+    peak_bytes: int = 0  # peak GPU memory including the CUDA context; 0 on a CPU
+    fault: str = ""  # why the plan fails on this machine
 
     @property
-    def done(self) -> bool:
-        """Whether each length was timed at least once."""
+    def is_timed(self) -> bool:
+        """Return True if steps of each size were timed."""
         return not self.fault and all(self.seconds.values())
 
     @property
-    def known(self) -> bool:
-        """Whether there is something to keep: times, or that memory ran out."""
-        return self.done or self.fault == OUT_OF_MEMORY
+    def is_recordable(self) -> bool:
+        """Return True if the plan was timed or ran out of memory."""
+        return self.is_timed or self.fault == OUT_OF_MEMORY
 
     def record(self, job: bench_records.BenchKey, free_bytes: int) -> BenchRecord:
-        """For the file."""
-        one, many = (statistics.median(self.seconds[length]) if self.done else 0.0 for length in MICRO_STEP_COUNTS)
+        """Return the record for the bench file."""
+        one, many = (statistics.median(self.seconds[n]) if self.is_timed else 0.0 for n in MICRO_STEP_COUNTS)
         return BenchRecord(
             job=job,
             micro_batch_size=self.execution.micro_batch_size,
             activation_checkpointing=self.execution.activation_checkpointing,
             compiled=self.execution.compile,
-            fits=self.done,
+            fits=self.is_timed,
             free_bytes=free_bytes,
             peak_bytes=self.peak_bytes,
             one_s=one,
@@ -85,145 +85,146 @@ class PlanTiming:
             gpt2box=__version__,
         )
 
-    def words(self) -> str:
-        """As settings."""
+    def describe(self) -> str:
+        """Describe the plan by its settings."""
         return f"{self.execution.describe()}, {'compiled' if self.execution.compile else 'not compiled'}"
 
 
 class StepTimer:
-    """One network, its optimizer and a dataset, to take steps with and time them."""
+    """Executes and times training steps with one model, optimizer and dataset."""
 
     def __init__(self, plan: RunPlan, dataset: Dataset) -> None:
         self.device = torch.device(plan.derived.device)
-        self.before_bytes = peak_memory_bytes(self.device)  # on a CPU: Python and PyTorch
+        self.baseline_bytes = peak_memory_bytes(self.device)  # on a CPU: Python and PyTorch themselves
         self.model = make_empty_model(plan)
         self.model.init_weights(plan.config.seed)
         self.model.train()
         self.optimizer = make_optimizer(self.model, plan)
         state = TrainState(optimizer_steps=1)
-        self.steps = StepExecutor(plan, self.model, self.optimizer, dataset, state)
+        self.executor = StepExecutor(plan, self.model, self.optimizer, dataset, state)
 
-    def turn(self, way: PlanTiming, steps: int) -> None:
-        """Time `steps` more steps of each length; running out of memory is a result."""
+    def time_steps(self, timing: PlanTiming, steps: int) -> None:
+        """Time `steps` more steps of each size; record running out of memory as a fault."""
         try:
-            self._turn(way, steps)
+            self._time_steps(timing, steps)
             return
         except torch.cuda.OutOfMemoryError:
-            way.fault = OUT_OF_MEMORY
+            timing.fault = OUT_OF_MEMORY
         except Exception as error:
-            if not way.execution.compile:
+            if not timing.execution.compile:
                 raise
-            lines = str(error).splitlines() or [""]  # the compiler's errors are of many kinds
-            way.fault = f"not compiled: {type(error).__name__} {lines[0]}"
-        self.give_back()  # outside: while an exception is handled, it holds on to the step's tensors
+            lines = str(error).splitlines() or [""]  # the compiler raises many exception types
+            timing.fault = f"not compiled: {type(error).__name__} {lines[0]}"
+        self.free_memory()  # after the except block: a handled exception keeps the step's tensors alive
 
-    def _turn(self, way: PlanTiming, steps: int) -> None:
-        self.use(way)
-        with closing(self.steps):
-            for number in range(-1 if any(way.seconds.values()) else -2, steps):  # the first are to warm up
-                for length in MICRO_STEP_COUNTS:
-                    self.steps.use_plan(self.steps.plan.with_execution(grad_accum_steps=length), keep_batches=True)
+    def _time_steps(self, timing: PlanTiming, steps: int) -> None:
+        self.use_plan(timing)
+        with closing(self.executor):
+            for number in range(-1 if any(timing.seconds.values()) else -2, steps):  # negative: warm-up
+                for micro_steps in MICRO_STEP_COUNTS:
+                    plan = self.executor.plan.with_execution(grad_accum_steps=micro_steps)
+                    self.executor.use_plan(plan, keep_batches=True)
                     with self.timed() as seconds:
-                        self.steps.take()
+                        self.executor.take()
                     if number >= 0:
-                        way.seconds[length] += seconds
+                        timing.seconds[micro_steps] += seconds
         if self.device.type == "cuda":
-            way.peak_bytes = max(way.peak_bytes, torch.cuda.max_memory_reserved(self.device) + CUDA_CONTEXT_BYTES)
+            timing.peak_bytes = max(timing.peak_bytes, torch.cuda.max_memory_reserved(self.device) + CUDA_CONTEXT_BYTES)
 
-    def use(self, way: PlanTiming) -> None:
-        """Take the next steps with another execution plan."""
-        self.give_back()
-        self.steps.use_plan(replace(self.steps.plan, execution=way.execution))
+    def use_plan(self, timing: PlanTiming) -> None:
+        """Use this execution plan for the next steps."""
+        self.free_memory()
+        self.executor.use_plan(replace(self.executor.plan, execution=timing.execution))
 
     @contextmanager
     def timed(self) -> Iterator[list[float]]:
-        """The seconds of a block, with all that the device has to do for it."""
+        """Measure the seconds of a block, including its queued GPU work."""
         seconds: list[float] = []
-        self.wait()
-        begun = time.perf_counter()
+        self.synchronize()
+        started = time.perf_counter()
         yield seconds
-        self.wait()
-        seconds.append(time.perf_counter() - begun)
+        self.synchronize()
+        seconds.append(time.perf_counter() - started)
 
-    def wait(self) -> None:
-        """Until the device has done what it was given."""
+    def synchronize(self) -> None:
+        """Wait until the GPU has finished its queued work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def give_back(self) -> None:
-        """As if nothing had been computed yet."""
+    def free_memory(self) -> None:
+        """Free gradients and cached GPU memory, and reset the peak."""
         self.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def loader_s(self) -> float:
-        """Seconds in which a micro-batch is read, with nothing else to do."""
-        with closing(self.steps.open_batches()) as batches:
+    def time_loader(self) -> float:
+        """Return the seconds for loading one micro-batch without concurrent work."""
+        with closing(self.executor.open_batches()) as batches:
             for _ in range(PREFETCH + 1):
                 next(batches)
-            begun = time.perf_counter()
+            started = time.perf_counter()
             for _ in range(TIMED_BATCHES):
                 next(batches)
-            return (time.perf_counter() - begun) / TIMED_BATCHES
+            return (time.perf_counter() - started) / TIMED_BATCHES
 
-    def evaluation_s(self) -> tuple[float, int]:
-        """Seconds of an evaluation as it is set, from a few of its windows, and how many it has."""
-        plan, dataset = self.steps.plan, self.steps.dataset
+    def time_evaluation(self) -> tuple[float, int]:
+        """Return the seconds of a full evaluation (extrapolated from a few windows) and its windows."""
+        plan, dataset = self.executor.plan, self.executor.dataset
         windows = plan.config.eval_windows
         if dataset.manifest or not windows:
             windows = len(val_window_starts(dataset.tokens("val"), plan.shape.block_size, plan.config.eval_windows))
-        few = min(windows, 2 * plan.eval_batch_size)
-        plan = plan.with_settings(eval_windows=few)
+        measured_windows = min(windows, 2 * plan.eval_batch_size)
+        plan = plan.with_settings(eval_windows=measured_windows)
         evaluate(self.model, dataset, plan, RankGroup(SINGLE_PROCESS))
 
-        def once() -> float:
+        def measure() -> float:
             with self.timed() as seconds:
                 evaluate(self.model, dataset, plan, RankGroup(SINGLE_PROCESS))
             return seconds[0]
 
-        return median_of_repeats(once) / few * windows, windows
+        return median_of_repeats(measure) / measured_windows * windows, windows
 
-    def checkpoint_s(self, folder: Path) -> tuple[float, float, int]:
-        """Of a checkpoint on the disk of `folder`: seconds for which training waits, until it is whole, and its bytes.
+    def time_checkpoint(self, folder: Path) -> tuple[float, float, int]:
+        """Save checkpoints below `folder`; return seconds that training waits, seconds until durable, and bytes.
 
         Raises:
-            VolumeUnwritable: no space.
+            VolumeUnwritable: The disk has no space.
         """
-        state, plan, durable_s, sizes = self.steps.state, self.steps.plan, [], []
-        tokenizer = CharTokenizer("a", False)  # a checkpoint has one; its size is not what takes time
+        state, plan, durable_s, sizes = self.executor.state, self.executor.plan, [], []
+        tokenizer = CharTokenizer("a", False)  # required in a checkpoint; its size is negligible
         with tempfile.TemporaryDirectory(prefix=".bench-", dir=folder) as temporary:
-            saver = AsyncCheckpointWriter(Path(temporary), self.model, self.optimizer, tokenizer, plan, log_line)
-            with closing(saver):
-                saver.save(state)  # which also makes room for the copy, once in a run
-                saver.wait()
+            writer = AsyncCheckpointWriter(Path(temporary), self.model, self.optimizer, tokenizer, plan, log_line)
+            with closing(writer):
+                writer.save(state)  # the first save also allocates the staging buffer, once in a run
+                writer.wait()
 
-                def once() -> float:
+                def measure() -> float:
                     state.step += 1
-                    begun = time.perf_counter()
+                    started = time.perf_counter()
                     with self.timed() as seconds:
-                        saver.save(state)
-                    saver.wait()
-                    durable_s.append(time.perf_counter() - begun)
-                    where = Path(temporary) / checkpoint_name(state.step)
-                    sizes.append(sum(path.stat().st_size for path in where.iterdir()))
+                        writer.save(state)
+                    writer.wait()
+                    durable_s.append(time.perf_counter() - started)
+                    checkpoint = Path(temporary) / checkpoint_name(state.step)
+                    sizes.append(sum(path.stat().st_size for path in checkpoint.iterdir()))
                     return seconds[0]
 
-                return median_of_repeats(once), statistics.median(durable_s), sizes[0]
+                return median_of_repeats(measure), statistics.median(durable_s), sizes[0]
 
 
-def median_of_repeats(once: Callable[[], float]) -> float:
-    """The median of a few times; what takes long is done once."""
-    seconds = [once()]
+def median_of_repeats(measure: Callable[[], float]) -> float:
+    """Return the median of a few measurements, or a single one if it is long."""
+    seconds = [measure()]
     while len(seconds) < MAX_REPEATS and seconds[0] < REPEAT_BELOW_S:
-        seconds.append(once())
+        seconds.append(measure())
     return statistics.median(seconds)
 
 
 @contextmanager
 def synthetic_dataset(shape: ModelShape) -> Iterator[Dataset]:
-    """A dataset of random tokens, in the system's folder for what is temporary."""
+    """Write a dataset of random tokens to a temporary folder."""
     random = np.random.default_rng(0)
     windows = max(MIN_SYNTHETIC_WINDOWS, 2 * MAX_MICRO_BATCH_TOKENS // shape.block_size)
     with tempfile.TemporaryDirectory(prefix="gpt2box-bench-") as folder:

@@ -1,7 +1,7 @@
-"""`gpt2box verify`: some steps of a run done once more, and whether they end in the same bits.
+"""`gpt2box verify`: repeat steps of a run and compare the result bit for bit.
 
-Nothing is written: the steps are the loop's own (training/loop.py), without its evaluations and checkpoints, and what
-they come to is compared in memory with the digests in metrics.jsonl and with the tensors of the run's checkpoints.
+Nothing is written. The steps use the training loop's StepExecutor, without evaluations and checkpoints; the results are
+compared in memory with the fingerprints in metrics.jsonl and with the tensors of the run's checkpoints.
 """
 
 from __future__ import annotations
@@ -47,30 +47,30 @@ from gpt2box.verify.verify_range import StepRange, find_step_range, verify_comma
 
 @dataclass
 class Verification:
-    """How it came out."""
+    """The result of a comparison."""
 
     run: str
     start: int
-    end: int  # the last step that was compared
+    end: int  # last compared step
     compared: list[int] = field(default_factory=list)
     same_up_to: int = 0
     first_different_step: int | None = None
-    tensor: str = ""  # the first that differs, where a checkpoint shows it
+    tensor: str = ""  # first has_changed tensor, if a checkpoint shows it
     amount: str = ""
-    environment: list[str] = field(default_factory=list)  # what differs between then and now
-    next_step: str = ""  # a command, where one would do
+    environment: list[str] = field(default_factory=list)  # differences between the two sessions
+    next_step: str = ""  # a command to try, or ""
 
     @property
     def same(self) -> bool:
-        """Whether all bits that were compared are."""
+        """Return True if all compared bits are equal."""
         return self.first_different_step is None
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the JSON form."""
         return {"same": self.same, **asdict(self)}
 
     def lines(self) -> list[str]:
-        """In words."""
+        """Format the result for the terminal."""
         if self.same:
             places = f"{len(self.compared)} place{'s' * (len(self.compared) > 1)}"
             return [f"{self.run}: steps {self.start + 1:,} to {self.end:,} come to the same bits ({places} compared)"]
@@ -84,55 +84,63 @@ class Verification:
 
 
 def verify(run: Path, start_at: str | None, steps: int | None) -> Verification:
-    """Do steps of a run again, from its beginning or a checkpoint, and compare.
+    """Repeat steps of a run, from its beginning or a checkpoint, and compare.
 
     Raises:
-        BadInput: no such checkpoint, or nothing to compare with.
-        Damaged: the dataset, the first weights or the checkpoint are not what they were.
+        BadInput: There is no such checkpoint, or nothing to compare with.
+        Damaged: The dataset, the initial weights or the checkpoint have changed.
     """
-    stretch = find_step_range(run, start_at, steps)
-    executor, executions, now = prepare_repeat(stretch)
-    verdict = Verification(run.name, stretch.start, stretch.start, same_up_to=stretch.start)
-    verdict.environment = session_differences(stretch.session, now)
-    for step in repeat_steps(executor, executions, stretch.end):
-        if step not in stretch.steps:
+    step_range = find_step_range(run, start_at, steps)
+    executor, executions, now = prepare_repeat(step_range)
+    result = Verification(run.name, step_range.start, step_range.start, same_up_to=step_range.start)
+    result.environment = session_differences(step_range.session, now)
+    for step in repeat_steps(executor, executions, step_range.end):
+        if step not in step_range.steps:
             continue
-        differing = stretch.digests.get(step) not in (None, fingerprint_run_state(executor.model, executor.optimizer))
-        if step in stretch.checkpoints:
-            verdict.tensor, verdict.amount = find_first_difference(executor, stretch.checkpoints[step])
-        verdict.compared.append(step)
-        verdict.end = step
-        if verdict.same and (differing or verdict.tensor):
-            verdict.first_different_step = step
-        elif verdict.same:
-            verdict.same_up_to = step
-        log_line(f"  step {step:,}: {'the same' if verdict.same else 'different'}")
-        if not verdict.same and (verdict.tensor or not any(later > step for later in stretch.checkpoints)):
+        has_changed = step_range.digests.get(step) not in (
+            None,
+            fingerprint_run_state(executor.model, executor.optimizer),
+        )
+        if step in step_range.checkpoints:
+            result.tensor, result.amount = find_first_difference(executor, step_range.checkpoints[step])
+        result.compared.append(step)
+        result.end = step
+        if result.same and (has_changed or result.tensor):
+            result.first_different_step = step
+        elif result.same:
+            result.same_up_to = step
+        log_line(f"  step {step:,}: {'the same' if result.same else 'different'}")
+        if not result.same and (result.tensor or not any(later > step for later in step_range.checkpoints)):
             break
-    if not verdict.same:
-        verdict.next_step = suggest_thread_count(stretch, now)
-    return verdict
+    if not result.same:
+        result.next_step = suggest_thread_count(step_range, now)
+    return result
 
 
-def suggest_thread_count(stretch: StepRange, now: dict[str, Any]) -> str:
-    """The same once more with as many threads as then, where nothing else differs that would change bits."""
-    cpu, of_bits = stretch.session.get("cpu"), session_differences(stretch.session, now, bits_only=True)
+def suggest_thread_count(step_range: StepRange, now: dict[str, Any]) -> str:
+    """Return a command with the original number of threads, if nothing else that changes bits differs."""
+    cpu, bit_differences = step_range.session.get("cpu"), session_differences(step_range.session, now, bits_only=True)
     threads = cpu.get("threads") if isinstance(cpu, dict) else None
     known = ("cpu.threads", "environment.OMP_NUM_THREADS")
-    if type(threads) is not int or threads == now["cpu"]["threads"] or not all(x.startswith(known) for x in of_bits):
+    if (
+        type(threads) is not int
+        or threads == now["cpu"]["threads"]
+        or not all(x.startswith(known) for x in bit_differences)
+    ):
         return ""
-    return f"OMP_NUM_THREADS={threads} {verify_command(stretch.run, stretch.start, stretch.end)}"
+    return f"OMP_NUM_THREADS={threads} {verify_command(step_range.run, step_range.start, step_range.end)}"
 
 
-def prepare_repeat(stretch: StepRange) -> tuple[StepExecutor, dict[int, ExecutionPlan], dict[str, Any]]:
-    """What the loop works on, as it was at the beginning of the stretch; the ways in which it goes on, by the step from
-    which on; and the session that this is now.
+def prepare_repeat(step_range: StepRange) -> tuple[StepExecutor, dict[int, ExecutionPlan], dict[str, Any]]:
+    """Restore the state before the first step of the range.
+
+    Returns the executor, later changes of the execution plan by step, and the record of the current session.
 
     Raises:
-        BadInput, MachineCannot: the device is not here, or the weights.
-        Damaged: dataset, weights or checkpoint are not what they were.
+        BadInput, MachineCannot: The device or the weights do not exist here.
+        Damaged: The dataset, the weights or the checkpoint have changed.
     """
-    config, run, start = with_session_plan(stretch, stretch.session["way"]), stretch.run, stretch.start
+    config, run, start = with_session_plan(step_range, step_range.session["way"]), step_range.run, step_range.start
     check_gpu(config.device)
     manifest = read_manifest(run)
     dataset = open_dataset(dataset_dir(config.dataset))
@@ -149,10 +157,10 @@ def prepare_repeat(stretch: StepRange) -> tuple[StepExecutor, dict[int, Executio
     if weights:
         shape = load_initial_shape(config, weights, dataset.tokenizer)
     plan, device = make_session_run_plan(config, shape, dataset)
-    place = detect_target_device(device, config.dtype, plan.execution.compile)
-    ways = {
-        step: list_execution_plans(with_session_plan(stretch, way), shape, place)[0]
-        for step, way in stretch.ways.items()
+    target = detect_target_device(device, config.dtype, plan.execution.compile)
+    executions = {
+        step: list_execution_plans(with_session_plan(step_range, way), shape, target)[0]
+        for step, way in step_range.ways.items()
     }
     folder = run / "checkpoints" / checkpoint_name(start)
     state = load_verified_state(folder) if start else TrainState()
@@ -167,22 +175,22 @@ def prepare_repeat(stretch: StepRange) -> tuple[StepExecutor, dict[int, Executio
         restore_checkpoint(folder, model, optimizer, state)
     return (
         StepExecutor(plan, model, optimizer, dataset, state),
-        ways,
+        executions,
         make_session(collect_provenance(device), plan, start, {}),
     )
 
 
-def with_session_plan(stretch: StepRange, way: dict[str, Any]) -> Config:
-    """The settings, with what was chosen then."""
-    known = {key: way[key] for key in way if key in Config.model_fields}
-    return validate(stretch.config.model_dump() | known, f"the way in {stretch.run / 'manifest.json'}")
+def with_session_plan(step_range: StepRange, execution: dict[str, Any]) -> Config:
+    """Return the settings with the execution plan of a session."""
+    known = {key: execution[key] for key in execution if key in Config.model_fields}
+    return validate(step_range.config.model_dump() | known, f"the execution plan in {step_range.run / 'manifest.json'}")
 
 
 def find_initial_weights(config: Config, manifest: dict[str, Any]) -> Path:
-    """The folder of the weights that the run began from.
+    """Return the folder of the run's initial weights.
 
     Raises:
-        Damaged: they are others.
+        Damaged: Their checksum differs from the manifest's.
     """
     folder = pretrained_folder(config.init_from)
     expected = manifest.get("weights")
@@ -193,14 +201,14 @@ def find_initial_weights(config: Config, manifest: dict[str, Any]) -> Path:
 
 
 def make_session_run_plan(config: Config, shape: ModelShape, dataset: Dataset) -> tuple[RunPlan, torch.device]:
-    """The plan in the way that was chosen then, on the device that is here."""
+    """Make the run plan of the original session for a device of this machine."""
     device, _, compiled = resolve_device(config)
-    way = list_execution_plans(config, shape, detect_target_device(device, config.dtype, compiled))[0]
-    return make_run_plan(config, shape, dataset.tokens("train"), str(device), config.dtype, way), device
+    execution = list_execution_plans(config, shape, detect_target_device(device, config.dtype, compiled))[0]
+    return make_run_plan(config, shape, dataset.tokens("train"), str(device), config.dtype, execution), device
 
 
 def repeat_steps(executor: StepExecutor, executions: dict[int, ExecutionPlan], last: int) -> Iterator[int]:
-    """Repeat the steps up to `last`, each with the execution plan it was taken with; yield the number of each."""
+    """Repeat the steps up to `last` with their original execution plans; yield each step number."""
     executor.model.train()
     # At these steps the run skipped data, or changed its execution plan.
     breaks = {rollback.step for rollback in executor.state.rollbacks} | executions.keys()
@@ -215,10 +223,10 @@ def repeat_steps(executor: StepExecutor, executions: dict[int, ExecutionPlan], l
 
 
 def find_first_difference(executor: StepExecutor, folder: Path) -> tuple[str, str]:
-    """The first tensor of a checkpoint that is not in the same bits now, in the model's order, and by how much.
+    """Return the first tensor, in model order, that differs from a checkpoint, and a description, or ("", "").
 
     Raises:
-        Damaged: the checkpoint is not what was written.
+        Damaged: The checkpoint is damaged.
     """
     state = load_verified_state(folder)
     files: list[tuple[str, dict[str, Tensor]]] = [("model.safetensors", hf_state_dict(executor.model))]
@@ -236,12 +244,12 @@ def find_first_difference(executor: StepExecutor, folder: Path) -> tuple[str, st
                     if amount := describe_difference(stored.get_tensor(key), tensor.detach().cpu().contiguous()):
                         return key, amount
         except SafetensorError as error:
-            raise Damaged(f"{folder / name}: {error}", "a whole safetensors file") from error
+            raise Damaged(f"{folder / name}: {error}", "a complete safetensors file") from error
     return "", ""
 
 
 def describe_difference(before: Tensor, now: Tensor) -> str:
-    """How many numbers of two tensors are not the same bits, and by how much at most; nothing where all are."""
+    """Describe how many values of two tensors differ and by how much at most; "" if the bits are equal."""
     if before.shape != now.shape or before.dtype != now.dtype:
         return f"{tuple(before.shape)} {before.dtype} before, {tuple(now.shape)} {now.dtype} now"
     if torch.equal(before.reshape(-1).view(torch.uint8), now.reshape(-1).view(torch.uint8)):
