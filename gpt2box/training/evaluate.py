@@ -1,4 +1,4 @@
-"""The validation loss, and the precision that it and training share."""
+"""Compute the validation loss, and select the autocast precision of training and evaluation."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from gpt2box.system.device import translate_cuda_oom
 
 
 def autocast(plan: RunPlan) -> AbstractContextManager[object]:
-    """bfloat16 products where the plan says so; weights stay float32."""
+    """Return the plan's autocast context; weights stay float32."""
     wanted = plan.derived.dtype == "bfloat16"
     return torch.autocast(torch.device(plan.derived.device).type, torch.bfloat16, enabled=wanted, cache_enabled=False)
 
 
 @torch.no_grad()
 def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan, group: RankGroup) -> tuple[float, str]:
-    """Mean loss over the fixed validation windows, and that set's name. Each rank of the group takes its share."""
+    """Return the mean loss over the fixed validation windows, and their identifier. Ranks share the windows."""
     windows = val_window_starts(dataset.tokens("val"), plan.shape.block_size, plan.config.eval_windows)
     starts = windows[group.ranks.rank :: group.ranks.world_size]
-    # Where weights are split, all ranks put them together as often: one that has a window less looks at another's.
+    # With sharded weights every rank must run equally often; a rank that has fewer windows repeats one with weight 0.
     share = -(-len(windows) // group.ranks.world_size) if is_sharded(model) else len(starts)
     total, weights = torch.zeros((), device=plan.derived.device), 0.0
     was_training = model.training
@@ -43,7 +43,7 @@ def evaluate(model: GPT2, dataset: Dataset, plan: RunPlan, group: RankGroup) -> 
         while begin < share:
             chosen = [int(start) for start in starts[begin : begin + count]]
             batch = read_windows(file, chosen or [int(windows[0])], plan.shape.block_size, plan.shape.vocab_size)
-            # The device works on the windows before while these are read: nothing here waits for it.
+            # Nothing here waits for the GPU, so it computes the previous windows while these are read.
             inputs, targets = inputs_and_targets(
                 copy_to_device(pin_if_possible(batch) if device.type == "cuda" else batch, device)
             )

@@ -1,4 +1,4 @@
-"""The network and its optimizer on the device, whole or split over the ranks, and the values that they are given."""
+"""Create the model on its device, compile it, and initialize model and optimizer on all ranks."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from gpt2box.optim.factory import Optimizer, make_optimizer
 from gpt2box.planner.run_plan import RunPlan
 from gpt2box.system.host import explain_host_oom
 
-MAX_COMPILED_PLANS = 64  # compiled: PyTorch would go on without the compiler from the ninth on, and not say it
+MAX_COMPILED_PLANS = 64  # by default PyTorch silently stops compiling at the ninth
 
 
 def make_empty_model(plan: RunPlan) -> GPT2:
-    """The network without values, as the plan has it."""
+    """Create the model of a plan with uninitialized weights, sharded if planned."""
     weights_dtype = getattr(torch, plan.config.weights_dtype)
     if plan.derived.shard:
         model = GPT2.on_meta_device(plan.shape, plan.config.dropout, weights_dtype)
@@ -38,7 +38,7 @@ def make_empty_model(plan: RunPlan) -> GPT2:
 
 
 def configure(model: GPT2, plan: RunPlan) -> None:
-    """What trades memory for time."""
+    """Apply the settings that trade memory for time."""
     model.activation_checkpointing = plan.execution.activation_checkpointing
     model.loss_chunk_tokens = plan.config.loss_chunk_tokens
 
@@ -69,7 +69,7 @@ def compile_model(model: GPT2) -> CompiledGPT2:
     from torch._dynamo import config
 
     config.cache_size_limit = max(config.cache_size_limit, MAX_COMPILED_PLANS)
-    # Cutting the graph where DistributedDataParallel sends a bucket: older versions cannot, and see RankGroup.wrap_ddp.
+    # Do not split the graph at DDP buckets: older versions cannot, see RankGroup.wrap_ddp.
     config.optimize_ddp = False
     return CompiledGPT2(model)
 
@@ -77,13 +77,13 @@ def compile_model(model: GPT2) -> CompiledGPT2:
 def init_on_all_ranks(
     model: GPT2, optimizer: Optimizer, plan: RunPlan, group: RankGroup, values: Callable[[GPT2, Optimizer], None]
 ) -> None:
-    """Have the first rank put values into them, and all others the same.
+    """Call `initialize` on rank 0 and send the resulting weights and optimizer state to all ranks.
 
-    Where they are split, `values` has them whole, in the memory of the first rank's host: weights and averages once.
+    If sharded, `initialize` gets an unsharded model and optimizer in the host memory of rank 0.
 
     Raises:
-        MachineCannot: the first rank's host has no memory for the whole ones.
-        Gpt2boxError: as `values` does.
+        MachineCannot: The host of rank 0 has too little memory for them.
+        Gpt2boxError: Raised by `initialize`.
     """
     if not plan.derived.shard:
         group.run_on_rank0(lambda: values(model, optimizer))
@@ -91,7 +91,7 @@ def init_on_all_ranks(
     whole_ones: list[tuple[GPT2, Optimizer]] = []
 
     def make_whole() -> None:
-        if torch.cuda.is_available():  # a snapshot's page-locked memory, after a return to a checkpoint
+        if torch.cuda.is_available():  # free the pinned staging buffer of the checkpoint writer before a rollback
             getattr(torch._C, "_host_emptyCache", lambda: None)()
         on_host = plan.with_derived(device="cpu", shard=False)
         with explain_host_oom("all weights and averages are made, to be dealt out"):

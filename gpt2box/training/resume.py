@@ -1,4 +1,4 @@
-"""How a training job begins: its dataset, the checkpoint it goes on from."""
+"""Open a run's dataset, find the checkpoint to resume from, and verify both."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from gpt2box.utils.signals import exit_on_signal
 
 
 def load_or_prepare_dataset(config: Config, text: Path | None, group: RankGroup) -> Dataset:
-    """The dataset, made where it is not there yet; the same on all ranks.
+    """Open the dataset on all ranks; prepare it first if it is missing.
 
     Raises:
-        BadInput: it is too short, lacks the prompt's characters, or is another on another machine.
+        BadInput: It is too short, lacks the prompt's characters, or differs between machines.
     """
 
     def needed() -> None:
@@ -65,13 +65,13 @@ def load_or_prepare_dataset(config: Config, text: Path | None, group: RankGroup)
     return dataset
 
 
-# In log.txt, how job.report has it.
+# The last line of a session in log.txt, see job.report.
 CLEAN_END = re.compile(r".{21}([^ ]+: (finished|stopped early.*) at step [1-9]|stopped by .* at step [1-9].*, saved$)")
 ResumePoint = tuple[Path, TrainState, list[Damaged]]
 
 
 def acquire_run_lock(config: Config, run: Path, held: ExitStack) -> str:
-    """Take the run's lock and keep its log, as long as `held` is; returns the lock's mark."""
+    """Acquire the run's lock and open its log until `stack` closes; return the lock token."""
     ensure_writable(run)
     held.enter_context(file_lock(run / ".lock", f"the run {config.name} is being trained"))
     held.enter_context(run_log_file(run / "log.txt"))
@@ -81,7 +81,7 @@ def acquire_run_lock(config: Config, run: Path, held: ExitStack) -> str:
 def find_resume_point(
     config: Config, dataset: Dataset, run: Path, allow: Sequence[str]
 ) -> tuple[ResumePoint | None, dict[str, Any]]:
-    """The checkpoint to go on from, if there is one, and the settings that were changed."""
+    """Return the checkpoint to resume from, or None, and the changed settings."""
     if file_stamps(dataset) != read_manifest(run).get("checked"):
         check_dataset(dataset)
     found, changed = retention.find_newest_checkpoint(run / "checkpoints"), {}
@@ -99,10 +99,10 @@ def find_resume_point(
 
 
 def check_dataset(dataset: Dataset) -> None:
-    """Whether its files are what was written: at a run's beginning, and after they were touched.
+    """Verify the dataset's checksums.
 
     Raises:
-        Damaged: one is not.
+        Damaged: A file has changed.
     """
     size_bytes = sum(count for count, _ in file_stamps(dataset).values())
     if dataset.manifest and size_bytes > LARGE_FILE_BYTES:
@@ -111,10 +111,10 @@ def check_dataset(dataset: Dataset) -> None:
 
 
 def make_dataset_check(dataset: Dataset, run: Path) -> Callable[[], None]:
-    """What looks, while a run goes on, whether the dataset is still the one that it began with.
+    """Return a function that verifies the dataset whenever its size or mtime has changed.
 
-    Raises:
-        Damaged: its files were touched, and are not what they were.
+    Raises (when called):
+        Damaged: The content has changed.
     """
     known = file_stamps(dataset)
 
@@ -142,10 +142,10 @@ def make_dataset_check(dataset: Dataset, run: Path) -> Callable[[], None]:
 
 
 def check_no_checkpoint_lost(run: Path) -> None:
-    """Before a run begins that has no checkpoint: whether it had one. One that was killed before may begin anew.
+    """Refuse to restart a run whose checkpoints are missing. One killed before its first save may restart.
 
     Raises:
-        Damaged: it went so far that the first had been written.
+        Damaged: The run had saved a checkpoint.
     """
     interval, step, best = recorded_save_interval(run), 0, set()
     for row in metrics.iter_rows(run / "metrics.jsonl"):
@@ -165,7 +165,7 @@ def check_no_checkpoint_lost(run: Path) -> None:
 
 
 def recorded_save_interval(run: Path) -> int:
-    """As its last session had it, wherever that is kept; where it is not known, more than any run's steps."""
+    """Return the save interval of the last session, or 2**63 if no file has it."""
     plan, manifest, settings = read_plan(run), read_json_object(run / "manifest.json"), {}
     with suppress(BadInput):
         settings = read_yaml(run / "config.yaml")
@@ -175,17 +175,17 @@ def recorded_save_interval(run: Path) -> int:
 
 
 def session_ended_cleanly(run: Path) -> bool:
-    """Whether the log has that a session ended after a step: it had saved."""
+    """Return True if the log shows a session that saved and ended after a step."""
     with suppress(OSError), open(run / "log.txt", encoding="utf-8", errors="replace", opener=open_regular) as log:
         return any(CLEAN_END.match(line) for line in log)
     return False
 
 
 def check_network(run: Path, folder: Path, dataset: Dataset) -> None:
-    """Whether a checkpoint that is whole is of this run's network and vocabulary: it might be another run's.
+    """Verify that a checkpoint has this run's model shape and vocabulary; it might be another run's.
 
     Raises:
-        Damaged: what is other.
+        Damaged: They differ.
     """
     plans = [read_plan(run), flatten_plan(as_mapping(read_manifest(run).get("plan")))]
     shapes = [plan["shape"] for plan in plans if isinstance(plan, dict) and isinstance(plan.get("shape"), dict)]
@@ -199,14 +199,14 @@ def check_network(run: Path, folder: Path, dataset: Dataset) -> None:
 
 
 def verify_restored_state(run: Path, folder: Path, step: int, model: GPT2, optimizer: Optimizer) -> None:
-    """Whether weights and averages, as they were read of a checkpoint, are those that the run noted after that step.
+    """Verify restored weights and optimizer state against the fingerprint in metrics.jsonl.
 
     Raises:
-        Damaged: they are others.
+        Damaged: They differ.
     """
     sessions = valid_sessions(read_manifest(run))
     if not sessions or session_at_step(sessions, step - 1)["way"].get("shard"):
-        return  # ranks that share a tensor may come to another sum
+        return  # a sharded reduction may sum in another order
     rows = metrics.iter_rows(run / "metrics.jsonl")
     noted = {row.get("digest") for row in rows if row["kind"] == "train" and row["step"] == step} - {None}
     if noted and fingerprint_run_state(model, optimizer) not in noted:
@@ -216,7 +216,7 @@ def verify_restored_state(run: Path, folder: Path, step: int, model: GPT2, optim
 
 
 def foreign_checkpoint_error(folder: Path, found: str, expected: str) -> Damaged:
-    """What to say of a checkpoint that is whole and does not belong there."""
+    """Return the error for an intact checkpoint that is not this run's."""
     return Damaged(
         f"{folder}: {found}",
         expected,
@@ -225,17 +225,17 @@ def foreign_checkpoint_error(folder: Path, found: str, expected: str) -> Damaged
 
 
 def clear_recent_losses(folder: Path) -> None:
-    """With another dropout, say, a loss far above those before is none that must not be.
+    """Clear the loss history of a checkpoint, since a changed setting (dropout) may legitimately raise the loss.
 
-    On the disk, and before config.yaml has the change: a run that is killed now goes on as one that is not. Earlier
-    checkpoints keep theirs, with which the steps after them were done.
+    Written before config.yaml changes, so that a run killed in between resumes alike. Earlier checkpoints keep their
+    history: the steps after them were executed with it.
     """
     state, files = parse_state(folder)
     write_state(folder, replace(state, recent_losses=[]), files)
 
 
 def announce_resume(config: Config, folder: Path, state: TrainState, passed_over: list[Any]) -> None:
-    """Say where the run goes on, and which checkpoints were damaged."""
+    """Log the checkpoint to resume from and the damaged ones that were skipped."""
     for fault in passed_over:
         log_line(f"note: passed over a damaged checkpoint: {fault.found}")
     if state.step < config.max_steps:

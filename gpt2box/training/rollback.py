@@ -1,4 +1,4 @@
-"""Back to a checkpoint: after too many bad steps, where memory ran out half-way; and what a dead GPU says."""
+"""Roll back to a checkpoint after bad or unfinished steps, and translate machine failures."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from gpt2box.utils.ranks import rank_info
 if TYPE_CHECKING:
     from gpt2box.training.job import Job
 
-MAX_ROLLBACKS = 3  # to one checkpoint; a run that gets to the next has made progress
+MAX_ROLLBACKS = 3  # to the same checkpoint
 
-# In what CUDA, cuBLAS and NCCL say of a card that answers no more; out of memory is none of them.
+# CUDA, cuBLAS and NCCL messages of a failed GPU, other than out of memory.
 GPU_FAULTS = re.compile(
     r"(cuda|cublas|cudnn|nccl|nvidia).*(unspecified launch failure|illegal memory access|illegal instruction|"
     r"uncorrectable|\becc\b|device.*lost|lost.*device|fallen off the bus|hardware stack error|misaligned address|"
@@ -47,11 +47,11 @@ CUDA_ADVICE = re.compile(
 
 
 class UnfinishedStep(Exception):
-    """Memory ran out when some weights had taken the step and others had not: back to the last checkpoint."""
+    """Memory ran out after only some weights were updated; the last checkpoint must be restored."""
 
 
 class TooManyBadSteps(Exception):
-    """MOST_BAD_STEPS in a row were bad, up to `step`: back to a good checkpoint."""
+    """MAX_CONSECUTIVE_BAD_STEPS steps up to `step` were bad; the run must roll back."""
 
     def __init__(self, step: int, left_out: str, spikes: int) -> None:
         super().__init__(step)
@@ -64,7 +64,7 @@ class TooManyBadSteps(Exception):
 
 
 def restore_last_checkpoint(job: Job) -> None:
-    """Go on from the newest checkpoint."""
+    """Restore the newest checkpoint."""
     found = retention.find_newest_checkpoint(job.run / "checkpoints")
     assert found, "with optimizer_in_backward, the first evaluation saves"
     job.state = found[1]
@@ -73,21 +73,20 @@ def restore_last_checkpoint(job: Job) -> None:
 
 
 def choose_rollback(job: Job, trouble: TooManyBadSteps) -> tuple[Path, TrainState]:
-    """The newest good checkpoint, from which to go on with the data that come after those that led to the bad steps.
+    """Select the newest good checkpoint and record in its state.json which data to skip; delete later checkpoints.
 
-    The same weights with the same data would end in the same; and where the data are not at fault, others shake a run
-    out of a bad spot (Chowdhery et al. 2022, 5.1, who passed over 200 to 500 batches). What is passed over is noted in
-    the checkpoint's state.json before training goes on, and in each later one's.
+    The same weights and data would fail again; other data often avoid the problem (Chowdhery et al. 2022, 5.1, skipped
+    200 to 500 batches).
 
     Raises:
-        BadInput: there is none, or it and the one before were gone back to MOST_ROLLBACKS times.
-        VolumeUnwritable: its state cannot be written.
+        BadInput: There is none, or it and the previous one were restored MAX_ROLLBACKS times.
+        VolumeUnwritable: Its state cannot be written.
     """
     check_lock_token(job.run / ".lock", job.lock_mark)
     folder, state, past = find_rollback_checkpoint(job, trouble)
     left_out = trouble.step + job.state.data_step - job.state.step - state.data_step
     state.rollbacks.append(Rollback(state.step, left_out, past))
-    state.seconds = max(state.seconds, job.state.seconds)  # of training that is not undone
+    state.seconds = max(state.seconds, job.state.seconds)  # keep the training time
     for path in reversed(list_checkpoints(folder.parent)):
         if checkpoint_step(path) > state.step:
             retention.delete_checkpoint(path)
@@ -102,8 +101,7 @@ def choose_rollback(job: Job, trouble: TooManyBadSteps) -> tuple[Path, TrainStat
 
 
 def roll_back(job: Job, trouble: TooManyBadSteps) -> None:
-    """To a good checkpoint, which the first rank reads and sends."""
-
+    """Restore a good checkpoint on rank 0 and send it to all ranks."""
     folder, state = job.group.run_on_rank0(lambda: choose_rollback(job, trouble))
     job.state = state
 
@@ -114,10 +112,10 @@ def roll_back(job: Job, trouble: TooManyBadSteps) -> None:
 
 
 def find_rollback_checkpoint(job: Job, trouble: TooManyBadSteps) -> tuple[Path, TrainState, int]:
-    """The newest whole checkpoint to go back to, and the step of one that is given up for it, or 0.
+    """Return the newest intact rollback candidate, its state, and the step of an abandoned newer one, or 0.
 
-    One is given up after MOST_ROLLBACKS returns: what is wrong may have begun before it. Only for the one before, as
-    `prune` keeps two; whether there is a third may depend on when the run was interrupted.
+    After MAX_ROLLBACKS rollbacks a checkpoint is abandoned for the previous one, since the cause may predate it. Only
+    once: retention keeps two, and a third may exist only because the run was interrupted.
     """
     past = 0
     paths = [path for path in list_checkpoints(job.run / "checkpoints") if checkpoint_step(path) <= trouble.step]
@@ -139,7 +137,7 @@ def find_rollback_checkpoint(job: Job, trouble: TooManyBadSteps) -> tuple[Path, 
 
 
 def rollback_exhausted_error(job: Job, trouble: TooManyBadSteps, tried: Path | None) -> BadInput:
-    """What to say where going back does not help."""
+    """Return the error for a run that rollbacks did not help."""
     again = f", also after {MAX_ROLLBACKS} returns to {tried} with other data" if tried else ""
     last = job.run / "checkpoints" / "last"
     usual = "a too high learning rate or damaged weights are the usual cause"
@@ -155,7 +153,7 @@ def rollback_exhausted_error(job: Job, trouble: TooManyBadSteps, tried: Path | N
 
 
 def out_of_memory_error(plan: RunPlan) -> MachineCannot:
-    """What to do where even the way that takes least does not fit, or another rank is in the midst of the step."""
+    """Return the error for a step that no smaller plan can retry: none is left, or several ranks take part."""
     execution = plan.execution
     if plan.derived.shard:
         less = next(
@@ -187,9 +185,9 @@ def out_of_memory_error(plan: RunPlan) -> MachineCannot:
 
 
 def machine_error(error: BaseException, job: Job) -> Gpt2boxError | None:
-    """An error of the machine's own in our words; None where it is another one, which is a bug.
+    """Translate a machine failure into an expected error; return None for any other, which is a bug.
 
-    Nothing is saved from a device that has failed: what it would give is not to be trusted.
+    Nothing is saved from a failed GPU: its memory cannot be trusted.
     """
     text = str(error)
     if isinstance(error, OSError):
@@ -197,7 +195,7 @@ def machine_error(error: BaseException, job: Job) -> Gpt2boxError | None:
             check_lock_token(job.run / ".lock", job.lock_mark)
         except VolumeUnwritable as fault:
             return fault
-        return None  # cli.py knows what disks say
+        return None  # the command line translates disk errors
     last = job.run / "checkpoints" / "last"
     resumes = f"from {display_path(last.resolve())}" if last.exists() else "from the beginning"
     if is_host_oom(error):
