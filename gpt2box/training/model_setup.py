@@ -75,7 +75,7 @@ def compile_model(model: GPT2) -> CompiledGPT2:
 
 
 def init_on_all_ranks(
-    model: GPT2, optimizer: Optimizer, plan: RunPlan, group: RankGroup, values: Callable[[GPT2, Optimizer], None]
+    model: GPT2, optimizer: Optimizer, plan: RunPlan, group: RankGroup, initialize: Callable[[GPT2, Optimizer], None]
 ) -> None:
     """Call `initialize` on rank 0 and send the resulting weights and optimizer state to all ranks.
 
@@ -86,21 +86,21 @@ def init_on_all_ranks(
         Gpt2boxError: Raised by `initialize`.
     """
     if not plan.derived.shard:
-        group.run_on_rank0(lambda: values(model, optimizer))
+        group.run_on_rank0(lambda: initialize(model, optimizer))
         return group.broadcast_from_rank0(model, optimizer)
-    whole_ones: list[tuple[GPT2, Optimizer]] = []
+    unsharded: list[tuple[GPT2, Optimizer]] = []
 
-    def make_whole() -> None:
+    def initialize_unsharded() -> None:
         if torch.cuda.is_available():  # free the pinned staging buffer of the checkpoint writer before a rollback
             getattr(torch._C, "_host_emptyCache", lambda: None)()
         on_host = plan.with_derived(device="cpu", shard=False)
         with explain_host_oom("all weights and averages are made, to be dealt out"):
-            whole_model = make_empty_model(on_host)
-            whole_ones.append((whole_model, make_optimizer(whole_model, on_host)))
-            values(*whole_ones[0])
+            full_model = make_empty_model(on_host)
+            unsharded.append((full_model, make_optimizer(full_model, on_host)))
+            initialize(*unsharded[0])
 
-    group.run_on_rank0(make_whole)
-    fsdp.scatter_from_rank0(model, optimizer, whole_ones[0] if whole_ones else None)
+    group.run_on_rank0(initialize_unsharded)
+    fsdp.scatter_from_rank0(model, optimizer, unsharded[0] if unsharded else None)
 
 
 def init_weights(model: GPT2, config: Config, weights: Path | None) -> None:

@@ -70,11 +70,11 @@ CLEAN_END = re.compile(r".{21}([^ ]+: (finished|stopped early.*) at step [1-9]|s
 ResumePoint = tuple[Path, TrainState, list[Damaged]]
 
 
-def acquire_run_lock(config: Config, run: Path, held: ExitStack) -> str:
+def acquire_run_lock(config: Config, run: Path, stack: ExitStack) -> str:
     """Acquire the run's lock and open its log until `stack` closes; return the lock token."""
     ensure_writable(run)
-    held.enter_context(file_lock(run / ".lock", f"the run {config.name} is being trained"))
-    held.enter_context(run_log_file(run / "log.txt"))
+    stack.enter_context(file_lock(run / ".lock", f"the run {config.name} is being trained"))
+    stack.enter_context(run_log_file(run / "log.txt"))
     return write_lock_token(run / ".lock")
 
 
