@@ -1,7 +1,7 @@
 """Expected failures: what was found, what was expected, the next command; and the exit codes.
 
 Everything a user can run into on a healthy installation is raised as one of these and printed
-without a traceback (cli.py). Any other exception is a bug.
+without a traceback (cli/main.py). Any other exception is a bug.
 """
 
 import re

@@ -241,7 +241,11 @@ def plan(
 @cli.command(cls=SettingsCommand, show_settings=False, short_help="Measure how fast this machine trains.")
 @click.argument("config", required=False)
 @click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps that are timed.")
-@click.option("--sweep", is_flag=True, help="Find the fastest micro-batch, recompute, compiled or not, and keep it.")
+@click.option(
+    "--sweep",
+    is_flag=True,
+    help="Find the fastest execution plan (micro-batch, activation checkpointing, compile); keep it.",
+)
 @click.option("--share", is_flag=True, help="Print a row for the table of cards (docs/cards.md).")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def bench(config: str | None, steps: int, sweep: bool, share: bool, as_json: bool, **flags: str | None) -> None:

@@ -34,7 +34,7 @@ class IndexRange(click.ParamType):  # type: ignore[type-arg] # generic in the ne
 
 
 class SettingsCommand(click.Command):
-    """A command with one option for each setting of config.py, and nanoGPT's names for them, hidden."""
+    """A command with one option for each setting (config/schema.py), and nanoGPT's names for them, hidden."""
 
     def __init__(self, *args: Any, show_settings: bool = True, **attributes: Any) -> None:
         super().__init__(*args, **attributes)

@@ -59,7 +59,7 @@ class TokenFile:
     Read with pread and not through a memory map: a map's pages count as the process's memory as it
     walks through the file (nanoGPT's issue 287); the page cache serves both alike.
 
-    Raises Damaged: see manifest_in; or there is no mask where there should be one.
+    Raises Damaged: see load_manifest; or there is no mask where there should be one.
     """
 
     def __init__(self, path: Path) -> None:

@@ -121,7 +121,7 @@ def resolve_shape(
 def load_initial_shape(config: Config, folder: Path, ours: Tokenizer) -> ModelShape:
     """Return the shape of a run that starts from a folder's weights, on a dataset with tokenizer `ours`.
 
-    Raises BadInput, Damaged: see shape_from and shape_in.
+    Raises BadInput, Damaged: the weights do not fit the settings or the dataset.
     """
     stored = load_shape(folder)
     return resolve_shape(config, stored, str(folder), ours, load_weights_tokenizer(folder, stored, ours))

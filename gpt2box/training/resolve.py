@@ -37,7 +37,7 @@ from gpt2box.utils.ranks import RankInfo, rank_info
 
 
 class ResolvedDevice(NamedTuple):
-    """What the settings and the machine agree on."""
+    """The device of a run, as settings and machine allow."""
 
     device: torch.device
     dtype: str  # of matrix products
@@ -100,11 +100,11 @@ def resolve_device(config: Config, wanted: str | None = None) -> ResolvedDevice:
 
 
 def detect_target_device(device: torch.device, dtype: str, compiled: bool) -> TargetDevice:
-    """The device, with what is free there now."""
+    """Describe a device and the memory that is free on it now."""
     card = find_gpu(str(device))
     if device.type == "cuda":
         free = card.free_bytes if card else None
-        if free is None:  # asked through PyTorch, CUDA's own share is already taken
+        if free is None:  # PyTorch's figure already excludes the CUDA context
             free = torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES
     else:
         free = memory_bytes()[1] // rank_info().local_world_size
@@ -116,7 +116,7 @@ def detect_target_device(device: torch.device, dtype: str, compiled: bool) -> Ta
 def target_device_for_run(
     config: Config, shape: ModelShape, device: torch.device, dtype: str, compiled: bool
 ) -> TargetDevice:
-    """The same for a run, with what was measured there. A run that began with the default stays compiled, or not."""
+    """Describe a run's device with its bench records. A run that has begun stays compiled or eager."""
     place = detect_target_device(device, dtype, compiled)
     known = apply_bench_records(place, config, shape, can_compile=choose_compile(True, device)[0])
     if read_plan(run_dir(config.name)).get("compile") == compiled:
@@ -125,7 +125,7 @@ def target_device_for_run(
 
 
 def weakest_device(places: list[TargetDevice]) -> TargetDevice:
-    """Of several ranks' places the least: each rank does the same, and all wait for the slowest."""
+    """Return the device with the least memory and speed of all ranks: they share one plan and wait for the slowest."""
     free = min(place.free_bytes for place in places)
     kinds = [place.spec for place in places]
     known = [kind for kind in kinds if kind]
@@ -138,11 +138,11 @@ def weakest_device(places: list[TargetDevice]) -> TargetDevice:
 
 
 def check_sharding_support(config: Config, shape: ModelShape, count: int) -> None:
-    """Whether so many ranks can share the weights, where they are to.
+    """Check that `count` ranks can share the weights if `shard` is set.
 
     Raises:
         MachineCannot: FSDP2 was not public in this PyTorch yet.
-        BadInput: see check_cut.
+        BadInput: see check_sharding.
     """
     if not config.shard or count == 1:
         return
@@ -156,14 +156,14 @@ def check_sharding_support(config: Config, shape: ModelShape, count: int) -> Non
 
 
 def rank_device(wanted: str, own: RankInfo) -> str:
-    """Of several ranks, each takes its own card; `wanted` is what the settings say."""
+    """Return the device of this rank: each of several ranks has its own GPU. `wanted`: the setting `device`."""
     if own.world_size == 1 or wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return wanted
     return f"cuda:{own.local_rank}"
 
 
 def choose_execution(config: Config, shape: ModelShape, place: TargetDevice) -> ExecutionPlan:
-    """Micro-batch and recompute: those the run had before, where they still fit, else the fastest that fits.
+    """Choose the execution plan that the run had before if it still fits, else the fastest that fits.
 
     Raises:
         MachineCannot: nothing that the settings leave open fits into the memory that is free now.
@@ -177,19 +177,19 @@ def choose_execution(config: Config, shape: ModelShape, place: TargetDevice) -> 
 
 
 def list_fallback_plans(config: Config, shape: ModelShape, place: TargetDevice) -> list[ExecutionPlan]:
-    """All ways to do the steps, for when memory runs out, the fixed settings' own as well."""
+    """List all execution plans as fallbacks for out-of-memory errors, also those that the settings exclude."""
     open_ = config.model_copy(update={"micro_batch_size": "auto", "activation_checkpointing": "auto"})
     return list_execution_plans(open_, shape, place)
 
 
 def has_steps_left(config: Config) -> bool:
-    """Whether the run has steps left to do, as far as its newest checkpoint's name tells."""
+    """Return whether steps are left, by the name of the newest checkpoint."""
     done = list_checkpoints(run_dir(config.name) / "checkpoints")
     return not done or checkpoint_step(done[-1]) < config.max_steps
 
 
 def recorded_execution(run: Path) -> tuple[int, str] | None:
-    """Micro-batch and recompute in a run's plan.json."""
+    """Return the micro-batch size and the activation checkpointing in a run's plan.json."""
     content = read_plan(run)
     if not {"micro_batch_size", "activation_checkpointing"} <= content.keys():
         return None

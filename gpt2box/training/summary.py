@@ -40,21 +40,20 @@ def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
             f"  trained are adapters of rank {config.lora_rank}, {trained:,} parameters; the weights stay as they are"
         )
     compiled = "compiled" if execution.compile else "not compiled"
-    recompute = (
-        "" if execution.activation_checkpointing == "none" else f", {execution.activation_checkpointing} recompute"
-    )
+    mode = execution.activation_checkpointing
+    checkpointing = "" if mode == "none" else f", {mode} activation checkpointing"
     log_line(
-        f"  {device}; {derived.dtype}, {compiled}{recompute}; a checkpoint is {format_bytes(derived.checkpoint_bytes)}"
+        f"  {device}; {derived.dtype}, {compiled}{checkpointing}; a checkpoint is {format_bytes(derived.checkpoint_bytes)}"
     )
     pace = execution.tokens_per_sec
     seconds = config.max_steps * config.tokens_per_step / pace if pace else 0
     speed = f"{pace:,.0f} tokens/s, {format_duration(seconds)} to the end" if pace else ""
     if derived.shard:
-        log_line("  each rank keeps a share of weights, gradients and averages; samples are left to gpt2box sample")
+        log_line("  each rank keeps a share of weights, gradients and optimizer state; run gpt2box sample for samples")
     if derived.device != "cpu":
         estimated = "" if execution.measured or not speed else f"; {speed}"
         log_line(
-            f"  estimated: {format_bytes(sum(execution.memory.components().values()))} of the card's memory{estimated}"
+            f"  estimated: {format_bytes(sum(execution.memory.components().values()))} of the GPU's memory{estimated}"
         )
     if execution.measured:
         log_line(f"  measured here (gpt2box bench): {speed}")

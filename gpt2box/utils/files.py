@@ -204,7 +204,7 @@ def open_exclusively(name: str, flags: int) -> int:
 
 
 def write_lock_token(lock: Path) -> str:
-    """Write a word into a lock file that is held, by which to know it again (`check_mark`)."""
+    """Write a random token into a held lock file, for check_lock_token."""
     word = uuid.uuid4().hex
     with open(lock, "w", encoding="utf-8", opener=open_regular) as file:
         file.write(word)
