@@ -49,7 +49,7 @@ def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
     seconds = config.max_steps * config.tokens_per_step / pace if pace else 0
     speed = f"{pace:,.0f} tokens/s, {format_duration(seconds)} to the end" if pace else ""
     if derived.shard:
-        log_line("  each rank keeps a share of weights, gradients and optimizer state; run gpt2box sample for samples")
+        log_line("  each rank keeps a share of weights, gradients and optimizer state; no samples while training")
     if derived.device != "cpu":
         estimated = "" if execution.measured or not speed else f"; {speed}"
         log_line(
