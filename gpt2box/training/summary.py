@@ -43,7 +43,8 @@ def describe_plan(config: Config, plan: RunPlan, device: str) -> None:
     mode = execution.activation_checkpointing
     checkpointing = "" if mode == "none" else f", {mode} activation checkpointing"
     log_line(
-        f"  {device}; {derived.dtype}, {compiled}{checkpointing}; a checkpoint is {format_bytes(derived.checkpoint_bytes)}"
+        f"  {device}; {derived.dtype}, {compiled}{checkpointing}; "
+        f"a checkpoint is {format_bytes(derived.checkpoint_bytes)}"
     )
     pace = execution.tokens_per_sec
     seconds = config.max_steps * config.tokens_per_step / pace if pace else 0
