@@ -108,7 +108,7 @@ def tuned(volumes: Path, run: str, steps: int, evaluations: int, **settings: obj
 
 
 def stopped(rows: list[tuple[int, float]]) -> tuple[int, float]:
-    """Where patience ends a run, and the best val_loss until then."""
+    """Return the step at which patience would end the run, and the best val_loss until then."""
     best, without = rows[0], 0
     for row in rows[1:]:
         best, without = (row, 0) if row[1] < best[1] else (best, without + 1)

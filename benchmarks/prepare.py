@@ -58,7 +58,7 @@ if __name__ == "__main__":
 
 @dataclass
 class Measured:
-    """What a command took."""
+    """The resources that a command used."""
 
     seconds: float
     disk: int = 0  # bytes, peak

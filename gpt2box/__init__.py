@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 
 def is_cpu_busy() -> bool:
-    """Whether another process is running just now, and some were in the last minute."""
+    """Return True if other processes compete for the CPU, now and over the last minute."""
     try:
         with open("/proc/loadavg", encoding="ascii") as file:
             last_minute, _, _, running, _ = file.read().split()
@@ -15,8 +15,8 @@ def is_cpu_busy() -> bool:
         return False
 
 
-# Read when PyTorch is loaded. A CPU's threads that wait for each other spin, and each holds a core that the one waited
-# for may need: `bench demo`, two threads on two cores, load 4 to 8: 800 to 2,400 tokens/s; 10,000 to 19,000 where they
-# sleep. On cores that are free, spinning is faster: 39,000, not 25,000.
+# OpenMP reads this variable when PyTorch is loaded. Waiting threads spin by default, which occupies cores that the
+# working threads need. Measured with `bench demo`, two threads on two cores: at a load of 4 to 8, spinning reaches 800
+# to 2,400 tokens/s and sleeping 10,000 to 19,000; on idle cores, spinning reaches 39,000 and sleeping 25,000.
 if is_cpu_busy():
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

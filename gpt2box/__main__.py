@@ -6,9 +6,9 @@ import sys
 
 
 def main() -> None:
-    """As cli.main; a Ctrl-C while that is loaded is answered as a later one is."""
+    """Run the command line, and exit cleanly on Ctrl-C even while the modules are still loading."""
     open_streams()
-    if os.getpid() == 1:  # the kernel ignores a signal for which the first process of a container has no handler
+    if os.getpid() == 1:  # for process 1 of a container the kernel ignores signals without a handler
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
     by_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # `command &` in a script ignores it
     try:
@@ -21,24 +21,27 @@ def main() -> None:
         if by_default:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         command()
-    except KeyboardInterrupt:  # in the moment before that, or after
+    except KeyboardInterrupt:  # raised before `end` was installed, or after it was removed
         end()
 
 
 def open_streams() -> None:
-    """Have all three: the number of one that is closed is the next file's, in which C++'s words would land."""
+    """Open /dev/null for each standard stream that is closed.
+
+    Otherwise the next opened file would get its descriptor, and libraries in C++ would write messages into that file.
+    """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            opened = os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: the closed stream's
             os.set_inheritable(opened, True)
             setattr(sys, name, os.fdopen(opened, "w" if descriptor else "r", closefd=False))
 
 
 def end(*_: object) -> None:
-    """Not an exception: raised inside an import, some library's `except` would swallow it."""
+    """Exit with code 130. Raises no exception: an `except` around a library's import could swallow it."""
     try:
         os.write(sys.stderr.fileno(), b"interrupted\n")
-    finally:  # the terminal may be gone
+    finally:  # the write fails if the terminal was closed
         os._exit(130)
 
 

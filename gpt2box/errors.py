@@ -1,12 +1,13 @@
-"""Expected failures: what was found, what was expected, the next command; and the exit codes.
+"""Expected failures, each with its exit code and what was found, what was expected and the next command.
 
-Everything a user can run into on a healthy installation is raised as one of these and printed
-without a traceback (cli/main.py). Any other exception is a bug.
+Every failure that a user can meet on a healthy installation is raised as one of these and printed without a traceback
+(cli/main.py). Any other exception is a bug.
 """
 
 import re
 
-CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # also: order of writing
+# Control characters, and those that change the text's direction.
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 MAX_LINE_CHARS = 1500  # characters of a line
 
 
@@ -31,7 +32,7 @@ class Gpt2boxError(Exception):
 
 
 def printable_line(line: str) -> str:
-    """A line for a terminal: what would steer it stands as an escape, and what is endless is cut.
+    """Escape control characters and truncate a long line, for a terminal.
 
     Messages quote names and values from outside, which may hold anything.
     """
@@ -41,17 +42,17 @@ def printable_line(line: str) -> str:
 
 
 def escape_control_lines(text: str) -> str:
-    """Of several lines."""
+    """Escape the control characters of each line, but keep the line breaks."""
     return "\n".join(map(escape_control, text.split("\n")))
 
 
 def escape_control(text: str) -> str:
-    """Of any length, all in one line."""
+    """Escape all control characters, line breaks included."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def describe_error(error: Exception) -> str:
-    """What Python, or the system, found wrong with a file, in words for whoever has that file."""
+    """Describe an error from reading a file, for a user who has the file but not the code."""
     if isinstance(error, Gpt2boxError):
         return error.found
     if isinstance(error, OSError) and error.strerror:
@@ -78,13 +79,13 @@ class MachineCannot(Gpt2boxError):
 
 
 class Damaged(Gpt2boxError):
-    """A dataset, checkpoint or downloaded file is not what it was written as."""
+    """A dataset, checkpoint or downloaded file differs from what was written."""
 
     exit_code = 4
 
 
 class TryAgain(Gpt2boxError):
-    """The network or another passing condition; the same command may work later (EX_TEMPFAIL)."""
+    """A temporary failure, such as of the network; the same command may work later (EX_TEMPFAIL)."""
 
     exit_code = 75
 

@@ -21,20 +21,20 @@ from gpt2box.data.tokenizer import Gpt2Tokenizer, load_gpt2_tokenizer
 from tests.helpers.commands import Command, Forked
 from tests.helpers.settings import ROOT, TINYSHAKESPEARE
 
-# How long an example takes says more of the machine than of the code.
+# No deadline: an example's duration depends on how busy the machine is.
 settings.register_profile("gpt2box", deadline=None)
 settings.load_profile("gpt2box")
 
 
 @pytest.fixture(autouse=True)
 def smallest_numbers_are_not_zero() -> None:
-    """What PyTorch 2.4 compiles for a CPU (-ffast-math) has its process take them for zero, also in later tests."""
+    """Switch off flush-to-zero, which PyTorch 2.4's compiled CPU code (-ffast-math) leaves on for the process."""
     torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")
 def ranks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """GPT-2's ranks: a copy in the checkout's volumes, else fetched once (which tests that path)."""
+    """Return GPT-2's merge ranks: the checkout's copy, or else downloaded once, which tests the download."""
     folder = ROOT / "volumes" / "data" / "raw"
     if not (folder / downloads.GPT2_RANKS.filename).exists():
         folder = tmp_path_factory.mktemp("raw")
@@ -48,7 +48,7 @@ def gpt2_tokenizer(ranks_file: Path) -> Gpt2Tokenizer:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, ranks_file: Path) -> Path:
-    """Volumes with tinyshakespeare in characters, as dataset `text`, and the raw files."""
+    """Prepare tinyshakespeare as the datasets `text` (characters) and `bpe`, beside the raw files."""
     volumes = tmp_path_factory.mktemp("prepared")
     raw = volumes / "data" / "raw"
     raw.mkdir(parents=True)
@@ -63,7 +63,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, ranks_file: Path) -> Path
 
 @pytest.fixture
 def volumes(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Volumes of the test's own, with those datasets."""
+    """Copy the prepared volumes for one test."""
     folder = tmp_path / "volumes"
     shutil.copytree(prepared, folder)
     monkeypatch.setenv("GPT2BOX_VOLUMES", str(folder))
@@ -72,7 +72,7 @@ def volumes(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="session")
 def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
-    """What all commands of a test worker are forked from."""
+    """Start the server that runs commands in forked processes, one for each test worker."""
     found = Forked(tmp_path_factory.mktemp("forked"))
     yield found
     found.end()
@@ -80,7 +80,7 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
 
 @pytest.fixture
 def gpt2box(tmp_path: Path, forked: Forked) -> Command:
-    """The command in a process of its own, in an empty folder."""
+    """Return a function that runs a command in a forked process, in an empty folder."""
     work = tmp_path / "work"
     work.mkdir(exist_ok=True)
 
@@ -92,7 +92,7 @@ def gpt2box(tmp_path: Path, forked: Forked) -> Command:
 
 @pytest.fixture
 def started(tmp_path: Path) -> Command:
-    """The same, started from nothing: for what is read while a process begins."""
+    """Return a function that runs a command in a new interpreter, to test what happens at start-up."""
     work = tmp_path / "work"
     work.mkdir(exist_ok=True)
 

@@ -245,7 +245,7 @@ def test_checkpoints_that_are_gone_are_missed_and_the_record_stays(run: Path, ho
     ],
 )
 def test_a_run_that_had_a_checkpoint_does_not_begin_anew(run: Path, interval: int, gone: list[str]) -> None:
-    """Not though it was too short for two, and whatever else is gone."""
+    """A run whose checkpoints were deleted is refused, even a short one and whichever other files are missing."""
     edited(run / "plan.json", save_interval=interval)
     for name in gone:
         (run / name).unlink()
@@ -448,7 +448,7 @@ def test_a_run_goes_on_without_its_links(run: Path, links: str) -> None:
     for name in ("best", "last"):
         target = (run / "checkpoints" / name).resolve()
         (run / "checkpoints" / name).unlink()
-        if links == "copied":  # as cp -L and zip do
+        if links == "copied":  # cp -L and zip replace links by copies
             shutil.copytree(target, run / "checkpoints" / name)
         elif links == "dangling":
             (run / "checkpoints" / name).symlink_to("step-00000099")

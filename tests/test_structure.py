@@ -35,7 +35,7 @@ def test_settings_and_planning_never_import_torch(module: str) -> None:
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(PACKAGE.parent)))
 def test_no_module_imports_a_test_module(path: Path) -> None:
-    """What several test modules share is in tests/helpers."""
+    """Code shared by test modules belongs in tests/helpers."""
     for module in imported(path):
         assert not any(part.startswith("test_") or part == "conftest" for part in module.split(".")), module
 

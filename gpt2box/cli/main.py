@@ -112,7 +112,7 @@ def prepare(inputs: tuple[str, ...], name: str | None, verify: bool, **options: 
 
 @contextmanager
 def going_on_later() -> Iterator[None]:
-    """SIGTERM tidies up as Ctrl-C does, and of both it is said that nothing is lost."""
+    """Exit on SIGTERM as on Ctrl-C: clean up, and print that the same command resumes."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield
@@ -147,7 +147,7 @@ def train(config: str | None, allow_change: tuple[str, ...], **flags: str | None
 
 
 def settings_from_flags(config: str | None, flags: dict[str, Any]) -> dict[str, Any]:
-    """The settings that were given as options."""
+    """Return the settings that were given as options."""
     chosen = {key: value for key, value in flags.items() if value is not None}
     if config is None and not chosen:
         from gpt2box.config.loader import list_presets
@@ -192,7 +192,7 @@ def preflight(config: str | None, as_json: bool, **flags: str | None) -> None:
 
     text, in_general = paths.text_path(flags["dataset"] or ""), not (config or flags["dataset"])
     device = flags["device"] or "cuda"
-    flags["dataset"] = "any" if in_general else flags["dataset"]  # to have the others looked at
+    flags["dataset"] = "any" if in_general else flags["dataset"]  # a placeholder that is valid
     settings, _ = loader.load_config(config, settings_from_flags(config, flags))
     checks.preflight(None if in_general else settings, text, device if in_general else settings.device, as_json)
 
@@ -293,13 +293,13 @@ for command in [*model_commands.COMMANDS, *run_commands.COMMANDS]:
 
 def main() -> None:
     """Run a command; an expected failure is a few lines and its exit code, a bug a traceback."""
-    from gpt2box.system.host import host_oom_error, is_host_oom  # before memory runs out
+    from gpt2box.system.host import host_oom_error, is_host_oom  # import now, while there is memory
 
     output = sys.stdout
     try:
         cli.main(prog_name="gpt2box", standalone_mode=False)
     except SystemExit as ended:
-        if sys.stdout is not output:  # click wraps it when its reader has gone, and exits with 1
+        if sys.stdout is not output:  # click replaces it on a broken pipe, and exits with 1
             exit_on_broken_pipe()
         exit_process(ended.code)
     except Gpt2boxError as error:
@@ -314,7 +314,12 @@ def main() -> None:
         exit_process(130)
     except BrokenPipeError:
         exit_on_broken_pipe()
-    except (OSError, RuntimeError, MemoryError, ImportError) as error:  # the last of a library that cannot be mapped
+    except (
+        OSError,
+        RuntimeError,
+        MemoryError,
+        ImportError,
+    ) as error:  # ImportError: a library cannot be mapped
         fault = explain_os_error(error) if isinstance(error, OSError) else explain_cuda_oom(error)
         fault = host_oom_error() if is_host_oom(error) else fault
         if fault is None:
@@ -324,16 +329,16 @@ def main() -> None:
 
 
 def exit_on_broken_pipe() -> NoReturn:
-    """The reader of standard output has gone, as `head` does: nothing is left to flush to."""
+    """Exit after the reader of standard output, such as `head`, has closed the pipe. Flushing would fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     exit_process(141)
 
 
 def exit_process(code: str | int | None) -> NoReturn:
-    """End with that exit code; a rank that cannot go on, at once.
+    """Exit with a code. With several ranks, exit without Python's cleanup.
 
-    Threads of its connections to the other ranks are under way, which it cannot end: that waits for those ranks. When
-    one of them meets Python's own end, the process is aborted, and its exit code is lost.
+    Cleanup would wait for the threads that are connected to the other ranks. If a thread outlived the interpreter, the
+    process would abort and its exit code would be lost.
     """
     if rank_info().world_size > 1:
         sys.stdout.flush()

@@ -29,13 +29,13 @@ PreparedDataset = tuple[dict[str, Any], bool]  # the manifest, and whether anyth
 def publish_dataset(
     folder: Path, identity: dict[str, Any], write: Callable[[Path], dict[str, Any]], resumable: bool
 ) -> PreparedDataset:
-    """Make the dataset in `folder` unless it exists with the same identity, which determines its bytes.
+    """Write the dataset to `folder` unless it is already there with the same identity.
 
-    `write` fills a temporary folder and returns the rest of the manifest; if `resumable`, the temporary folder survives
-    an interruption.
+    The identity (inputs, choices) determines every byte. `write` fills a temporary folder and returns the rest of the
+    manifest; if `resumable`, the temporary folder survives an interruption.
 
     Raises:
-        BadInput: files that are not a dataset's have its name, another process is making it, or what `write` raises.
+        BadInput: `folder` is not a dataset, another process is writing it, or as `write` raises.
         VolumeUnwritable: no space or no permission.
     """
     identity = json.loads(json.dumps(identity))

@@ -153,7 +153,7 @@ def add_tokens(tokenizer: Any, folder: Path, config: dict[str, Any]) -> None:
 
 
 def token_name(token: object) -> str:
-    """Return a special token's name; it is stored as a string, or as an object that has it."""
+    """Return a special token's name, stored as a string or as an object with the field `content`."""
     return str(token.get("content", "")) if isinstance(token, dict) else str(token)
 
 

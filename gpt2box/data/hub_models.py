@@ -118,7 +118,10 @@ def download_model(repo: str, entries: dict[str, Any], url: str, folder: Path) -
 
 
 def download_tokenizer(repo: str, entries: dict[str, Any], url: str, folder: Path) -> None:
-    """The tokenizer's files into a folder. Raises BadInput: there are none of a kind that is read here."""
+    """Download the tokenizer's files into a folder.
+
+    Raises BadInput: the model has no tokenizer of a supported kind.
+    """
     found = [path for path in TOKENIZER if path in entries]
     if not {"tokenizer.json", "vocab.json"} & set(found):
         raise BadInput(
@@ -129,7 +132,7 @@ def download_tokenizer(repo: str, entries: dict[str, Any], url: str, folder: Pat
 
 
 def fetch_file(path: str, entry: dict[str, Any], url: str, folder: Path) -> Path:
-    """One file, checked: large ones by sha256, small ones by the hash that git has of them.
+    """Download and verify one file: large ones by sha256, small ones by their git hash.
 
     Raises Damaged: it is not what the Hub says.
     """

@@ -63,7 +63,7 @@ CORPORA = {"tinyshakespeare": load_tinyshakespeare, "shakespeare": load_shakespe
 KNOWN_CORPORA = (*CORPORA, *OPENWEBTEXT)
 
 
-NamedFiles = list[tuple[Path, str]]  # with their names
+NamedFiles = list[tuple[Path, str]]  # path, and the name that the manifest records
 
 
 def load_texts(

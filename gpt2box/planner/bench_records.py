@@ -26,7 +26,7 @@ COST_SETTINGS = (
 
 @dataclass(frozen=True)
 class BenchKey:
-    """What was measured, and on which device. Field names are those of bench.json."""
+    """The measured job and the device. Field names are those of bench.json."""
 
     card: str
     torch: str
@@ -53,7 +53,7 @@ class BenchRecord:
 
     @property
     def plan_key(self) -> tuple[int, str, bool]:
-        """What identifies the execution plan among the records of one job."""
+        """Identify the execution plan among the records of one job."""
         return self.micro_batch_size, self.activation_checkpointing, self.compiled
 
     def step_s(self, grad_accum_steps: int) -> float:

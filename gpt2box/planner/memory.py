@@ -19,7 +19,7 @@ CUBLAS_WORKSPACE_BYTES = 8_519_680  # cuBLAS's default below compute capability 
 DETERMINISTIC_WORKSPACE_BYTES = 8 * (4 << 20)  # as system/determinism.py sets it,
 WORKSPACE_COUNT = 2  # and PyTorch allocates one for each thread: forward and backward
 SMALL_TENSORS_BYTES = 24 << 20  # small tensors, and rounding to blocks of 512 bytes
-CUDA_CONTEXT_BYTES = round(0.45 * GIB)  # 0.3 to 0.5 were seen; outside PyTorch's own count
+CUDA_CONTEXT_BYTES = round(0.45 * GIB)  # 0.3 to 0.5 GiB were observed; PyTorch's statistics do not include it
 LOW_MEMORY_CHUNK = 2 << 20  # numbers that optim/low_memory_adamw.py updates at a time,
 LOW_MEMORY_SCRATCH_BYTES = 60  # and scratch bytes for each
 # Scratch bytes of optim/muon.py for each number of the largest matrix: plainly; with bfloat16 weights; and with int8
@@ -109,7 +109,7 @@ def count_padded_parameters(shape: ModelShape) -> int:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What decides a step's memory, besides the shape."""
+    """The settings that determine a step's memory, besides the model's shape."""
 
     micro_batch_size: int
     accumulates: bool  # gradients exist when the next forward pass begins

@@ -51,9 +51,9 @@ class RunPlan:
 
     @property
     def eval_batch_size(self) -> int:
-        """Count the validation windows of a batch: as many as fit in a step's memory.
+        """Return the number of validation windows per batch: as many as fit in a step's memory.
 
-        On a CPU a larger batch only falls out of the caches.
+        On a CPU a larger batch is slower, because it does not fit in the caches.
         """
         micro_batch_size = self.execution.micro_batch_size
         if self.derived.device == "cpu":

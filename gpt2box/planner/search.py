@@ -18,7 +18,7 @@ from gpt2box.utils.progress import format_bytes
 
 CHECKPOINTING_MODES = ("none", "selective", "full")  # of activations
 MAX_MICRO_BATCH_TOKENS = 65_536  # larger micro-batches make no GPU faster
-CPU_MICRO_BATCH_SIZE = 4  # on a CPU a larger micro-batch only falls out of the caches
+CPU_MICRO_BATCH_SIZE = 4  # on a CPU a larger micro-batch no longer fits in the caches
 NCCL_BYTES = 512 << 20  # NCCL's buffers on each of several GPUs; assumed, not measured
 REFERENCE_GPU = GPU_SPECS["rtx-4070"]  # ranks the plans if the GPU's own figures are unknown
 

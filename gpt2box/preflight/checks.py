@@ -1,4 +1,4 @@
-"""From facts to findings: what is well, what is not, and what to do about it. No fact is gathered here."""
+"""Turn facts into findings: passed, warning or failure, and the fix. This module gathers no facts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from gpt2box.utils.progress import format_bytes
 # The oldest Linux driver that runs any program built for this CUDA major version, and the card generations it
 # has code for (CUDA's release notes, "minor version compatibility").
 OLDEST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
-CU13_ONLY = (10, 0)  # from here on CUDA 12.1 has no code for a card
-HOT_C = 83  # GeForce cards slow down from about here on
+CU13_ONLY = (10, 0)  # compute capability from which CUDA 12.1 has no code
+HOT_C = 83  # temperature in °C at which GeForce GPUs begin to slow down
 GIB = 2**30
 FLOAT32_INSTEAD = "training uses float32 here: more memory, slower"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check's outcome. `fix` is the next thing to do, for a warning or failure."""
+    """The result of one check. `fix` is the next thing to do after a warning or failure."""
 
     name: str
     status: Literal["ok", "warning", "failure"]
@@ -27,7 +27,7 @@ class Finding:
 
 
 def driver(nvml: Nvml, cuda: str | None, in_container: bool, is_wsl: bool) -> Finding:
-    """The driver, against the CUDA version (such as 12.1) that PyTorch was built for."""
+    """Check the driver against the CUDA version (such as 12.1) that PyTorch was built for."""
     if nvml.fault:
         if in_container and "libnvidia-ml" in nvml.fault:
             fix = "start the container with --gpus all (the NVIDIA Container Toolkit must be installed on the host)"
@@ -49,7 +49,7 @@ def driver(nvml: Nvml, cuda: str | None, in_container: bool, is_wsl: bool) -> Fi
 
 
 def card(nvml: Nvml, index: int, in_container: bool) -> Finding:
-    """Whether there is a card of this number."""
+    """Check that a GPU with this number exists."""
     listed = "; ".join(f"{number}: {found.name}" for number, found in enumerate(nvml.gpus)) or "none"
     if index >= len(nvml.gpus):
         bring = "start with --gpus all" if in_container else "a card that nvidia-smi lists, or --device cpu"
@@ -60,7 +60,7 @@ def card(nvml: Nvml, index: int, in_container: bool) -> Finding:
 
 
 def architecture(capability: tuple[int, int] | None, built_for: list[str], cuda: str | None) -> Finding:
-    """Whether PyTorch holds code for the card: binary code of its generation, or PTX of it or an older one."""
+    """Check that PyTorch has code for the GPU: binary code for its generation, or PTX for it or an older one."""
     if capability is None or not built_for:
         return Finding("architecture", "warning", "unknown", "the card's compute capability was not told")
     name = f"compute capability {capability[0]}.{capability[1]}"
@@ -78,13 +78,13 @@ def architecture(capability: tuple[int, int] | None, built_for: list[str], cuda:
 
 
 def number(architecture_name: str) -> tuple[int, int]:
-    """sm_86 to (8, 6)."""
+    """Parse sm_86 into (8, 6)."""
     digits = "".join(c for c in architecture_name.split("_")[-1] if c.isdigit())
     return int(digits[:-1]), int(digits[-1])
 
 
 def runs_on(capability: tuple[int, int], built_for: list[str]) -> bool:
-    """CUDA's rule: sm_XY runs on X.Z with Z ≥ Y, compute_XY (PTX) on anything from X.Y on."""
+    """Apply CUDA's rule: sm_XY runs on X.Z with Z ≥ Y, compute_XY (PTX) on every capability from X.Y on."""
     for entry in built_for:
         own = number(entry)
         if entry.startswith("compute_") and own <= capability:
@@ -95,7 +95,7 @@ def runs_on(capability: tuple[int, int], built_for: list[str]) -> bool:
 
 
 def vram(found: Gpu) -> Finding:
-    """Memory in all, free now, and who holds the rest."""
+    """Report total and free GPU memory, and the processes that hold the rest."""
     if found.total_bytes is None or found.free_bytes is None:
         return Finding("vram", "warning", "the driver does not tell", "watch nvidia-smi while training")
     taken = found.total_bytes - found.free_bytes
@@ -114,7 +114,7 @@ def vram(found: Gpu) -> Finding:
 
 
 def health(found: Gpu) -> Iterator[Finding]:
-    """Temperature, power limit and PCIe link: what makes a card slower than it is."""
+    """Check temperature, power limit and PCIe link, which can slow a GPU down."""
     if found.temperature_c is not None:
         hot = found.temperature_c >= min(HOT_C, (found.slowdown_c or 200) - 5)
         yield Finding(
@@ -143,7 +143,7 @@ def health(found: Gpu) -> Iterator[Finding]:
 
 
 def bfloat16(facts: dict[str, Any], capability: tuple[int, int] | None, on_gpu: bool, wanted: bool) -> Finding:
-    """The product that was really computed; on a card without bfloat16 it need not be, unless the job wants it."""
+    """Check the measured error of a bfloat16 product. A GPU without bfloat16 passes unless the job needs it."""
     old = capability if on_gpu and capability and capability < BFLOAT16_CAPABILITY else None
     if old and not wanted and "bf16_fault" in facts:
         found = f"none: compute capability {old[0]}.{old[1]}"
@@ -163,7 +163,7 @@ def bfloat16(facts: dict[str, Any], capability: tuple[int, int] | None, on_gpu: 
 
 
 def pytorch(facts: dict[str, Any]) -> Finding:
-    """Whether PyTorch came up, and on the GPU if there is to be one."""
+    """Check that PyTorch imports, and uses the GPU if the job needs one."""
     version = facts.get("torch")
     if not version:
         return Finding("pytorch", "failure", facts.get("fault") or "gave no answer", "build or install anew")
@@ -176,7 +176,7 @@ def pytorch(facts: dict[str, Any]) -> Finding:
 
 
 def compiler(facts: dict[str, Any]) -> Finding | None:
-    """The trial of torch.compile, where training would use it: it would otherwise fail there, minutes later."""
+    """Check torch.compile if training would use it, because training would fail only minutes later."""
     fix = "--compile false: slower, and more memory"
     if fault := facts.get("compile_fault"):
         return Finding("torch.compile", "failure", fault, fix)
@@ -188,7 +188,7 @@ def compiler(facts: dict[str, Any]) -> Finding | None:
 
 
 def runtime(docker_runtimes: list[str] | None) -> Finding:
-    """On the host: whether containers would see the card."""
+    """Check, on the host, that containers can use the GPU."""
     if docker_runtimes is None:
         return Finding("container", "ok", "no Docker here; not in a container")
     if "nvidia" not in docker_runtimes:
@@ -198,7 +198,7 @@ def runtime(docker_runtimes: list[str] | None) -> Finding:
 
 
 def dataset(name: str, there: bool, source: str) -> Finding:
-    """Whether the dataset is there or can be made."""
+    """Check that the dataset exists or can be made."""
     if there or source:
         return Finding("dataset", "ok", f"{name}: {'there' if there else f'to be made from {source}'}")
     fix = "gpt2box prepare TEXT, or nanoGPT's train.bin and val.bin in its folder"
@@ -206,7 +206,7 @@ def dataset(name: str, there: bool, source: str) -> Finding:
 
 
 def memory(total: int, available: int, needed: int) -> Finding:
-    """Main memory, against what the job holds of it."""
+    """Check main memory against what the job needs."""
     found = f"{format_bytes(available)} free of {format_bytes(total)}"
     if available < needed:
         fix = "close programs, or raise the container's or WSL's memory limit"
@@ -215,7 +215,7 @@ def memory(total: int, available: int, needed: int) -> Finding:
 
 
 def cpu(cores: float) -> Finding:
-    """Cores; one is enough for training on a GPU, preparing OpenWebText wants more."""
+    """Check CPU cores: one is enough for training on a GPU, but preparing OpenWebText needs more."""
     if cores < 2:
         return Finding(
             "cores", "warning", f"{cores:g}", "2 or more: one prepares batches while the other drives the GPU"
@@ -224,7 +224,7 @@ def cpu(cores: float) -> Finding:
 
 
 def shared_memory(total: int | None) -> Finding:
-    """/dev/shm: NCCL and worker processes use it; training on one card does not."""
+    """Check /dev/shm, which NCCL and worker processes use; training on one GPU does not."""
     if total is None or total < 64 << 20:
         found = "none" if total is None else format_bytes(total)
         return Finding("/dev/shm", "warning", found, "--shm-size 1g, for more than one GPU")
@@ -232,7 +232,7 @@ def shared_memory(total: int | None) -> Finding:
 
 
 def disk(volumes: str, free: int, needed: int, what: str) -> Finding:
-    """Space on a disk that holds some volumes, against what the job writes there."""
+    """Check the free space of a disk against what the job writes to its volumes."""
     found = f"{format_bytes(free)} free for {volumes}" + (
         f"; the job writes {format_bytes(needed)} ({what})" if needed else ""
     )

@@ -1,4 +1,4 @@
-"""`gpt2box preflight`: gathers the facts, tries things out, and prints what is well and what is not."""
+"""Check the machine for `gpt2box preflight`: gather facts, run small tests, print the findings."""
 
 import http.client
 import json
@@ -38,7 +38,7 @@ HUB_TIMEOUT_S = 10.0
 def preflight(config: Config | None, text: Path | None, wanted: str, as_json: bool) -> None:
     """Check the machine for a job, or in general, and print the findings on standard output.
 
-    `text` is what the job's dataset will be made from, where that was given.
+    `text` is the input of the job's dataset, if one was given.
 
     Raises MachineCannot: a check failed.
     """
@@ -62,7 +62,7 @@ def preflight(config: Config | None, text: Path | None, wanted: str, as_json: bo
 
 
 def show(finding: Finding) -> None:
-    """A line for a finding, and one for what to do."""
+    """Format a finding as a line, and its fix as a second one."""
     colour = {"ok": "green", "warning": "yellow", "failure": "red"}[finding.status]
     label = click.style(f"{finding.status:8}", fg=colour) if sys.stdout.isatty() else f"{finding.status:8}"
     print(f"{label} {finding.name:14} {finding.found}")
@@ -71,11 +71,11 @@ def show(finding: Finding) -> None:
 
 
 def all_findings(config: Config | None, text: Path | None, device: str, nvml: gpu.Nvml) -> Iterator[Finding]:
-    """Every check, in the order of what depends on what."""
+    """Run every check. A check that depends on another follows it."""
     on_gpu = device != "cpu"
     wanted = on_gpu if config is None or config.compile == "auto" else bool(config.compile)
     chosen = nvml.gpus[device_index(device) :][:1] if on_gpu else []
-    old = any(card.capability and card.capability < (7, 0) for card in chosen)  # Triton has no code for it
+    old = any(card.capability and card.capability < (7, 0) for card in chosen)  # Triton does not support the GPU
     facts = probe(device, wanted and not old)
     if on_gpu:
         yield checks.driver(nvml, facts.get("cuda"), host.in_container(), host.is_wsl())
@@ -105,12 +105,12 @@ def all_findings(config: Config | None, text: Path | None, device: str, nvml: gp
 
 
 def device_index(device: str) -> int:
-    """cuda:1 to 1."""
+    """Return the number in a device's name: 1 for cuda:1."""
     return int(device.partition(":")[2] or 0)
 
 
 def card_findings(nvml: gpu.Nvml, index: int) -> Iterator[Finding]:
-    """What the driver says of the chosen card."""
+    """Check the chosen GPU with the driver's facts."""
     chosen = checks.card(nvml, index, host.in_container())
     yield chosen
     if chosen.status == "ok":
@@ -119,14 +119,14 @@ def card_findings(nvml: gpu.Nvml, index: int) -> Iterator[Finding]:
 
 
 def host_findings(config: Config | None) -> Iterator[Finding]:
-    """The box around it."""
+    """Check the host: container, memory, CPU and shared memory."""
     if image := os.environ.get("GPT2BOX_IMAGE"):
         stack, version, revision, _ = [*image.split(" "), "", "", "", ""][:4]
         yield Finding("container", "ok", f"image {stack}, gpt2box {version}, revision {revision[:12]}")
     elif not host.in_container():
         yield checks.runtime(host.docker_runtimes())
     total, available = host.memory_bytes()
-    needed = (4 << 30) + (checkpoint_bytes(config) if config else 0)  # the copy that a checkpoint is written from
+    needed = (4 << 30) + (checkpoint_bytes(config) if config else 0)  # plus the staging buffer of a checkpoint
     yield checks.memory(total, available, needed)
     yield checks.cpu(host.cpu_cores())
     yield checks.shared_memory(host.shm_bytes())
@@ -135,7 +135,7 @@ def host_findings(config: Config | None) -> Iterator[Finding]:
 
 
 def windows() -> Finding:
-    """Linux under Windows: what differs there."""
+    """Report the limits of Linux under Windows."""
     if any(host.is_windows_drive(volumes_dir() / volume) for volume in VOLUMES):
         fix = "keep gpt2box inside WSL's own file system, such as ~/gpt2box"
         return Finding("wsl", "warning", f"{volumes_dir()} is on a Windows drive, many times slower", fix)
@@ -147,7 +147,7 @@ def windows() -> Finding:
 
 
 def write_test(volume: str) -> Finding:
-    """Whether a volume can really be written."""
+    """Check that a volume can be written, by writing a file."""
     folder = volumes_dir() / volume
     try:
         with tempfile.TemporaryFile(dir=ensure_writable(folder)) as file:
@@ -162,7 +162,7 @@ def write_test(volume: str) -> Finding:
 
 
 def vocabulary() -> Finding:
-    """GPT-2's vocabulary: there, or to be fetched when it is first needed."""
+    """Check that GPT-2's vocabulary is present and intact; otherwise it is fetched when it is first needed."""
     there = downloads.find_local_copy(downloads.GPT2_RANKS, raw_dir())
     if there is None:
         fix = "prepare fetches it; without network put a copy into " + str(raw_dir())
@@ -173,13 +173,13 @@ def vocabulary() -> Finding:
 
 
 def hub(wanted: list[str]) -> Finding:
-    """Whether the Hub answers; asked only where something has to come from it."""
+    """Check that the Hub answers. Called only if something must be downloaded from it."""
     address = downloads.hub_endpoint()
     what = f"needed for {', '.join(wanted)}"
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
     except urllib.error.HTTPError:
-        pass  # it answers
+        pass  # an HTTP error is an answer, too
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         fix = "network, a mirror in HF_ENDPOINT, or the files in volumes/models"
@@ -188,9 +188,9 @@ def hub(wanted: list[str]) -> Finding:
 
 
 def check_gpu(wanted: str) -> None:
-    """Before a job that may use a GPU: its driver and card against this build of PyTorch, without trying them.
+    """Check the driver and the GPU against this build of PyTorch before a job, without running tests on the GPU.
 
-    Raises MachineCannot: the first check that failed, in its own words.
+    Raises MachineCannot: a check failed; the message is the finding's.
     """
     nvml = gpu.query_nvml()
     if wanted == "cpu" or (wanted == "auto" and not nvml.gpus):
@@ -198,7 +198,7 @@ def check_gpu(wanted: str) -> None:
     import torch
 
     if wanted == "auto" and torch.version.cuda is None:
-        return  # a PyTorch for the CPU was installed
+        return  # a CPU build of PyTorch is installed
     index = device_index(wanted)
     findings = [checks.driver(nvml, torch.version.cuda, host.in_container(), host.is_wsl())]
     if not nvml.fault:
@@ -208,7 +208,7 @@ def check_gpu(wanted: str) -> None:
             torch.cuda.init()  # type: ignore[no-untyped-call]
             capability = torch.cuda.get_device_capability(index)
             findings.append(checks.architecture(capability, torch.cuda.get_arch_list(), torch.version.cuda))
-        except Exception as error:  # whatever a broken driver makes of it
+        except Exception as error:  # a broken driver may raise anything
             lines = str(error).splitlines() or [type(error).__name__]
             findings.append(Finding("pytorch", "failure", f"{torch.__version__}: {lines[0]}", "gpt2box preflight"))
     for finding in findings:

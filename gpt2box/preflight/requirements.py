@@ -17,7 +17,7 @@ from gpt2box.utils.paths import dataset_dir, ensure_writable, list_checkpoints, 
 from gpt2box.utils.progress import format_bytes, log_line
 
 VOLUMES = ("data", "models", "runs")
-CHAR = "-char"  # what a dataset of characters is called by default
+CHAR = "-char"  # default suffix of a character dataset's name
 CORPUS_BYTES = {  # of the tokens, and of raw text that is there at the same time
     "shakespeare": 9_000_000,
     "tinyshakespeare": 3_000_000,
@@ -33,7 +33,7 @@ class DiskNeed:
     volume: str  # data, models or runs
     what: str
     size_bytes: int
-    hub: bool = False  # whether it comes from the Hugging Face Hub
+    hub: bool = False  # True if it is downloaded from the Hugging Face Hub
 
 
 def list_disk_needs(config: Config) -> list[DiskNeed]:
@@ -63,7 +63,7 @@ def checkpoint_bytes(config: Config) -> int:
     """Return a checkpoint's size, on disk and, while it is written, in host memory."""
     if config.init_from == "scratch":
         shape = resolve_model_shape(config)
-    else:  # one from elsewhere may have to be brought first
+    else:  # other weights may not have been downloaded yet
         sizes = MODEL_SHAPES.get(config.init_from) or config.shape()
         shape = ModelShape(**sizes, block_size=config.block_size, vocab_size=GPT2_VOCAB_SIZE, bias=True)
     return shape.checkpoint_bytes(config.weights_dtype, config.optimizer, config.optimizer_states, config.lora_rank)
@@ -116,7 +116,7 @@ def select_tokenizer(config: Config) -> str:
     """Return the tokenizer of the weights that a run starts from, as prepare's --tokenizer."""
     if config.init_from in ("scratch", *MODEL_SHAPES):
         return "gpt2"
-    begun = bool(list_checkpoints(run_dir(config.name) / "checkpoints"))  # the first weights may be gone
+    begun = bool(list_checkpoints(run_dir(config.name) / "checkpoints"))  # the initial weights may have been deleted
     folder = dataset_dir(config.dataset) / "tokenizer" if begun else pretrained_folder(config.init_from)
     return str(folder) if any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")) else "gpt2"
 

@@ -1,6 +1,6 @@
-"""What PyTorch can really do here, tried in a process of its own: a broken driver may crash or hang it.
+"""Test PyTorch in a separate process, because a broken driver may crash or hang it.
 
-python -m gpt2box.preflight.smoke_test DEVICE COMPILE     one JSON object a line, each as soon as it is known
+python -m gpt2box.preflight.smoke_test DEVICE COMPILE one JSON object a line, each as soon as it is known
 """
 
 import json
@@ -15,7 +15,7 @@ DYING_S = 5.0
 
 
 def probe(device: str, compile_model: bool) -> dict[str, Any]:
-    """The probe's findings; `fault` where its process did not come to its end. Never raises."""
+    """Run the test process and return its results; `fault` is set if it did not finish. Never raises."""
     command = [sys.executable, "-W", "ignore", "-m", "gpt2box.preflight.smoke_test", device, str(compile_model)]
     output, problem = "", ""
     pipe = subprocess.PIPE
@@ -31,7 +31,7 @@ def probe(device: str, compile_model: bool) -> dict[str, Any]:
     finally:
         if child.poll() is None:
             child.kill()
-            with suppress(subprocess.TimeoutExpired):  # one that waits for a hung driver does not even die
+            with suppress(subprocess.TimeoutExpired):  # a process that waits for a hung driver cannot be killed
                 child.wait(DYING_S)
     facts: dict[str, Any] = {"fault": problem}
     for line in output.splitlines():
@@ -45,13 +45,13 @@ def tell(**facts: Any) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """An exception in a line: PyTorch's own are pages."""
+    """Return the first line of an exception's message; PyTorch's messages are pages long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 def look(device: str, compile_model: bool) -> None:
-    """Import PyTorch, then multiply, then compile."""
+    """Import PyTorch, multiply matrices, then compile a function; print each result."""
     import torch
 
     import gpt2box.system.device  # noqa: F401, sets what training sets before CUDA starts
@@ -81,7 +81,10 @@ def look(device: str, compile_model: bool) -> None:
 
 
 def multiply(device: str) -> float:
-    """Largest error of a product of bfloat16 matrices, against float64 on the CPU, relative to its largest value."""
+    """Return the largest error of a bfloat16 matrix product, relative to the largest value.
+
+    The reference is float64 on the CPU.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -92,7 +95,7 @@ def multiply(device: str) -> float:
 
 
 def compiled_difference(device: str) -> float:
-    """Largest difference between a compiled and a plain gradient of a small function like the model's."""
+    """Return the largest difference between the compiled and the eager gradient of a small function."""
     import torch
     from torch.nn import functional
 

@@ -53,7 +53,7 @@ class RunSummary:
 
     @property
     def state_label(self) -> str:
-        """The state as shown to the user."""
+        """Return the state as shown to the user."""
         if self.state == "training":
             return "training now"
         return "stopped early" if self.stopped_early else self.state
@@ -67,7 +67,7 @@ class RunView:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """config.yaml; empty if it cannot be read, which the summary reports."""
+        """Return config.yaml; empty if it cannot be read, which the summary reports."""
         try:
             return read_yaml(self.folder / "config.yaml")
         except BadInput:
@@ -75,34 +75,34 @@ class RunView:
 
     @cached_property
     def plan(self) -> dict[str, Any]:
-        """plan.json, flat."""
+        """Return plan.json, flattened."""
         return read_plan(self.folder)
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """manifest.json."""
+        """Return manifest.json."""
         return read_json_object(self.folder / "manifest.json")
 
     @cached_property
     def tokens_per_step(self) -> int:
-        """Tokens per optimizer step; 0 if unknown."""
+        """Return the tokens per optimizer step; 0 if unknown."""
         return count_or_zero(self.plan.get("tokens_per_step"))
 
     @cached_property
     def history(self) -> History:
-        """The curves of metrics.jsonl."""
+        """Return the curves of metrics.jsonl."""
         from gpt2box.runs.history import read_history  # numpy
 
         return read_history(self.folder / "metrics.jsonl")
 
     @cached_property
     def latest(self) -> dict[str, dict[str, Any]]:
-        """The newest row of each kind."""
+        """Return the newest row of each kind."""
         return {row["kind"]: row for row in self._read_tail_rows()}
 
     @cached_property
     def best(self) -> tuple[float, int] | None:
-        """The lowest val_loss and its step: of the curve, else of the checkpoint."""
+        """Return the lowest val_loss and its step, from the curve or else from the checkpoint."""
         if best := self.history.best():
             return best
         run = self.summary
@@ -110,7 +110,7 @@ class RunView:
 
     @cached_property
     def summary(self) -> RunSummary:
-        """The run at a glance, from its small files: a checkpoint's weights are compared by size, not read."""
+        """Summarize the run from its small files. A checkpoint's weights are checked by size, not read."""
         state, fault = read_newest_checkpoint(self.folder)
         is_training = is_locked(self.folder / ".lock")
         fault = "" if is_training else (self._find_settings_fault() or fault)

@@ -14,16 +14,17 @@ import os
 
 import torch
 
-WORKSPACE = ":4096:8"  # eight buffers of 4 MiB, of those that cuBLAS's manual names the one that costs no time
+WORKSPACE = ":4096:8"  # eight buffers of 4 MiB: of the two settings in cuBLAS's manual, the one without loss of speed
 
 
 def enable_determinism(compiled: bool) -> None:
-    """For the rest of this process. Before the first product on a GPU: cuBLAS reads its variable only then.
+    """Make PyTorch deterministic for the rest of this process.
 
-    A workspace that the user has set stays: PyTorch refuses one that is not deterministic, by name.
+    Call it before the first matrix product on a GPU, when cuBLAS reads its variable. A workspace that the user has set
+    is not changed: PyTorch rejects one that is not deterministic, by name.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)
-    # The same switch as use_deterministic_algorithms, which in newer versions loads the compiler, seconds of it.
+    # Does what use_deterministic_algorithms does, which in newer versions loads the compiler for seconds.
     torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # nothing reads such
     torch.backends.cudnn.deterministic = True
@@ -33,11 +34,14 @@ def enable_determinism(compiled: bool) -> None:
 
 
 def disable_kernel_timing() -> None:
-    """In torch.compile. Deterministic algorithms alone leave it a choice by time of a reduction's block size."""
+    """Stop torch.compile from choosing kernels by timing them.
+
+    Deterministic algorithms alone still time a reduction's block size.
+    """
     import torch._inductor.config as inductor
 
     inductor.dynamic_scale_rblock = False
     if hasattr(inductor, "deterministic"):  # since PyTorch 2.9
         inductor.deterministic = True
-    else:  # whether a matrix is padded to a multiple of 8 is measured, too
+    else:  # the decision to pad a matrix to a multiple of 8 is timed, too
         inductor.shape_padding = False

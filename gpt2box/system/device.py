@@ -1,4 +1,4 @@
-"""Which device, number format and compiler this machine has, and how much memory was used."""
+"""Choose the device, dtype and compiler; measure peak memory; recognize CUDA errors that mean out of memory."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ from gpt2box.system.gpu import BFLOAT16_CAPABILITY
 from gpt2box.system.host import is_wsl
 from gpt2box.utils.progress import pluralize
 
-# Read when CUDA starts. Cards are numbered as NVML does; CUDA's own order is the fastest first.
+# CUDA reads this when it starts. It numbers GPUs like NVML; by default CUDA puts the fastest first.
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 # One growing segment in place of many fixed ones, so that what is planned fits without gaps. The name changed in 2.9.
 # Not on WSL2, where some cards' drivers before R615 refuse the first piece of memory then (PyTorch's issue 192330).
@@ -28,7 +28,7 @@ if not is_wsl():
     os.environ.setdefault(
         "PYTORCH_ALLOC_CONF" if IS_TORCH_2_9 else "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
     )
-# As cuBLAS, cuDNN, CUDA, its driver, Triton, NCCL and a compiler that tries kernels out have it.
+# Messages of cuBLAS, cuDNN, CUDA, its driver, Triton, NCCL and the kernel autotuner.
 CUDA_OOM_PATTERN = re.compile(
     r".*(CU(BLAS|DNN)_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED when calling .?cublasCreate|"
     r"(CUDA( driver)? error|Triton Error \[CUDA\]|OutOfMemoryError): (CUDA )?out of memory|"
@@ -37,8 +37,9 @@ CUDA_OOM_PATTERN = re.compile(
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda` or `cuda:N`; a card always with its number, as PyTorch 2.4's
-    mem_get_info and set_device want it.
+    """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    A GPU is returned with its number, which mem_get_info and set_device of PyTorch 2.4 require.
 
     Raises:
         BadInput: none of these.
@@ -59,16 +60,16 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU that computes in it, float32 elsewhere; or what is asked for."""
+    """Return the requested dtype; by default bfloat16 on a GPU that supports it in hardware, else float32."""
     if wanted == "auto":
-        # By capability: torch.cuda.is_bf16_supported() also counts slow emulation on older cards.
+        # Compare the capability: torch.cuda.is_bf16_supported() also returns True for slow emulation on older GPUs.
         fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY
         return torch.bfloat16 if fast else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[wanted]
 
 
 def choose_compile(wanted: bool | str, device: torch.device) -> tuple[bool, str]:
-    """Whether to use torch.compile, and a message where a compiler is missing."""
+    """Return True if torch.compile is used, and a message if a compiler is missing."""
     if wanted is False or (wanted == "auto" and device.type == "cpu"):
         return False, ""
     missing = [] if shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc") else ["a C compiler (gcc)"]
@@ -87,9 +88,9 @@ def choose_compile(wanted: bool | str, device: torch.device) -> tuple[bool, str]
 
 @contextmanager
 def translate_cuda_oom() -> Iterator[None]:
-    """Have what cuBLAS, Triton and CUDA itself say of a card whose memory ran out be what PyTorch's allocator says.
+    """Convert out-of-memory errors of cuBLAS, Triton and CUDA to the error that PyTorch's allocator raises.
 
-    cuBLAS asks for memory when it is first used, which may be in the first backward pass (PyTorch's issue 128601).
+    cuBLAS allocates memory when it is first used, which may be in the first backward pass (PyTorch's issue 128601).
 
     Raises torch.cuda.OutOfMemoryError: memory ran out.
     """
@@ -103,7 +104,7 @@ def translate_cuda_oom() -> Iterator[None]:
 
 
 def describe_device(device: torch.device) -> str:
-    """The device in words."""
+    """Return the GPU's or CPU's name, for messages."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
@@ -111,7 +112,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory so far: reserved on the GPU, resident on the CPU."""
+    """Return the peak memory of this process: reserved on the GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

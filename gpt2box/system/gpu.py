@@ -1,7 +1,7 @@
-"""What the NVIDIA driver says of its cards, through NVML: no CUDA context, no torch, a few milliseconds.
+"""Query GPUs from the NVIDIA driver through NVML: no CUDA context, no torch, a few milliseconds.
 
-Everything may be missing: the library, the driver, a card, or one figure of it (`None` then).
-Cards are numbered as NVML does, by PCI bus; device.py makes CUDA number them the same way.
+The library, the driver, the GPU or one of its figures (then `None`) may be missing. GPUs are numbered as NVML does, by
+PCI bus; device.py makes CUDA number them the same way.
 """
 
 import os
@@ -15,7 +15,7 @@ BFLOAT16_CAPABILITY = (8, 0)  # compute capability from which bfloat16 is comput
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """A program that holds memory of a card. `used_bytes` is unknown on some systems."""
+    """A process that holds GPU memory. `used_bytes` is unknown on some systems."""
 
     pid: int
     name: str
@@ -46,23 +46,23 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Nvml:
-    """The driver's answer. `fault` says in words why there is none."""
+    """The driver's answer; `fault` describes why there is none."""
 
     driver: str = ""
-    cuda: tuple[int, int] | None = None  # the newest CUDA that the driver runs
+    cuda: tuple[int, int] | None = None  # the newest CUDA version that the driver supports
     gpus: list[Gpu] = field(default_factory=list)
     fault: str = ""
 
 
 def query_nvml() -> Nvml:
-    """The driver's version and the cards that this process may use. Never raises."""
+    """Query the driver's version and the GPUs that this process may use. Never raises."""
     try:
         import pynvml
     except ImportError as error:
         return Nvml(fault=f"nvidia-ml-py is not installed ({error})")
     try:
         pynvml.nvmlInit()
-    except Exception as error:  # a broken library can answer anything
+    except Exception as error:  # a broken library may raise anything
         return Nvml(fault=describe_nvml_error(error))
     try:
         number = call_or_none(pynvml.nvmlSystemGetCudaDriverVersion)
@@ -79,14 +79,14 @@ def query_nvml() -> Nvml:
 
 
 def find_gpu(device: str) -> Gpu | None:
-    """What the driver says of the card that PyTorch calls `cuda` or `cuda:N`."""
+    """Return the GPU that PyTorch calls `cuda` or `cuda:N`; None if NVML does not report it."""
     kind, _, number = device.partition(":")
     cards = query_nvml().gpus if kind == "cuda" else []
     return cards[int(number or 0)] if len(cards) > int(number or 0) else None
 
 
 def call_or_none(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What NVML answers, or None where it does not."""
+    """Call an NVML function; return None if it fails."""
     try:
         return function(*arguments)
     except Exception:  # NVMLError of some kind, or a missing function of an old or broken driver
@@ -94,7 +94,7 @@ def call_or_none(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def describe_nvml_error(error: Exception) -> str:
-    """Why NVML did not start."""
+    """Describe why NVML did not start."""
     kind = type(error).__name__.removeprefix("NVMLError_")
     known = {
         "LibraryNotFound": "no NVIDIA driver: libnvidia-ml.so.1 is not here",
@@ -106,7 +106,7 @@ def describe_nvml_error(error: Exception) -> str:
 
 
 def read_gpus(handle: Any, index: int) -> list[Gpu]:
-    """The card, or its slices where it is in MIG mode."""
+    """Read a GPU, or its slices in MIG mode."""
     import pynvml as n
 
     mode = call_or_none(n.nvmlDeviceGetMigMode, handle)
@@ -118,7 +118,7 @@ def read_gpus(handle: Any, index: int) -> list[Gpu]:
 
 
 def read_gpu_or_slice(handle: Any, parent: Any, index: int) -> Gpu:
-    """All figures of a card or slice; a slice has its parent's temperature, power and capability."""
+    """Read all figures of a GPU or slice; a slice has its parent's temperature, power and capability."""
     import pynvml as n
 
     memory = call_or_none(n.nvmlDeviceGetMemoryInfo, handle)
@@ -152,7 +152,10 @@ def read_gpu_or_slice(handle: Any, parent: Any, index: int) -> Gpu:
 
 
 def gpu_processes(handle: Any) -> tuple[GpuProcess, ...]:
-    """Who holds the card's memory, most first. In a container only those that the driver shows to it."""
+    """List the processes that hold the GPU's memory, largest first.
+
+    In a container the driver shows only some of them.
+    """
     import pynvml as n
 
     found: dict[int, int | None] = {}
@@ -165,7 +168,7 @@ def gpu_processes(handle: Any) -> tuple[GpuProcess, ...]:
 
 
 def process_name(pid: int) -> str:
-    """A program's name, or its number where it belongs to another user or container."""
+    """Return a process's name, or its number if it belongs to another user or container."""
     import pynvml as n
 
     path = call_or_none(n.nvmlSystemGetProcessName, pid)
@@ -178,7 +181,7 @@ def process_name(pid: int) -> str:
 
 
 def filter_visible(cards: list[Gpu], selection: str | None) -> list[Gpu]:
-    """The cards that CUDA_VISIBLE_DEVICES leaves, in its order; as CUDA does, up to the first that is not there."""
+    """Return the GPUs in CUDA_VISIBLE_DEVICES, in its order. Like CUDA, stop at the first that does not exist."""
     if selection is None:
         return cards
     chosen = []

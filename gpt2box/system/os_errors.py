@@ -1,4 +1,7 @@
-"""What an error of the system that nobody expected there means; nothing for what only a bug can be."""
+"""Translate operating system and CUDA errors into expected failures.
+
+Errors that only a bug can cause stay as they are.
+"""
 
 import errno
 import os
@@ -6,9 +9,9 @@ import sys
 
 from gpt2box.errors import BadInput, Gpt2boxError, MachineCannot, VolumeUnwritable
 
-# What a failing or vanished disk, drive or network share says.
+# Error numbers of a failing or removed disk or network share.
 DISK_FAULTS = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO, errno.ESHUTDOWN)
-# What a limit of the system says, with what is expected and what to do.
+# Error numbers of exceeded system limits, with `expected` and `next_step`.
 OPEN_FILES = ("fewer open files", "ulimit -n 4096, and the same command again")
 LIMITS = {
     errno.EMFILE: OPEN_FILES,
@@ -18,7 +21,7 @@ LIMITS = {
 
 
 def explain_os_error(error: OSError) -> Gpt2boxError | None:
-    """What a refusal of the system that nobody expected there means; nothing for what only a bug can be."""
+    """Return the expected failure for an operating system error, or None if only a bug can cause it."""
     what = f"{error.filename or 'a file'}: {error.strerror}"
     names = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
     if error.errno in names or (error.errno == errno.EINVAL and error.filename):
@@ -37,8 +40,8 @@ def explain_os_error(error: OSError) -> Gpt2boxError | None:
 
 
 def explain_cuda_oom(error: Exception) -> Gpt2boxError | None:
-    """Where a card's memory ran out; nothing for any other error."""
-    if "gpt2box.system.device" in sys.modules:  # else no card was used
+    """Return the expected failure for a CUDA out-of-memory error, or None for any other error."""
+    if "gpt2box.system.device" in sys.modules:  # without torch no GPU was used
         import torch
 
         from gpt2box.system.device import CUDA_OOM_PATTERN

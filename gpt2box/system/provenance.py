@@ -1,4 +1,7 @@
-"""What a run was made with: versions, code, machine. Named one by one, so nothing secret is ever among it."""
+"""Collect what a run was made with: versions, code and machine.
+
+Each fact is listed by name, so no secret can be included.
+"""
 
 import hashlib
 import importlib.metadata
@@ -18,7 +21,7 @@ from gpt2box.system.gpu import query_nvml
 ROOT = Path(__file__).resolve().parents[2]
 STACKS = ("cpu", "cu121", "cu13x")
 PACKAGES = ("torch", "triton", "numpy", "tiktoken", "safetensors", "click", "pydantic")
-# What changes numbers or kernels. None of these holds a secret; HF_TOKEN and the like are not looked at.
+# Variables that change numbers or kernels. None holds a secret; HF_TOKEN and similar ones are not read.
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE",
     "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT",
@@ -28,7 +31,7 @@ ENVIRONMENT = (
 
 
 def collect_provenance(device: torch.device) -> dict[str, Any]:
-    """For a run's manifest.json: a session's part."""
+    """Return the facts that manifest.json records for a session."""
     return {
         "gpt2box": gpt2box.__version__,
         "git": git_state(),
@@ -45,7 +48,7 @@ def collect_provenance(device: torch.device) -> dict[str, Any]:
 
 
 def git_state() -> str:
-    """The revision of a source checkout, with `+changes` for uncommitted ones; empty elsewhere."""
+    """Return the git revision of a source checkout, with `+changes` if uncommitted; empty without a checkout."""
     if not (ROOT / ".git").exists():
         return ""
     try:
@@ -71,11 +74,11 @@ def lock_file_hashes() -> dict[str, str]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what the numbers come from, and one sha256 over the names and versions of all that is installed."""
+    """Return the versions of packages that affect the numbers, and one sha256 over all installed names and versions."""
     every = {
         (each.metadata["Name"] or "").lower(): each.version
         for each in importlib.metadata.distributions()
-        # setuptools, which torch.compile imports, puts what it brings along on the path for the rest of the process
+        # torch.compile imports setuptools, which adds its vendored packages to the path until the process ends
         if "_vendor" not in Path(str(each.locate_file(""))).parts
     }
     listed = "".join(f"{name}=={version}\n" for name, version in sorted(every.items()))
@@ -85,7 +88,7 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_gpu(device: torch.device) -> dict[str, Any]:
-    """The card and what drives it; nothing on a CPU."""
+    """Return the GPU, its driver and libraries; empty on a CPU."""
     if device.type != "cuda":
         return {}
     properties = torch.cuda.get_device_properties(device)
@@ -100,7 +103,7 @@ def describe_gpu(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_facts() -> dict[str, Any]:
-    """The processor, the instructions that PyTorch uses of it, and how many threads add up."""
+    """Return the CPU, the instruction set that PyTorch uses, and the number of threads."""
     return {
         "model": host.cpu_model(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -1,4 +1,4 @@
-"""Files as others may have left them: none that ends in a wait, and none that is ever seen half-written."""
+"""Read and write files robustly: never block on a pipe or device, never leave a half-written file."""
 
 import errno
 import fcntl
@@ -17,17 +17,18 @@ from gpt2box.errors import BadInput, VolumeUnwritable
 
 
 def open_regular(path: str | Path, flags: int) -> int:
-    """An opener for `open`: a pipe or a device in a file's place would be waited for, or read without end, and to write
-    where a link leads would be to write anywhere.
+    """Open regular files only: an opener for `open`.
 
-    Raises OSError: it is one, or as the system says.
+    Reading a pipe or device could block or never end; writing through a link could write anywhere.
+
+    Raises OSError: the path is a pipe, a device or, for writing, a link; or the system's own error.
     """
     if flags & (os.O_WRONLY | os.O_RDWR):
         flags |= os.O_NOFOLLOW
     try:
-        descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)  # to open a pipe would be to wait for its other end
+        descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)  # opening a pipe would wait for its other end
     except OSError as error:
-        if error.errno != errno.ENXIO:  # a pipe that nobody reads, or a socket
+        if error.errno != errno.ENXIO:  # a pipe without a reader, or a socket
             raise
         raise not_a_file_error(path) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -37,7 +38,7 @@ def open_regular(path: str | Path, flags: int) -> int:
 
 
 def not_a_file_error(path: str | Path) -> OSError:
-    """What the system might say of it."""
+    """Build an OSError for a path that is not a regular file."""
     return OSError(errno.EINVAL, "not a file", str(path))
 
 
@@ -58,9 +59,9 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """As json.loads, but that nothing in it is of no use to anyone, and some things would end in other errors later.
+    """Parse JSON, but reject valid JSON that would fail later in less obvious places.
 
-    Raises ValueError: it is no JSON, nested too deeply, or has a number of more than 300 digits.
+    Raises ValueError: it is not JSON, nested too deeply, or has a number of more than 300 digits.
     """
     try:
         return json.loads(text, parse_int=_parse_int)
@@ -69,7 +70,7 @@ def parse_json(text: str) -> Any:
 
 
 def count_or_zero(value: object) -> int:
-    """A count from a file; 0 for what is no number, or none that a run could have."""
+    """Return a count from a file; 0 if it is not a number or out of range."""
     return int(value) if isinstance(value, int | float) and abs(value) < 2**63 else 0
 
 
@@ -80,7 +81,7 @@ def _parse_int(digits: str) -> int:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file's object; nothing where it is missing, unreadable or no object."""
+    """Read a JSON object; empty if the file is missing, unreadable or not an object."""
     try:
         content = read_json(path)
     except (OSError, ValueError):
@@ -90,7 +91,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def file_lock(path: Path, what: str, wait: bool = False) -> Iterator[None]:
-    """Hold a lock file; the system frees it with the process, however that ends. `wait`: until another has done.
+    """Hold a lock file; the system releases it when the process ends. `wait`: wait for another holder.
 
     Raises BadInput: another process holds it.
     """
@@ -99,7 +100,7 @@ def file_lock(path: Path, what: str, wait: bool = False) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            time.sleep(0.1)  # it may have been is_locked, which holds it for an instant
+            time.sleep(0.1)  # is_locked may have held it for an instant
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
@@ -113,7 +114,7 @@ def file_lock(path: Path, what: str, wait: bool = False) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock file, of this container or another. It only reads."""
+    """Return True if a process holds the lock file, also in another container. Never creates it."""
     try:
         descriptor = open_regular(path, os.O_RDONLY)
     except OSError:
@@ -139,9 +140,7 @@ def fsync_dir(folder: Path) -> None:
 
 
 def remove_path(path: Path) -> None:
-    """A folder with what is in it, or a file, where it is there; of a link itself alone: it may lead to what someone
-    moved to another disk.
-    """
+    """Remove a file or a folder tree if it exists. A link is removed, its target is not."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -149,13 +148,13 @@ def remove_path(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:
-    """Replace `path` with a text, its parts, or bytes; a reader or a crash sees the old content or the new, never half.
+    """Replace `path` with text, strings or bytes; a reader or a crash sees either the old content or the new.
 
-    A link that lies there is replaced, not followed. Processes that write one path do so one after the other.
+    A link at `path` is replaced, not followed. Processes that write the same path wait for each other.
 
     Raises:
-        BadInput: a pipe, a socket or a device lies there.
-        OSError: nothing was replaced, and nothing is left.
+        BadInput: `path` is a pipe, a socket or a device.
+        OSError: nothing was replaced, and no temporary file is left.
     """
     if is_special_file(path):
         raise BadInput(f"{path} is no file", "a file, or nothing, where one is to be written")
@@ -177,13 +176,16 @@ def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:
 
 
 def is_special_file(path: Path) -> bool:
-    """Whether what lies there is a pipe, a socket or a device, which is not to be replaced."""
+    """Return True for a pipe, a socket or a device, which must not be replaced."""
     mode = path.lstat().st_mode if os.path.lexists(path) else stat.S_IFREG
     return not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode))
 
 
 def open_exclusively(name: str, flags: int) -> int:
-    """For open(): a file that no other process writes meanwhile; what a killed one left there is begun anew."""
+    """Open a file that no other process writes at the same time: an opener for `open`.
+
+    A file that a killed process left is truncated.
+    """
     path = Path(name)
     for _ in range(100):
         if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
@@ -195,7 +197,7 @@ def open_exclusively(name: str, flags: int) -> int:
                 os.ftruncate(descriptor, 0)
                 return descriptor
         except FileNotFoundError:
-            pass  # the one before has given it its name
+            pass  # the previous holder has renamed it
         except OSError:
             os.close(descriptor)
             raise
@@ -204,7 +206,7 @@ def open_exclusively(name: str, flags: int) -> int:
 
 
 def write_lock_token(lock: Path) -> str:
-    """Write a random token into a held lock file, for check_lock_token."""
+    """Write a random token into a held lock file, by which `check_lock_token` recognizes it."""
     word = uuid.uuid4().hex
     with open(lock, "w", encoding="utf-8", opener=open_regular) as file:
         file.write(word)
@@ -212,15 +214,15 @@ def write_lock_token(lock: Path) -> str:
 
 
 def check_lock_token(lock: Path, word: str) -> None:
-    """Before something is written or removed beside a lock file that this process holds: whether it still lies there.
+    """Check that this process's lock file is still at its path, before writing or deleting beside it.
 
-    The folder may have been removed, or another disk mounted over it, and have another owner by now. Not by the file's
-    number: some network file systems change it.
+    The folder may have been removed, or another disk mounted over it. Inode numbers are not compared, because some
+    network file systems change them.
 
-    Raises VolumeUnwritable: another lies there, or none.
+    Raises VolumeUnwritable: the lock file is gone or another's.
     """
     if not word:
-        return  # nothing is held
+        return  # no lock is held
     try:
         same = read_text(lock) == word
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
-"""Where things are kept. The only module that knows the layout of the volumes.
+"""Locate datasets, models and runs. Only this module knows the layout of the volumes.
 
     volumes/data/NAME/       datasets          volumes/data/raw/   files as downloaded
     volumes/models/NAME/     weights from elsewhere, in the Hugging Face layout
-    volumes/runs/NAME/       training runs            volumes/runs/bench.json   what was measured here
+    volumes/runs/NAME/       training runs            volumes/runs/bench.json   measurements of this machine
 
 $GPT2BOX_VOLUMES moves them all; the default is ./volumes.
 """
@@ -24,24 +24,24 @@ CHECKPOINT_PATTERN = re.compile(r"step-(\d{8}|[1-9]\d{8,14})", re.ASCII)
 
 
 def volumes_dir() -> Path:
-    """The folder that holds data/, models/ and runs/."""
+    """Return the folder that holds data/, models/ and runs/."""
     return Path(os.environ.get("GPT2BOX_VOLUMES") or "volumes")
 
 
 def raw_dir() -> Path:
-    """Where downloaded files are kept and where a user may put copies."""
+    """Return the folder of downloaded files, where a user may also put copies."""
     return volumes_dir() / "data" / RAW_NAME
 
 
 def dataset_dir(name: str) -> Path:
-    """The folder of a dataset, by name or, for a folder elsewhere, by a path with a slash."""
+    """Return a dataset's folder. `name` is its name or, outside the volumes, a path with a slash."""
     if "/" in name:
         return Path(name)
     return volumes_dir() / "data" / validate_name(name, "dataset")
 
 
 def dataset_name(given: str) -> str:
-    """What a user gives as a dataset: its name, its folder elsewhere, or the text it is made from (named after it)."""
+    """Return the dataset's name or folder that the user gave; for a text, a name made from its file name."""
     path = Path(given)
     if text_path(given) or (path.suffix.lower() in (*TEXT_SUFFIXES, *RECORD_SUFFIXES, *COMPRESSION_SUFFIXES)):
         return slugify(stem_of(path))
@@ -49,12 +49,15 @@ def dataset_name(given: str) -> str:
 
 
 def stem_of(path: Path) -> str:
-    """A file's name without what its suffixes say of how to read it."""
+    """Return a file's name without the suffixes of its format and compression."""
     return (Path(path.stem) if path.suffix.lower() in COMPRESSION_SUFFIXES else path).stem or "text"
 
 
 def text_path(given: str) -> Path | None:
-    """The text that is given in a dataset's place, if that is what it is: a file, or a folder that is no dataset."""
+    """Return the path if the user gave a text in place of a dataset, else None.
+
+    A text is a file, or a folder that is not a dataset.
+    """
     path = Path(given)
     is_dataset = (path / "train.bin").exists() or (path / "dataset.json").exists()
     known = "/" not in given and (volumes_dir() / "data" / given).is_dir()
@@ -62,48 +65,51 @@ def text_path(given: str) -> Path | None:
 
 
 def slugify(title: str) -> str:
-    """A folder's name from any title; of a title without a Latin letter or digit, a number that stands for it."""
+    """Turn a title into a folder name; a title without a Latin letter or digit becomes a checksum."""
     plain = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode()
     words = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")[:80]
     return words or f"text-{zlib.crc32(title.encode()):08x}"
 
 
 def model_dir(name: str) -> Path:
-    """The folder of a model's weights."""
+    """Return the folder of a model's weights."""
     return volumes_dir() / "models" / validate_name(name, "model")
 
 
 def runs_dir() -> Path:
-    """The folder of all runs."""
+    """Return the folder of all runs."""
     return volumes_dir() / "runs"
 
 
 def list_run_dirs() -> list[Path]:
-    """All folders that are named as runs are; what else lies there is left alone."""
+    """List the folders whose names are valid run names; ignore everything else."""
     return [path for path in runs_dir().glob("*/") if NAME_PATTERN.fullmatch(path.name)]
 
 
 def bench_file() -> Path:
-    """What `gpt2box bench --sweep` measured: beside the runs, since a container that trains sees these alone."""
+    """Return the path of the measurements of `gpt2box bench --sweep`.
+
+    It lies in runs/, the only one of the three volumes that a training container may write.
+    """
     return runs_dir() / "bench.json"
 
 
 def run_dir(name: str) -> Path:
-    """The folder of a run."""
+    """Return a run's folder."""
     return runs_dir() / validate_name(name, "run")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints by their names, the oldest first. A copy by another name is left to whom it belongs."""
+    """List a run's checkpoints, oldest first. Copies with other names are ignored."""
     return sorted(
         (path for path in folder.glob("step-*") if CHECKPOINT_PATTERN.fullmatch(path.name)), key=checkpoint_step
     )
 
 
 def find_checkpoint(run: Path, which: str) -> Path | None:
-    """That of a run, if it is there: for best the last where none is the best, for either the newest without links.
+    """Return a run's checkpoint, or None. `best` falls back to `last`, and both to the newest if the links are missing.
 
-    `which`: best, last or step-N; no other name, which might lead out of the run.
+    `which`: best, last or step-N; any other name could point outside the run.
     """
     folder = run / "checkpoints"
     if which not in ("best", "last") and not CHECKPOINT_PATTERN.fullmatch(which):
@@ -114,14 +120,14 @@ def find_checkpoint(run: Path, which: str) -> Path | None:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """By its name."""
+    """Parse the step from a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def validate_name(name: str, kind: str) -> str:
-    """The name itself, when it can be a folder's name.
+    """Return the name if it is valid as a folder name.
 
-    Raises BadInput: it could leave the volume, hide itself or clash.
+    Raises BadInput: it could point outside the volume, is hidden, or is reserved.
     """
     if not NAME_PATTERN.fullmatch(name) or (kind == "dataset" and name == RAW_NAME):
         raise BadInput(
@@ -159,12 +165,12 @@ def ensure_writable(folder: Path) -> Path:
 
 
 def in_image() -> bool:
-    """Whether this is the container image, which says so itself."""
+    """Return True in the container image, which sets a variable."""
     return bool(os.environ.get("GPT2BOX_IMAGE"))
 
 
 def writable_hint(folder: Path) -> str:
-    """The command that makes `folder` writable for the present user."""
+    """Return the command that makes `folder` writable for the current user."""
     there = next((part for part in [folder, *folder.parents] if part.exists()), folder)
     if os.statvfs(there).f_flag & os.ST_RDONLY:
         return f"{folder} is on a read-only file system or mount: mount it for writing"
@@ -177,7 +183,7 @@ def writable_hint(folder: Path) -> str:
 
 
 def display_path(path: Path) -> str:
-    """A path as the user knows it: from inside the image, where compose.yaml has it on the host."""
+    """Return a path as the user knows it: inside the image, the path that compose.yaml mounts from the host."""
     if in_image() and path.is_relative_to(volumes_dir()):
         return str("volumes" / path.relative_to(volumes_dir()))
     return str(path)

@@ -1,7 +1,7 @@
-"""Progress of long work: a bar on a terminal, sober lines in a log.
+"""Log lines and show progress: a bar on a terminal, occasional lines in a log.
 
-Both show the same figures. A line is printed at most every `LINE_SECONDS`, so that a container's
-log stays readable. While a run is trained, its lines are kept in its folder, too.
+Both show the same figures. A line is printed at most every `LINE_SECONDS`, so that a container's log stays readable.
+During training, lines are also appended to the run's log file.
 """
 
 from __future__ import annotations
@@ -28,38 +28,42 @@ from gpt2box.utils.ranks import rank_info
 LINE_SECONDS = 10.0
 SHOW_CURSOR = "\x1b[?25h"
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
-_logs: dict[Path, int] = {}  # the files that are kept now, and their descriptors
+_logs: dict[Path, int] = {}  # open log files and their descriptors
 _redirects: list[StderrRedirect] = []
 
 
 class BestEffortFile(io.FileIO):
-    """Standard error, or a terminal, that may go away, or lie on a full disk: what is only said ends nothing."""
+    """Standard error or a terminal, written without errors.
+
+    A closed terminal or a full disk must not end the run.
+    """
 
     def write(self, data: ReadableBuffer) -> int:
         with suppress(OSError):
-            if written := super().write(data):  # none where it would have to wait
+            if written := super().write(data):  # None if the write would block
                 return written
         return memoryview(data).nbytes
 
 
 def open_text_stream(descriptor: int, closefd: bool = False) -> io.TextIOWrapper:
-    """Text, line by line, to where nobody may listen any more."""
+    """Open a line-buffered text stream that ignores write errors."""
     raw = io.BufferedWriter(BestEffortFile(descriptor, "w", closefd=closefd))
     return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
 def log_line(text: str = "") -> None:
-    """A line for the user, on standard error: standard output is for results. Of several ranks the first speaks."""
-    text = escape_control_lines(text)  # names from outside may hold what steers a terminal
+    """Log a line to standard error and the log files. Only rank 0 prints; standard output is for results."""
+    text = escape_control_lines(text)  # names from outside may contain terminal control sequences
     if rank_info().is_rank_0:
         print(text, file=sys.stderr, flush=True)
     log_to_file(text)
 
 
 def log_from_signal_handler(text: str, ends: bool = True) -> None:
-    """A line from a signal's handler: past Python's buffers, which may be in use just then.
+    """Log a line from a signal handler. Bypasses Python's buffers, which the interrupted code may be using.
 
-    A panel shows it in its own time, unless the process ends now: then the panel's cursor is given back.
+    An open panel shows the line when it redraws. If the process ends now, the line is written to the terminal and the
+    cursor is restored.
     """
     if _redirects and not ends:
         _redirects[-1].request = text
@@ -71,16 +75,18 @@ def log_from_signal_handler(text: str, ends: bool = True) -> None:
 
 
 def log_to_file(text: str) -> None:
-    """A line for the kept log alone, where one is kept."""
+    """Append lines with a timestamp to the open log files only."""
     for descriptor in _logs.values():
         lines = "".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in text.splitlines())
-        with suppress(OSError):  # a full disk is for the checkpoint to say
-            os.write(descriptor, lines.encode("utf-8", errors="replace"))  # at once, also from a signal's handler
+        with suppress(OSError):  # saving a checkpoint reports a full disk
+            os.write(
+                descriptor, lines.encode("utf-8", errors="replace")
+            )  # unbuffered, so that signal handlers can call this
 
 
 @contextmanager
 def run_log_file(path: Path) -> Iterator[None]:
-    """Meanwhile, append what is said to a file, and what ends it where that is an error."""
+    """Append log lines to a file inside the block, and the error that ends it."""
     descriptor = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     _logs[path] = descriptor
     try:
@@ -89,21 +95,22 @@ def run_log_file(path: Path) -> Iterator[None]:
         log_to_file(str(error) if isinstance(error, Gpt2boxError) else f"ended by {type(error).__name__}: {error}")
         raise
     finally:
-        while _redirects:  # an error came in between: what is printed of it is for the terminal
+        while _redirects:  # an error left the redirect open; print its traceback to the terminal
             _redirects[-1].close()
         del _logs[path]
         os.close(descriptor)
 
 
 class StderrRedirect:
-    """While a panel is on the terminal, the kept log takes what libraries in C++ write to standard error past Python.
+    """Redirect standard error to the log file while a panel is on the terminal.
 
-    There it is also after a crash. `news` is for the panel, which prints it in its own time.
+    This captures the messages that libraries in C++ write directly, and they survive a crash. The panel shows them with
+    `news`.
     """
 
     def __init__(self) -> None:
         self.terminal = os.dup(2)
-        self.request = ""  # that a signal made of the training
+        self.request = ""  # a signal handler's message, for the panel
         self._log: BinaryIO | None = None
         for path, descriptor in list(_logs.items())[-1:]:
             self._log = open(path, "rb")  # noqa: SIM115, closed below
@@ -112,12 +119,15 @@ class StderrRedirect:
         _redirects.append(self)
 
     def news(self) -> list[str]:
-        """Lines that came since the last call; those of `note` have a time in front."""
+        """Return the lines that libraries wrote since the last call.
+
+        Lines of log_to_file have a timestamp and are left out.
+        """
         lines = self._log.read().decode("utf-8", errors="replace").splitlines() if self._log else []
         return [line for line in lines if not TIMESTAMP.match(line)]
 
     def close(self) -> None:
-        """As it was before."""
+        """Restore standard error."""
         _redirects.remove(self)
         os.dup2(self.terminal, 2)
         os.close(self.terminal)
@@ -126,7 +136,7 @@ class StderrRedirect:
 
 
 def gpt2box_command(*words: str) -> str:
-    """A command to paste: the program as it was called, by its path where the shell would not find it."""
+    """Format a command to paste. The program is given by its path if it is not the one on PATH."""
     program, found = sys.argv[0], shutil.which("gpt2box")
     if Path(program).name == "gpt2box" and "/" in program and os.path.abspath(program) != found:
         return shlex.join([program, *words])
@@ -136,8 +146,8 @@ def gpt2box_command(*words: str) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as people say them: 42s, 3m 05s, 2h 10m, 4d 3h."""
-    if not abs(seconds) < 1e12:  # of a pace that a damaged file says
+    """Format seconds as 42s, 3m 05s, 2h 10m or 4d 3h."""
+    if not abs(seconds) < 1e12:  # the speed from a damaged file can be anything
         return "unknown"
     whole = round(seconds)
     if whole < 60:
@@ -150,12 +160,12 @@ def format_duration(seconds: float) -> str:
 
 
 def pluralize(count: int, what: str) -> str:
-    """1 step, 2 steps."""
+    """Format a count with its noun: 1 step, 2 steps."""
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def format_bytes(count: float, decimals: int = 1) -> str:
-    """A number of bytes in a unit of fitting size."""
+    """Format a number of bytes with a suitable unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.{decimals}f} {unit}"
@@ -164,14 +174,14 @@ def format_bytes(count: float, decimals: int = 1) -> str:
 
 
 class AdvanceProgress(Protocol):
-    """Says how many more bytes are done, and what else there is to say."""
+    """Report how many more bytes are done, and an optional note."""
 
     def __call__(self, count: int, note: str = "") -> None: ...
 
 
 @contextmanager
 def byte_progress(what: str, total: int) -> Iterator[AdvanceProgress]:
-    """Shows the progress of `total` bytes; yields the function that says how many more are done."""
+    """Show the progress of `total` bytes; yield the function that reports how many more are done."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import (
@@ -207,7 +217,7 @@ def byte_progress(what: str, total: int) -> Iterator[AdvanceProgress]:
         if not done:
             before = (
                 count if time.monotonic() - start < 0.05 else 0
-            )  # an earlier attempt's share is not this one's speed
+            )  # bytes of an earlier attempt do not count towards the speed
         done += count
         now = time.monotonic()
         if now - last >= LINE_SECONDS:

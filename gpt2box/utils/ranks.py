@@ -1,4 +1,4 @@
-"""Rank and world size of this process, read from torchrun's environment variables. Never imports torch."""
+"""Read this process's rank and the world size from torchrun's environment variables. Never imports torch."""
 
 import os
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "M
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Position of this process among those of the run. A rank has a GPU of its own, or a share of a CPU."""
+    """The position of this process among those of the run. A rank has its own GPU, or shares a CPU."""
 
     rank: int
     local_rank: int  # among the ranks of this machine
@@ -25,7 +25,7 @@ SINGLE_PROCESS = RankInfo(0, 0, 1, 1)
 
 
 def rank_info() -> RankInfo:
-    """Read the environment anew. All variables must be set: some container hosts set one of them on their own."""
+    """Read the environment on each call. All variables must be set, because some container hosts set one of them."""
     if any(not os.environ.get(name) for name in TORCHRUN_VARIABLES):
         return SINGLE_PROCESS
     return RankInfo(*(int(os.environ[name]) for name in TORCHRUN_VARIABLES[:4]))

@@ -1,8 +1,7 @@
-"""Ctrl-C, SIGTERM and a terminal that is closed (SIGHUP) as a request to stop at the next safe point.
+"""Turn Ctrl-C, SIGTERM and a closed terminal (SIGHUP) into a request to stop at the next safe point.
 
-Imported before torch, which takes seconds.
-
-Exit code 0 where that point was reached; else 128 and the signal's number, and a line that says what is kept.
+Import this before torch, whose import takes seconds. The exit code is 0 if training reached that point; else it is 128
+plus the signal's number, and a line says what was saved.
 """
 
 from __future__ import annotations
@@ -22,10 +21,13 @@ UNSAVED = "ended without saving: the same command goes on from the last checkpoi
 
 
 class StopRequest:
-    """Set by the first signal while it is awaited; a second one, or one at another time, ends the process at once."""
+    """A request to stop, set by the first signal that arrives inside `awaited`.
+
+    Any other signal ends the process at once.
+    """
 
     def __init__(self) -> None:
-        self.name = ""  # also where a signal came to another rank
+        self.name = ""  # also set if another rank received the signal
         self._came = self._awaited = False
         self._at_another_time = BEFORE
 
@@ -33,14 +35,14 @@ class StopRequest:
         return bool(self.name)
 
     def install(self) -> StopRequest:
-        """Take over SIGNALS."""
+        """Install the handler for STOP_SIGNALS."""
         for number in handled_signals():
             signal.signal(number, self._handle)
         return self
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """While this lasts, somebody looks at the request."""
+        """Accept stop requests inside the block; the caller polls for them."""
         self._awaited, later = True, UNSAVED
         try:
             yield
@@ -51,10 +53,10 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name, hung_up = signal.Signals(number).name, number == signal.SIGHUP
         if hung_up and self.name:
-            return  # the shell and the system each send it, and a session's manager SIGTERM after it
+            return  # shell and kernel each send SIGHUP; the session manager then sends SIGTERM
         if self._came or not self._awaited:
             log_from_signal_handler(f"{name}: {UNSAVED if self._awaited else self._at_another_time}")
-            # Not an exception: raised inside an import, some library's `except` would swallow it.
+            # Do not raise an exception: an `except` around a library's import could swallow it.
             os._exit(128 + number)
         self._came, self.name = not hung_up, self.name or name
         log_from_signal_handler(
@@ -63,16 +65,17 @@ class StopRequest:
 
 
 def handled_signals() -> list[signal.Signals]:
-    """SIGNALS, but for a SIGHUP that nohup has ignored."""
+    """Return STOP_SIGNALS, without SIGHUP if nohup has ignored it."""
     return [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
 
 
 @contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """While data are prepared: a signal is raised here, so that what is under way ends its processes and tidies up,
-    which may take seconds; a second one does not wait for that.
+    """Exit on a signal during data preparation, after the interrupted code has ended its processes and cleaned up.
 
-    Raises SystemExit: after a signal, whatever became of it on its way.
+    Cleaning up may take seconds; a second signal ends the process at once.
+
+    Raises SystemExit: after a signal, even if the exception raised by the handler was swallowed.
     """
     came: list[int] = []
 

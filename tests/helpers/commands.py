@@ -15,7 +15,7 @@ import pytest
 from gpt2box.cli import main
 from tests.helpers.settings import ROOT
 
-STEERING = "\x1b]0;title\x07\x1b[2J"  # sequences that would change a terminal
+STEERING = "\x1b]0;title\x07\x1b[2J"  # terminal control sequences
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -73,7 +73,7 @@ def command(*arguments: str) -> tuple[object, str]:
 
 
 class Said:
-    """What is written."""
+    """A text stream that records what is written, and is not a terminal."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -83,7 +83,7 @@ class Said:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is kept back."""
+        """Do nothing: nothing is buffered."""
 
     def isatty(self) -> bool:
         return False

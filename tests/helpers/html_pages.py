@@ -12,7 +12,7 @@ from tests.helpers.settings import options
 
 
 class Page(HTMLParser):
-    """What a browser would load, run and show of an HTML file."""
+    """Parse an HTML file: the addresses it loads, its scripts and its visible text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Page(HTMLParser):
 
     @property
     def charts(self) -> dict[str, dict[str, dict[str, list[float]]]]:
-        """The lines of each chart by name."""
+        """Return the lines of each chart by name."""
         found = next(json.loads(script) for script in self.scripts if script.startswith("["))
         return {chart["title"].split(":")[0]: {line["label"]: line for line in chart["lines"]} for chart in found}
 

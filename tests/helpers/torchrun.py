@@ -43,7 +43,10 @@ def rows(volumes: Path, name: str, key: str) -> dict[int, float]:
 
 
 def assert_same(volumes: Path, name: str, other: str, besides: tuple[int, ...] = (), norm: float = 1e-5) -> None:
-    """The same figures at the same steps; `besides`: where evaluations of `name` alone are; `norm`: how exact it is."""
+    """Assert that two runs logged equal losses and gradient norms at the same steps.
+
+    `besides`: steps at which only `name` was evaluated. `norm`: tolerance for the gradient norms.
+    """
     for key in ("loss", "val_loss", "grad_norm"):
         found = {s: x for s, x in rows(volumes, name, key).items() if key != "val_loss" or s not in besides}
         assert found == pytest.approx(rows(volumes, other, key), abs=norm if key == "grad_norm" else 1e-5), key

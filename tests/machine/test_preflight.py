@@ -24,7 +24,7 @@ CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 
 
 def asked() -> Any:
-    """What gpu.query_nvml says in a process of its own, which loads the library anew."""
+    """Return the result of gpu.query_nvml in a new process, which loads the simulated NVML."""
     code = (
         "import json, dataclasses as d; from gpt2box.system import gpu; print(json.dumps(d.asdict(gpu.query_nvml())))"
     )

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM to a real process that trains, in each of its phases but the training itself (test_train.py)."""
+"""Send Ctrl-C and SIGTERM to a real process in each phase except the training itself (see test_train.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Running = subprocess.Popen[str]
 
 
 def ended(running: Running, number: signal.Signals) -> str:
-    """What it says of a signal before training, after what it had said until then."""
+    """Send a signal before training starts; return the lines that were printed before it."""
     running.send_signal(number)
     _, errors = running.communicate(timeout=120)
     assert running.returncode == 128 + number, (running.returncode, errors)
@@ -36,7 +36,7 @@ def until(there: Callable[[], object], running: Running) -> None:
 
 
 def maps_torch(running: Running) -> bool:
-    """Whether it has begun to load PyTorch."""
+    """Return True once the process has begun to load PyTorch."""
     return "libtorch" in Path(f"/proc/{running.pid}/maps").read_text()
 
 

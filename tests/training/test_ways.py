@@ -1,4 +1,4 @@
-"""A session that goes on in another way, or goes back: manifest.json says so, and `verify` does each step as it was."""
+"""Sessions that changed the execution plan or rolled back: manifest.json records it, and `verify` repeats it."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The data of steps 18 to 23 give a loss that is not a number."""
+    """Make the loss of steps 18 to 23 NaN through their data."""
     for where, name in ((dataloader.TrainWindows, "start"), (dataloader, "read_windows"), (GPT2, "forward")):
-        monkeypatch.setattr(where, name, getattr(where, name))  # which are put back afterwards
+        monkeypatch.setattr(where, name, getattr(where, name))  # so that monkeypatch restores them
     poison_data(18, 23)
 
 
@@ -55,13 +55,13 @@ def manifest(volumes: Path) -> dict[str, Any]:
 
 
 def ways(volumes: Path, session: int = -1) -> list[tuple[int, int, str]]:
-    """Of a session: from which step on, micro-batch, recompute."""
+    """Return a session's recorded plans as (first step, micro-batch size, activation checkpointing)."""
     found = manifest(volumes)["sessions"][session].get("ways", [])
     return [(way["step"], way["micro_batch_size"], way["activation_checkpointing"]) for way in found]
 
 
 def without_ways(volumes: Path) -> None:
-    """The manifest as a program wrote it that did not note them."""
+    """Remove the recorded plans from the manifest, like a run of an older version."""
     content = manifest(volumes)
     for session in content["sessions"]:
         session.pop("ways")
@@ -94,7 +94,7 @@ def test_a_run_that_goes_on_after_memory_ran_out_says_in_what_it_differs_and_is_
     train(max_steps=12, **STEADY)
     assert "way.micro_batch_size: 2 before, 4 now: from here on the run is not bit-identical" in capsys.readouterr().err
     content = manifest(volumes)
-    content["sessions"][1]["changed"] = {}  # as if the first had only been stopped
+    content["sessions"][1]["changed"] = {}  # pretend that the first session was only stopped
     (volumes / "runs/run/manifest.json").write_text(json.dumps(content))
     assert execution_changes_after(valid_sessions(content), 0).keys() == {1, 8}
     verdict = verify(find_run("run"), None, None)
@@ -110,7 +110,7 @@ def test_steps_that_a_half_done_one_took_back_are_done_again_in_the_way_of_the_l
         train(**lean)
     assert refuse.refused
     ((step, _, _),) = ways(volumes)
-    assert step == 4  # the checkpoint that it went back to: the steps after it were done in the other way as well
+    assert step == 4  # the checkpoint it rolled back to; the repeated steps used the fallback plan, too
     verdict = verify(find_run("run"), None, None)
     assert verdict.same and verdict.end == 12
 
@@ -150,7 +150,7 @@ def test_going_back_in_the_way_of_before_ends_what_was_noted_of_later_steps(volu
 
 
 class RefuseBoth(Refuse):
-    """Neither memory nor, from then on, a new manifest."""
+    """Fail an allocation, and every later write of the manifest."""
 
     def __init__(self, run: Path) -> None:
         super().__init__("gelu_backward", 5)
@@ -160,7 +160,7 @@ class RefuseBoth(Refuse):
         try:
             return super().__torch_dispatch__(func, types, args, kwargs)
         except torch.cuda.OutOfMemoryError:
-            (self.run / ".manifest.json.tmp").mkdir()  # where its new content would be written
+            (self.run / ".manifest.json.tmp").mkdir()  # blocks the temporary file of the new manifest
             raise
 
 
