@@ -200,7 +200,7 @@ def test_make_passes_on_options_and_failures(project: Project) -> None:
     done = project.run("make", "sample", "CPU=1", 'PROMPT=He said "stop; echo it"', "ARGS=--max-new-tokens 4")
     assert done.returncode == 0 and done.stdout.startswith('He said "stop; echo it"'), done.stderr
     done = project.run("make", "monitor", "CPU=1", "ARGS=--once")
-    assert done.returncode == 0 and "short  step 12/12" in done.stdout
+    assert done.returncode == 0 and "short  finished  step 12/12" in done.stdout
     done = project.run("make", "runs")
     assert done.returncode == 0 and "short  finished  12 of 12" in done.stdout, done.stdout + done.stderr
     done = project.run("make", "report", "ARGS=short")
