@@ -22,9 +22,10 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def environment(tmp_path: Path) -> dict[str, str]:
     """A PATH on which `python` is this interpreter, as it is in the image."""
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
-    venv_bin = str(Path(sys.executable).parent)  # a symlink alone would leave the virtual environment
-    path = os.pathsep.join([str(tmp_path / "bin"), venv_bin, "/usr/bin", "/bin"])
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')  # a symlink would leave the virtual environment
+    python.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path / "bin"), "/usr/bin", "/bin"])
     return {"PATH": path, "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8"}
 
 

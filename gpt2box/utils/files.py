@@ -188,8 +188,9 @@ def open_exclusively(name: str, flags: int) -> int:
     """
     path = Path(name)
     for _ in range(100):
-        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another writer may rename it between two calls
+            if not stat.S_ISREG(path.lstat().st_mode):
+                path.unlink()
         descriptor = os.open(path, (flags & ~os.O_TRUNC) | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
