@@ -113,6 +113,11 @@ def load_run_settings(run: Path) -> Config:
     return validate(values, str(manifest))
 
 
+def read_plan(run: Path) -> dict[str, Any]:
+    """Read plan.json; empty if the file is missing or damaged. Values are not checked."""
+    return read_json_object(run / "plan.json")
+
+
 def read_manifest(run: Path) -> dict[str, Any]:
     """Read manifest.json; empty if it is missing or damaged."""
     try:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from gpt2box.config.loader import read_yaml
 from gpt2box.errors import BadInput
 from gpt2box.runs.formatting import format_count, format_figures, format_log_line, format_loss, format_step
+from gpt2box.runs.manifest import read_plan
 from gpt2box.runs.metrics import parse_rows, read_tail, to_number
-from gpt2box.runs.plan_file import read_plan
 from gpt2box.utils.files import count_or_zero, is_locked, read_json_object
 from gpt2box.utils.paths import display_path, list_checkpoints, run_dir
 from gpt2box.utils.progress import format_duration

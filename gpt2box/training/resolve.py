@@ -25,7 +25,7 @@ from gpt2box.planner.search import check_sharding, choose_execution_plan, list_e
 from gpt2box.planner.target_device import TargetDevice, apply_bench_records
 from gpt2box.preflight.preflight import check_gpu
 from gpt2box.runs import wandb
-from gpt2box.runs.plan_file import read_plan
+from gpt2box.runs.manifest import read_plan
 from gpt2box.system.determinism import enable_determinism
 from gpt2box.system.device import choose_compile, choose_device, choose_dtype, describe_device
 from gpt2box.system.gpu import find_gpu

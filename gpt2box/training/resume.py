@@ -32,8 +32,8 @@ from gpt2box.runs.manifest import (
     file_stamps,
     is_same_dataset,
     read_manifest,
+    read_plan,
 )
-from gpt2box.runs.plan_file import flatten_plan, read_plan
 from gpt2box.runs.sessions import session_at_step, valid_sessions
 from gpt2box.runs.view import as_mapping
 from gpt2box.utils.files import count_or_zero, file_lock, open_regular, read_json_object, write_lock_token
@@ -187,7 +187,7 @@ def check_network(run: Path, folder: Path, dataset: Dataset) -> None:
     Raises:
         Damaged: They differ.
     """
-    plans = [read_plan(run), flatten_plan(as_mapping(read_manifest(run).get("plan")))]
+    plans = [read_plan(run), as_mapping(read_manifest(run).get("plan"))]
     shapes = [plan["shape"] for plan in plans if isinstance(plan, dict) and isinstance(plan.get("shape"), dict)]
     found, known = asdict(load_shape(folder)), shapes[0] if shapes else {}
     if differing := [key for key in found if key in known and known[key] != found[key]]:
