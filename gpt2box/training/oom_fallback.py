@@ -18,7 +18,6 @@ from gpt2box.training.checkpoint_schedule import CheckpointSchedule
 from gpt2box.training.console import Display
 from gpt2box.training.evaluate import autocast
 from gpt2box.training.job import Job
-from gpt2box.training.model_setup import configure
 from gpt2box.training.rollback import UnfinishedStep
 from gpt2box.training.step import StepExecutor, StepResult
 
@@ -141,9 +140,8 @@ def agree_on_plan(job: Job, steps: StepExecutor, display: Display) -> None:
 
 
 def set_execution_plan(job: Job, execution: ExecutionPlan) -> None:
-    """Replace the execution plan of the job."""
+    """Replace the execution plan of the job. The step executor configures the model for it."""
     job.plan = replace(job.plan, execution=execution)
-    configure(job.model, job.plan)
 
 
 def record_plan(job: Job, display: Display) -> None:

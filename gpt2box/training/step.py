@@ -55,6 +55,7 @@ class StepExecutor:
         self.batches: Generator[Tensor, None, None] | None = None
         self._check_dataset = check_dataset
         self._forwards: dict[bool, Any] = {}  # by whether it is compiled
+        configure(model, plan)
         counter = BadStepCounter.from_plan(plan, state.bad_steps, state.recent_losses)
         self.optimizer_step = make_optimizer_step(optimizer, plan, counter)
 
